@@ -1,0 +1,71 @@
+# make demo | test | check | train-demo | clean
+#
+# Every pip call is bound by constraints.txt; without it pip brings gigabytes of CUDA packages to a machine without a GPU.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOG := $(VENV)/install.log
+PROMPT := a red circle moving right at sunset
+RUNS := runs
+TESTS :=
+
+# The first Python of 3.11 or newer; PYTHON=... overrides.
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
+
+# pip's output is a page of notices about indexes; it is shown when pip fails and kept in $(LOG) otherwise.
+install = echo "installing $(1) (log: $(LOG))"; \
+	$(BIN)/python -m pip install -c constraints.txt $(2) >$(LOG) 2>&1 || { tail -n 40 $(LOG) >&2; exit 1; }
+
+.PHONY: help demo test check train-demo clean
+
+help:
+	@echo "make demo        a prompt becomes out/demo.mp4, on the CPU"
+	@echo "make test        the tests; TESTS='tests/runtime -k solver' for some of them"
+	@echo "make check       ruff and mypy, as CI runs them"
+	@echo "make train-demo  train the embedded model anew into $(RUNS)/ (hours; resumes where it stopped)"
+	@echo "make clean       remove what was built; the environment and $(RUNS)/ stay"
+
+demo: $(VENV)/.runtime
+	@mkdir -p out
+	@$(BIN)/skylapse generate "$(PROMPT)" -o out/demo.mp4 --sheet out/demo.png >/dev/null
+	@echo "video:         $(CURDIR)/out/demo.mp4"
+	@echo "contact sheet: $(CURDIR)/out/demo.png"
+
+test: $(VENV)/.dev
+	@$(BIN)/python -m pytest $(TESTS)
+
+# mypy is given the name `skylapse` by a link to this folder: it does not find editable packages, and a checkout may have any name.
+check: $(VENV)/.dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@mkdir -p $(VENV)/typing && ln -sfn ../.. $(VENV)/typing/skylapse
+	@set -o pipefail; MYPYPATH=$(VENV)/typing $(BIN)/mypy -p skylapse | sed 's|^$(VENV)/typing/skylapse/||'
+
+train-demo: $(VENV)/.runtime
+	@$(BIN)/python -m skylapse.benchmarks.demo_model.train_vae --out $(RUNS)/vae
+	@$(BIN)/python -m skylapse.benchmarks.demo_model.train_dit --vae $(RUNS)/vae --out $(RUNS)/dit
+	@$(BIN)/python -m skylapse.benchmarks.demo_model.export --vae $(RUNS)/vae --dit $(RUNS)/dit --out $(RUNS)/demo
+	@$(BIN)/python -m skylapse.benchmarks.demo_model.evaluate --model $(RUNS)/demo
+
+clean:
+	@rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(VENV)/.python:
+	@$(if $(PYTHON),,echo "skylapse needs Python 3.11 or newer, and none is on the PATH (PYTHON=/path/to/python3 names one)" >&2; exit 1)
+	@echo "making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.python pyproject.toml constraints.txt
+	@$(call install,skylapse,-e .)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@$(call install,the tools of development,-e '.[dev]')
+	@touch $@

@@ -1,0 +1,1 @@
+"""The demo model: its world, its training recipe, its judge."""

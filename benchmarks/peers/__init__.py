@@ -1,0 +1,1 @@
+"""Other engines, run beside skylapse on the same machine."""

@@ -1,0 +1,62 @@
+"""Settings of this process: the only reader of environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the operator of the process decides, as opposed to the author of a request."""
+
+    threads: int | None = None  # SKYLAPSE_THREADS: CPU threads of one operation; None leaves it to torch
+    debug: bool = False  # SKYLAPSE_DEBUG: tracebacks, and a log that tells which path was taken
+    text_cache_bytes: int = 256 * MIB  # SKYLAPSE_TEXT_CACHE_MB: prompts' keys and values kept between requests
+    cache_dir: Path | None = None  # SKYLAPSE_CACHE_DIR: downloaded models; None is Hugging Face's own folder
+    decode_chunk: int = 4  # SKYLAPSE_DECODE_CHUNK: latent frames that the VAE decodes at a time
+
+
+def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Settings from `environ`; an empty variable counts as unset. ValueError names the variable that is wrong."""
+    given = {name: text.strip() for name, text in environ.items() if name.startswith("SKYLAPSE_") and text.strip()}
+    text_cache_mb = _whole(given, "SKYLAPSE_TEXT_CACHE_MB", 0, 2**20)
+    found: dict[str, Any] = {
+        "threads": _whole(given, "SKYLAPSE_THREADS", 1, 1024),
+        "debug": _switch(given, "SKYLAPSE_DEBUG"),
+        "text_cache_bytes": None if text_cache_mb is None else text_cache_mb * MIB,
+        "cache_dir": _folder(given, "SKYLAPSE_CACHE_DIR"),
+        "decode_chunk": _whole(given, "SKYLAPSE_DECODE_CHUNK", 1, 64),
+    }
+    return Settings(**{name: value for name, value in found.items() if value is not None})
+
+
+def _whole(given: Mapping[str, str], name: str, low: int, high: int) -> int | None:
+    if name not in given:
+        return None
+    text = given[name]
+    if not (text.isdecimal() and text.isascii() and len(text) < 10 and low <= int(text) <= high):
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {text!r}")
+    return int(text)
+
+
+def _switch(given: Mapping[str, str], name: str) -> bool | None:
+    if name not in given:
+        return None
+    if (text := given[name].lower()) not in ("0", "1", "false", "true"):
+        raise ValueError(f"{name} must be 0 or 1, got {given[name]!r}")
+    return text in ("1", "true")
+
+
+def _folder(given: Mapping[str, str], name: str) -> Path | None:
+    if name not in given:
+        return None
+    path = Path(os.path.expanduser(given[name]))
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{name} must be a folder, got the file {given[name]!r}")
+    return path

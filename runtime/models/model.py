@@ -1,0 +1,138 @@
+"""A checkpoint in memory: text encoder, one or two experts, VAE, and what its folder says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ..config import Settings
+from ..request import ModelDefaults, ModelLimits
+from ..sampler.schedule import SolverConfig
+from ..vae.codec import VideoCodec
+from ..vae.wan import WanVAE, WanVAEConfig
+from .checkpoint import load_weights
+from .image_encoder import ImageEncoder
+from .registry import ModelFolder, read_folder, resolve_folder
+from .text_encoder import TextEncoder
+from .wan import WanConfig, WanDenoiser
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Everything that requests for one checkpoint share."""
+
+    name: str
+    folder: ModelFolder
+    text_encoder: TextEncoder
+    image_encoder: ImageEncoder | None
+    experts: tuple[WanDenoiser, ...]
+    codec: VideoCodec
+    solver: SolverConfig
+    defaults: ModelDefaults
+    limits: ModelLimits
+    device: torch.device
+    dtype: torch.dtype
+
+    def expert_at(self, timestep: float) -> int:
+        """Which expert denoises at this timestep: the second below the boundary, where there are two."""
+        boundary = self.folder.boundary_timestep
+        return int(boundary is not None and timestep < boundary and len(self.experts) > 1)
+
+    @property
+    def num_bytes(self) -> int:
+        modules = (*self.experts, self.codec.vae, self.text_encoder.model)
+        return sum(p.nbytes for module in modules for p in module.parameters())
+
+
+def load_model(
+    name: str, *, device: torch.device, dtype: torch.dtype, settings: Settings, cache_dir: Path | None = None
+) -> Model:
+    """Load a model by name; ValueError names the component and the key that do not fit.
+
+    The VAE stays fp32 whatever `dtype` is: encoding in bf16 visibly changes a given image, and so does decoding on a
+    CPU.
+    """
+    folder = read_folder(resolve_folder(name, cache_dir or settings.cache_dir))
+    path = folder.path
+    experts = tuple(
+        _load(WanDenoiser, WanConfig, config, path / part, device=device, dtype=dtype)
+        for part, config in folder.transformers.items()
+    )
+    vae = _load(
+        WanVAE,
+        WanVAEConfig,
+        folder.vae,
+        path / "vae",
+        device=device,
+        dtype=torch.float32,
+        rename=lambda key: key.replace(".resample.", ".resample.1."),
+    )
+    solver = SolverConfig.from_diffusers(folder.scheduler)
+    has_clip = folder.transformer.get("image_dim") is not None
+    return Model(
+        name=name,
+        folder=folder,
+        text_encoder=TextEncoder.load(path, device=device, dtype=dtype),
+        image_encoder=ImageEncoder.load(path, device=device, dtype=torch.float32) if has_clip else None,
+        experts=experts,
+        codec=VideoCodec(vae, device=device, chunk=settings.decode_chunk),
+        solver=solver,
+        defaults=dataclasses.replace(folder.defaults, solver=solver.solver, shift=solver.shift),
+        limits=folder.limits,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _load(
+    module_class: Callable[[Config], Any],
+    config_class: Callable[..., Config],
+    fields: dict[str, Any],
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    rename: Callable[[str], str] = lambda key: key,
+) -> Any:
+    """A module of a component folder: built without memory, then filled from its safetensors files."""
+    with torch.device("meta"):
+        module = module_class(parse_config(config_class, fields, path.name))
+    load_weights(
+        module,
+        path,
+        device=device,
+        dtype=dtype,
+        fp32_parameters=getattr(module_class, "fp32_parameters", ()),
+        unexpected_keys=getattr(module_class, "unexpected_keys", ()),
+        rename=rename,
+    )
+    return module
+
+
+def parse_config(config_class: Callable[..., Config], fields: dict[str, Any], component: str) -> Config:
+    """A config.json as our dataclass; fields we do not know are an error unless they are switched off."""
+    known = inspect.signature(config_class).parameters
+    for name, value in fields.items():
+        if (
+            name not in known
+            and not name.startswith("_")
+            and name not in IGNORED_FIELDS
+            and value not in (None, False, 0)
+        ):
+            raise ValueError(f"{component}/config.json: unknown field {name} = {value!r}")
+    given = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items() if name in known
+    }
+    return config_class(**given)
+
+
+# Fields without effect on inference: regularisation, and tiling hints of other runtimes.
+IGNORED_FIELDS = ("dropout", "clip_output", "add_img_emb", "window_size")

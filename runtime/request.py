@@ -1,0 +1,236 @@
+"""What is asked of a model and what comes back: VideoRequest, its bounds, and Video."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from reprlib import repr as short  # a wrong value is shown, but never a megabyte of it
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # torch-free and numpy-free: a request is made and refused before anything heavy is imported
+    from pathlib import Path
+    from typing import TypeAlias
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
+
+    Frames: TypeAlias = NDArray[np.uint8]  # [frames, height, width, 3]
+    ImageSource: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]  # an array is [height, width, 3]
+
+MAX_PROMPT_CHARACTERS = 10_000
+SOLVERS = ("unipc", "euler", "dpmpp")
+CACHES = ("none",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoRequest:
+    """One video to make; None means the checkpoint's own default. ValueError names the first field out of bounds."""
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    num_frames: int | None = None
+    fps: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_scale_2: float | None = None  # of the second, low-noise expert of a model that has two
+    solver: str | None = None
+    shift: float | None = None
+    seed: int = 0
+    image: ImageSource | None = None  # becomes the first frame
+    last_image: ImageSource | None = None
+    video: str | os.PathLike[str] | Frames | None = None
+    strength: float | None = None
+    cache: str | None = "none"
+
+    def __post_init__(self) -> None:
+        _check_text("prompt", self.prompt)
+        if not self.prompt.strip():
+            raise ValueError(f"prompt must not be empty, got {self.prompt[:20]!r}")
+        _check_text("negative_prompt", self.negative_prompt)
+
+        _check_whole("width", self.width, 16, 4096)
+        _check_whole("height", self.height, 16, 4096)
+        _check_whole("num_frames", self.num_frames, 1, 1025)
+        _check_multiple("width", self.width, 8)
+        _check_multiple("height", self.height, 8)
+        _check_num_frames(self.num_frames, 4)
+        _check_whole("fps", self.fps, 1, 120)
+
+        _check_whole("num_inference_steps", self.num_inference_steps, 1, 1000)
+        _check_real("guidance_scale", self.guidance_scale, 0, 100)
+        _check_real("guidance_scale_2", self.guidance_scale_2, 0, 100)
+        _check_choice("solver", self.solver, SOLVERS)
+        _check_real("shift", self.shift, 0, 100, above=True)
+        _check_whole("seed", self.seed, 0, 2**63 - 1, required=True)
+
+        _check_pixels("image", self.image, num_axes=3)
+        _check_pixels("last_image", self.last_image, num_axes=3)
+        _check_pixels("video", self.video, num_axes=4)
+        _check_real("strength", self.strength, 0, 1, above=True)
+        _check_choice("cache", self.cache, CACHES)
+
+    def resolved(self, defaults: ModelDefaults, limits: ModelLimits) -> VideoRequest:
+        """The same request with the model's defaults in place of None; ValueError if the model cannot make it."""
+        names = [f.name for f in fields(defaults) if getattr(self, f.name) is None]
+        request = replace(self, **{name: getattr(defaults, name) for name in names})
+        width, height, num_frames = request.size
+        _check_multiple("width", width, limits.size_multiple, " for this model")
+        _check_multiple("height", height, limits.size_multiple, " for this model")
+        _check_num_frames(num_frames, limits.temporal_multiple, " for this model")
+        if num_frames > limits.max_num_frames:
+            raise ValueError(f"num_frames must be at most {limits.max_num_frames} for this model, got {num_frames}")
+        if width * height > limits.max_pixels:
+            asked = f"{width}x{height} ({width * height})"
+            raise ValueError(f"width x height must be at most {limits.max_pixels} pixels for this model, got {asked}")
+        return request
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(width, height, num_frames) of a resolved request."""
+        assert self.width is not None and self.height is not None and self.num_frames is not None, "not resolved yet"
+        return self.width, self.height, self.num_frames
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelDefaults:
+    """What a checkpoint does when a request leaves a field None; the fields are named as in VideoRequest."""
+
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_scale_2: float | None = None
+    solver: str | None = None
+    shift: float | None = None
+    cache: str = "none"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelLimits:
+    """The shapes that a checkpoint can make."""
+
+    size_multiple: int  # of width and height: VAE compression times patch size
+    temporal_multiple: int = 4  # num_frames is a multiple of it, plus one
+    max_num_frames: int
+    max_pixels: int  # of one frame
+    max_prompt_tokens: int = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoMetadata:
+    """How a video was made: enough to make it again."""
+
+    request: VideoRequest | None = None  # resolved, so no default is left to guess
+    model: str | None = None
+    timings_s: Mapping[str, float] = field(default_factory=dict)  # stage -> seconds
+    peak_bytes: int | None = None  # most device memory held meanwhile; None where the device does not count it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Video:
+    """Finished frames, uint8 [frames, height, width, 3], to be shown at `fps`."""
+
+    frames: Frames
+    fps: int
+    metadata: VideoMetadata = field(default_factory=VideoMetadata)
+
+    def __post_init__(self) -> None:
+        assert self.frames.ndim == 4 and self.frames.shape[3] == 3, self.frames.shape
+        assert self.frames.dtype == "uint8" and len(self.frames) > 0, (self.frames.dtype, len(self.frames))
+
+    @property
+    def num_frames(self) -> int:
+        return int(self.frames.shape[0])
+
+    @property
+    def height(self) -> int:
+        return int(self.frames.shape[1])
+
+    @property
+    def width(self) -> int:
+        return int(self.frames.shape[2])
+
+    @property
+    def duration_s(self) -> float:
+        return self.num_frames / self.fps
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write .mp4, or lossless .webp and .png, or .gif, whole or not at all; returns the path."""
+        from .video_file import write_video
+
+        return write_video(path, self.frames, self.fps)
+
+
+def _check_text(name: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a string, got {short(text)}")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise ValueError(f"{name} must have at most {MAX_PROMPT_CHARACTERS} characters, got {len(text)}")
+    if "\0" in text:
+        raise ValueError(f"{name} must not contain NUL, got one at character {text.index(chr(0))}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes of argv that are no UTF-8 arrive as lone surrogates
+        raise ValueError(f"{name} must be valid Unicode, got a broken character at {error.start}") from error
+
+
+def _check_whole(name: str, value: object, low: int, high: int, *, required: bool = False) -> None:
+    if value is None and not required:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, got {short(value)}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {value}")
+
+
+def _check_real(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
+    """`above`: `low` itself is not allowed. NaN is out of every range: no comparison with it holds."""
+    if value is None:
+        return
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number, got {short(value)}")
+    if not low <= value <= high or (above and value == low):
+        allowed = f"above {low} and at most {high}" if above else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value is not None and value not in allowed:
+        raise ValueError(f"{name} must be {' or '.join(allowed)}, got {short(value)}")
+
+
+def _check_multiple(name: str, value: int | None, multiple: int, whose: str = "") -> None:
+    if value is not None and value % multiple:
+        below = value - value % multiple
+        nearest = " or ".join(str(size) for size in (below, below + multiple) if size)
+        raise ValueError(f"{name} must be a multiple of {multiple}{whose}, got {value} (nearest: {nearest})")
+
+
+def _check_num_frames(value: int | None, multiple: int, whose: str = "") -> None:
+    if value is not None and (surplus := (value - 1) % multiple):
+        nearest = f"{value - surplus} or {value - surplus + multiple}"
+        raise ValueError(f"num_frames must be {multiple}k+1{whose}, got {value} (nearest: {nearest})")
+
+
+def _check_pixels(name: str, value: object, num_axes: int) -> None:
+    """A path, a PIL image (if `num_axes` is 3) or a uint8 array [(frames,) height, width, 3]."""
+    if value is None or isinstance(value, str | os.PathLike):
+        return
+    # An object is an instance of numpy's or PIL's classes only if someone has imported them already.
+    if (numpy := sys.modules.get("numpy")) and isinstance(value, numpy.ndarray):
+        shape = "[height, width, 3]" if num_axes == 3 else "[frames, height, width, 3]"
+        if value.dtype != numpy.uint8 or value.ndim != num_axes or value.shape[-1] != 3 or not value.size:
+            raise ValueError(f"{name} must be uint8 {shape}, got {value.dtype} {list(value.shape)}")
+        return
+    pil = sys.modules.get("PIL.Image")
+    if num_axes == 3 and pil and isinstance(value, pil.Image):
+        return
+    kinds = "a path, a PIL image or a uint8 array" if num_axes == 3 else "a path or a uint8 array"
+    raise ValueError(f"{name} must be {kinds}, got {short(value)}")

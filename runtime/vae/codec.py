@@ -1,0 +1,81 @@
+"""Frames <-> normalised latents, chunk by chunk, in memory that does not grow with the clip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .tiling import Tiling, decode_tiled
+from .wan import WanVAE
+
+Frames = np.ndarray  # uint8 [frames, height, width, 3]
+
+
+class VideoCodec:
+    """A VAE with its latents' statistics: (z - mean) / std is what the denoiser works on."""
+
+    def __init__(self, vae: WanVAE, *, device: torch.device, chunk: int = 4, tiling: Tiling | None = None) -> None:
+        config = vae.config
+        self.vae = vae
+        self.device = device
+        self.dtype = next(vae.parameters()).dtype
+        self.chunk = chunk
+        self.tiling = tiling or Tiling()
+        self.temporal_factor = config.scale_factor_temporal
+        self.spatial_factor = config.scale_factor_spatial
+        self.num_channels = config.z_dim
+        shape = (1, config.z_dim, 1, 1, 1)
+        self._mean = torch.tensor(list(config.latents_mean), dtype=torch.float32, device=device).view(shape)
+        self._std = torch.tensor(list(config.latents_std), dtype=torch.float32, device=device).view(shape)
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """[C, T, H, W] of a clip's latents; num_frames is temporal_factor * k + 1."""
+        factor = self.spatial_factor
+        return self.num_channels, (num_frames - 1) // self.temporal_factor + 1, height // factor, width // factor
+
+    def encode(self, frames: Frames | Tensor) -> Tensor:
+        """Latents [C, T, H, W] fp32 (the posterior's mean, normalised) of a clip of 4k+1 frames.
+
+        frames: uint8 [F, H, W, 3], or float [3, F, H, W] in [-1, 1].
+        """
+        pixels = self._pixels(frames)
+        if (pixels.shape[2] - 1) % self.temporal_factor:
+            raise ValueError(f"num_frames must be {self.temporal_factor}k+1 to be encoded, got {pixels.shape[2]}")
+        with torch.inference_mode():
+            moments, states = self.vae.encode_chunk(pixels[:, :, :1].to(self.dtype))
+            parts = [moments]
+            for chunk in pixels[:, :, 1:].split(self.chunk * self.temporal_factor, dim=2):
+                if chunk.shape[2]:
+                    moments, states = self.vae.encode_chunk(chunk.to(self.dtype), states)
+                    parts.append(moments)
+            mean = torch.cat(parts, dim=2).float().chunk(2, dim=1)[0]
+            return ((mean - self._mean) / self._std)[0]
+
+    def decode(self, latents: Tensor) -> Iterator[Frames]:
+        """uint8 frames [n, H, W, 3] of normalised latents [C, T, H, W], as soon as each chunk is decoded."""
+        for chunk in self.decode_float(latents):
+            levels = chunk.float().add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+            yield levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+
+    def decode_float(self, latents: Tensor) -> Iterator[Tensor]:
+        """Frames [3, n, H, W] in the VAE's dtype, not clamped; the first chunk is the first frame."""
+        with torch.inference_mode():
+            z = latents.to(self.device, torch.float32)[None] * self._std + self._mean
+            z = z.to(self.dtype)
+            states = None
+            for chunk in (z[:, :, :1], *z[:, :, 1:].split(self.chunk, dim=2)):
+                if chunk.shape[2]:
+                    frames, states = decode_tiled(self.vae, chunk, states, self.tiling)
+                    yield frames[0]
+
+    def _pixels(self, frames: Frames | Tensor) -> Tensor:
+        if isinstance(frames, np.ndarray):
+            if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
+                raise ValueError(f"frames must be uint8 [frames, height, width, 3], got {frames.dtype} {frames.shape}")
+            frames = torch.tensor(frames).permute(3, 0, 1, 2) / 127.5 - 1
+        if frames.ndim != 4 or frames.shape[0] != 3:
+            raise ValueError(f"frames must be [3, frames, height, width], got {tuple(frames.shape)}")
+        return frames.to(self.device, torch.float32)[None]

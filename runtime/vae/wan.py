@@ -1,0 +1,393 @@
+"""Wan's causal video VAE (2.1 and 2.2) as streaming functions with explicit state.
+
+Shape letters: B clips, C channels, T frames (or latent frames), H height, W width. Video tensors are [B, C, T, H, W],
+kept in channels-last memory order, in which folding T into B for 2-D layers costs nothing.
+
+Source: Wan (arXiv 2503.20314, section 4.1). Every convolution over time is causal, so a clip may be cut anywhere
+between latent frames: what a chunk needs of the chunks before it is the last two input frames of each temporal
+convolution. Those are the state. The first chunk (one latent frame, one frame) differs from all later ones (four
+frames a latent frame), which makes exactly two graphs: `first` (no state in) and `next`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels.conv3d import conv3d
+
+States = list[Tensor]
+
+
+@dataclass(frozen=True)
+class WanVAEConfig:
+    """The fields of diffusers' `AutoencoderKLWan` config.json that shape the network."""
+
+    base_dim: int = 96
+    decoder_base_dim: int | None = None
+    z_dim: int = 16
+    dim_mult: Sequence[int] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attn_scales: Sequence[float] = ()
+    temperal_downsample: Sequence[bool] = (False, True, True)  # the checkpoints' own spelling
+    latents_mean: Sequence[float] = field(default_factory=tuple)
+    latents_std: Sequence[float] = field(default_factory=tuple)
+    is_residual: bool = False
+    in_channels: int = 3
+    out_channels: int = 3
+    patch_size: int | None = None
+    scale_factor_temporal: int = 4
+    scale_factor_spatial: int = 8
+
+
+class Stream:
+    """One pass over a chunk: hands each temporal layer its state of the chunk before and collects the new states."""
+
+    def __init__(self, states: Sequence[Tensor] | None) -> None:
+        self.first = states is None
+        self._past = iter(states or ())
+        self.states: States = []
+
+    def extend(self, x: Tensor, num_frames: int) -> Tensor:
+        """`x` with the `num_frames` frames before it in front (zeros before the first chunk)."""
+        past = x.new_zeros(*x.shape[:2], num_frames, *x.shape[3:]) if self.first else next(self._past)
+        x = torch.cat((past, x), dim=2)
+        self.states.append(x[:, :, -num_frames:])
+        return x
+
+    def remember(self, state: Tensor) -> None:
+        """Store a state on the first chunk, without reading one."""
+        self.states.append(state)
+
+
+class CausalConv3d(nn.Conv3d):
+    """3-D convolution that sees the present and the two frames before it."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
+        super().__init__(in_channels, out_channels, kernel)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:  # type: ignore[override]
+        num_past = self.kernel_size[0] - 1
+        weight = self.weight
+        if num_past and stream.first and x.shape[2] == 1:  # zeros lie in the past: only the kernel's last tap counts
+            stream.remember(F.pad(x, (0, 0, 0, 0, num_past - 1, 0)))
+            weight = weight[:, :, -1:]
+        elif num_past:
+            x = stream.extend(x, num_past)
+        return conv3d(x, weight, self.bias, padding=(0, self.kernel_size[1] // 2, self.kernel_size[2] // 2))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over channels, in fp32."""
+
+    def __init__(self, dim: int, num_trailing: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *([1] * num_trailing)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # F.normalize's clamp (norm >= 1e-12) against all-zero pixels, written as an epsilon on the mean square.
+        channels_last = x.movedim(1, -1)
+        weight = self.gamma.flatten().to(x.dtype)
+        return F.rms_norm(channels_last, (x.shape[1],), weight, 1e-24).movedim(-1, 1)
+
+
+def norm_silu(norm: RMSNorm, x: Tensor) -> Tensor:
+    y = norm(x)
+    return F.silu(y, inplace=not y.requires_grad)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(in_dim, 3)
+        self.conv1 = CausalConv3d(in_dim, out_dim, 3)
+        self.norm2 = RMSNorm(out_dim, 3)
+        self.conv2 = CausalConv3d(out_dim, out_dim, 3)
+        self.conv_shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else None
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, stream)
+        y = self.conv1(norm_silu(self.norm1, x), stream)
+        y = self.conv2(norm_silu(self.norm2, y), stream)
+        return shortcut + y
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention within each frame."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim, 2)
+        self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        del stream  # frames do not see each other here
+        b, c, t, h, w = x.shape
+        frames = fold_time(x)
+        tokens = self.norm(frames).flatten(2).transpose(1, 2)  # [BT, HW, C]
+        q, k, v = F.linear(tokens, self.to_qkv.weight.flatten(1), self.to_qkv.bias).chunk(3, dim=-1)
+        out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        out = F.linear(out, self.proj.weight.flatten(1), self.proj.bias)
+        return x + unfold_time(out.transpose(1, 2).reshape(b * t, c, h, w), b)
+
+
+class Downsample(nn.Module):
+    """Halves height and width, and the frames after the first one where `temporal`."""
+
+    def __init__(self, dim: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Conv2d(dim, dim, 3, stride=2)
+        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        y = self.resample(F.pad(fold_time(x), (0, 1, 0, 1)))
+        y = unfold_time(y, x.shape[0])
+        if self.time_conv is None:
+            return y
+        if stream.first:
+            stream.remember(y[:, :, -1:])
+            return y
+        return conv3d(stream.extend(y, 1), self.time_conv.weight, self.time_conv.bias, stride=(2, 1, 1))
+
+
+class Upsample(nn.Module):
+    """Doubles height and width, and the frames after the first one where `temporal`."""
+
+    def __init__(self, dim: int, out_dim: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Conv2d(dim, out_dim, 3, padding=1)
+        self.time_conv = nn.Conv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        if self.time_conv is not None:
+            if stream.first:  # the lone first frame is not doubled, and what follows sees zeros in its place
+                stream.remember(x.new_zeros(*x.shape[:2], 2, *x.shape[3:]))
+            else:
+                x = interleave_time(conv3d(stream.extend(x, 2), self.time_conv.weight, self.time_conv.bias))
+        y = F.interpolate(fold_time(x), scale_factor=2.0, mode="nearest")  # equals nearest-exact at factor 2
+        return unfold_time(self.resample(y), x.shape[0])
+
+
+class MidBlock(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([ResidualBlock(dim, dim), ResidualBlock(dim, dim)])
+        self.attentions = nn.ModuleList([AttentionBlock(dim)])
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        x = self.resnets[0](x, stream)
+        x = self.attentions[0](x, stream)
+        return self.resnets[1](x, stream)
+
+
+class ResidualDownBlock(nn.Module):
+    """Wan2.2: residual blocks and downsampling beside a parameter-free shortcut that averages pixels into channels."""
+
+    def __init__(self, in_dim: int, out_dim: int, num_blocks: int, temporal: bool, spatial: bool) -> None:
+        super().__init__()
+        self.factors = (2 if temporal else 1, 2 if spatial else 1)
+        self.out_dim = out_dim
+        self.resnets = nn.ModuleList(ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(num_blocks))
+        self.downsampler = Downsample(out_dim, temporal) if spatial else None
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        shortcut = average_down(x, self.out_dim, *self.factors)
+        for block in self.resnets:
+            x = block(x, stream)
+        if self.downsampler is not None:
+            x = self.downsampler(x, stream)
+        return x + shortcut
+
+
+class ResidualUpBlock(nn.Module):
+    """Wan2.2: residual blocks and upsampling beside a parameter-free shortcut that repeats channels into pixels."""
+
+    def __init__(self, in_dim: int, out_dim: int, num_blocks: int, temporal: bool, spatial: bool) -> None:
+        super().__init__()
+        self.factors = (2 if temporal else 1, 2)
+        self.out_dim = out_dim
+        self.resnets = nn.ModuleList(ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(num_blocks))
+        self.upsampler = Upsample(out_dim, out_dim, temporal) if spatial else None
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        source = x
+        for block in self.resnets:
+            x = block(x, stream)
+        if self.upsampler is None:
+            return x
+        shortcut = repeat_up(source, self.out_dim, *self.factors)
+        return self.upsampler(x, stream) + (shortcut[:, :, self.factors[0] - 1 :] if stream.first else shortcut)
+
+
+class UpBlock(nn.Module):
+    """Wan2.1: residual blocks, then upsampling that halves the channels."""
+
+    def __init__(self, in_dim: int, out_dim: int, num_blocks: int, temporal: bool, spatial: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(num_blocks))
+        self.upsamplers = nn.ModuleList([Upsample(out_dim, out_dim // 2, temporal)]) if spatial else None
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        for block in self.resnets:
+            x = block(x, stream)
+        return x if self.upsamplers is None else self.upsamplers[0](x, stream)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: WanVAEConfig) -> None:
+        super().__init__()
+        dims = [config.base_dim * m for m in (1, *config.dim_mult)]
+        self.conv_in = CausalConv3d(config.in_channels, dims[0], 3)
+        self.down_blocks = nn.ModuleList(_down_blocks(config, dims))
+        self.mid_block = MidBlock(dims[-1])
+        self.norm_out = RMSNorm(dims[-1], 3)
+        self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim, 3)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        x = self.conv_in(x, stream)
+        for block in self.down_blocks:
+            x = block(x, stream)
+        x = self.mid_block(x, stream)
+        return self.conv_out(norm_silu(self.norm_out, x), stream)
+
+
+def _down_blocks(config: WanVAEConfig, dims: list[int]) -> list[nn.Module]:
+    blocks: list[nn.Module] = []
+    for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
+        spatial = level != len(config.dim_mult) - 1
+        temporal = spatial and config.temperal_downsample[level]
+        if config.is_residual:
+            blocks.append(ResidualDownBlock(in_dim, out_dim, config.num_res_blocks, temporal, spatial))
+            continue
+        blocks += [ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(config.num_res_blocks)]
+        if spatial:
+            blocks.append(Downsample(out_dim, temporal))
+    return blocks
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: WanVAEConfig) -> None:
+        super().__init__()
+        base_dim = config.decoder_base_dim or config.base_dim
+        mult = list(config.dim_mult)[::-1]
+        dims = [base_dim * m for m in (mult[0], *mult)]
+        temporal_upsample = list(config.temperal_downsample)[::-1]
+        self.conv_in = CausalConv3d(config.z_dim, dims[0], 3)
+        self.mid_block = MidBlock(dims[0])
+        self.up_blocks = nn.ModuleList()
+        for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
+            spatial = level != len(mult) - 1
+            temporal = spatial and temporal_upsample[level]
+            if config.is_residual:
+                block: nn.Module = ResidualUpBlock(in_dim, out_dim, config.num_res_blocks + 1, temporal, spatial)
+            else:
+                in_dim = in_dim // 2 if level > 0 else in_dim
+                block = UpBlock(in_dim, out_dim, config.num_res_blocks + 1, temporal, spatial)
+            self.up_blocks.append(block)
+        self.norm_out = RMSNorm(dims[-1], 3)
+        self.conv_out = CausalConv3d(dims[-1], config.out_channels, 3)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        x = self.conv_in(x, stream)
+        x = self.mid_block(x, stream)
+        for block in self.up_blocks:
+            x = block(x, stream)
+        return self.conv_out(norm_silu(self.norm_out, x), stream)
+
+
+class WanVAE(nn.Module):
+    """Encoder and decoder as pure functions of a chunk and the state of the chunks before it."""
+
+    def __init__(self, config: WanVAEConfig) -> None:
+        super().__init__()
+        if config.attn_scales:  # no published checkpoint has them, and the reference itself cannot run them
+            raise ValueError(f"attn_scales must be empty, got {list(config.attn_scales)}")
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, 1)
+        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, 1)
+        self.decoder = Decoder(config)
+
+    def encode_chunk(self, frames: Tensor, states: States | None = None) -> tuple[Tensor, States]:
+        """Posterior moments of a chunk.
+
+        frames: [B, 3, 1, H, W] first (`states` None), then [B, 3, 4n, H, W]; values in [-1, 1].
+        Returns [B, 2 * z_dim, n, H / s, W / s] (mean, log variance) and the states for the next chunk.
+        """
+        stream = Stream(states)
+        x = patchify(frames, self.config.patch_size or 1)
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        return self.quant_conv(self.encoder(x, stream), stream), stream.states
+
+    def decode_chunk(self, latents: Tensor, states: States | None = None) -> tuple[Tensor, States]:
+        """Frames of a chunk.
+
+        latents: [B, z_dim, 1, h, w] first (`states` None), then [B, z_dim, n, h, w]; not normalised.
+        Returns [B, 3, 1 or 4n, H, W], not clamped, and the states for the next chunk.
+        """
+        stream = Stream(states)
+        x = latents.contiguous(memory_format=torch.channels_last_3d)
+        x = self.decoder(self.post_quant_conv(x, stream), stream)
+        return unpatchify(x, self.config.patch_size or 1), stream.states
+
+
+def fold_time(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> [B T, C, H, W], a view in channels-last order."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def unfold_time(x: Tensor, batch: int) -> Tensor:
+    """[B T, C, H, W] -> [B, C, T, H, W], a view in channels-last order."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def interleave_time(x: Tensor) -> Tensor:
+    """[B, 2 C, T, H, W] -> [B, C, 2 T, H, W]: the halves of the channels are the even and the odd frames."""
+    x = x.movedim(1, -1).unflatten(-1, (2, -1))  # [B, T, H, W, 2, C]
+    return x.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).movedim(-1, 1)
+
+
+def average_down(x: Tensor, out_dim: int, factor_t: int, factor_s: int) -> Tensor:
+    """Fold blocks of factor_t x factor_s x factor_s pixels into channels and average groups of them to `out_dim`."""
+    x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % factor_t, 0))
+    b, c, t, h, w = x.shape
+    x = x.reshape(b, c, t // factor_t, factor_t, h // factor_s, factor_s, w // factor_s, factor_s)
+    x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, out_dim, -1, t // factor_t, h // factor_s, w // factor_s)
+    return x.mean(dim=2)
+
+
+def repeat_up(x: Tensor, out_dim: int, factor_t: int, factor_s: int) -> Tensor:
+    """Repeat channels to out_dim * factor_t * factor_s^2 and unfold them into pixels."""
+    factors = (factor_t, factor_s, factor_s)
+    repeats = out_dim * factor_t * factor_s**2 // x.shape[1]
+    x = x.movedim(1, -1)
+    if repeats == factor_t * factor_s**2:  # as many channels as before: nearest-neighbour upsampling, and no more
+        b, t, h, w, c = x.shape
+        x = x[:, :, None, :, None, :, None].expand(b, t, factor_t, h, factor_s, w, factor_s, c)
+    else:
+        x = x.repeat_interleave(repeats, dim=-1).unflatten(-1, (out_dim, *factors)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(-1, 1)
+
+
+def patchify(x: Tensor, p: int) -> Tensor:
+    """[B, C, T, H, W] -> [B, C p p, T, H / p, W / p]; channel order (c, column, row) as the checkpoints have it."""
+    if p == 1:
+        return x
+    b, c, t, h, w = x.shape
+    x = x.reshape(b, c, t, h // p, p, w // p, p).permute(0, 1, 6, 4, 2, 3, 5)
+    return x.reshape(b, c * p * p, t, h // p, w // p)
+
+
+def unpatchify(x: Tensor, p: int) -> Tensor:
+    """[B, C p p, T, H, W] -> [B, C, T, H p, W p], the inverse of `patchify`."""
+    if p == 1:
+        return x
+    b, c, t, h, w = x.shape
+    x = x.reshape(b, c // (p * p), p, p, t, h, w).permute(0, 1, 4, 5, 3, 6, 2)
+    return x.reshape(b, c // (p * p), t, h * p, w * p)

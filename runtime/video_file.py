@@ -1,0 +1,290 @@
+"""Frames to mp4, webp, gif and png, and back from images and videos that are checked by their headers first."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from io import BytesIO
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import TypeAlias
+
+import av
+import numpy as np
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+Frames: TypeAlias = NDArray[np.uint8]  # [frames, height, width, 3]
+Pixels: TypeAlias = NDArray[np.uint8]  # [height, width, 3]
+PathLike: TypeAlias = str | os.PathLike[str]
+
+VIDEO_SUFFIXES = (".mp4", ".webp", ".gif", ".png")
+SHEET_SUFFIXES = (".png",)
+SMALL_PIXELS = (
+    256 * 256
+)  # a frame up to this size is kept (nearly) lossless: it is watched enlarged and costs kilobytes
+MIN_IMAGE_SIDE, MAX_IMAGE_SIDE, MAX_IMAGE_PIXELS, MAX_IMAGE_BYTES = 16, 8192, 40_000_000, 64 * 2**20
+
+logger = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def write_video(path: PathLike, frames: Frames, fps: int) -> Path:
+    """Write uint8 `frames` [frames, height, width, 3] in the format of the suffix, whole or not at all."""
+    path = check_writable(path)
+    kind = path.suffix.lower()
+    with _replaced_when_complete(path) as unfinished:
+        if kind == ".mp4":
+            _write_mp4(unfinished, frames, fps)
+        else:
+            _write_animation(unfinished, frames, fps, kind.removeprefix("."))
+    return path
+
+
+def check_writable(path: PathLike, suffixes: tuple[str, ...] = VIDEO_SUFFIXES, name: str = "output") -> Path:
+    """Refuse a path that cannot be written, before any work is spent on what would be written there."""
+    path = Path(path)
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{name} must end in {' or '.join(suffixes)}, got {str(path)!r}")
+    if os.path.isdir(path):
+        raise ValueError(f"{name} must be a file, got the folder {str(path)!r}")
+    if not os.path.isdir(path.parent):
+        raise ValueError(f"{name} must be in an existing folder, got {str(path)!r}")
+    try:
+        with suppress(FileNotFoundError):
+            os.lstat(path)  # an over-long name
+        tempfile.TemporaryFile(dir=path.parent).close()  # a trial says more than mode bits: root, read-only mounts
+    except OSError as error:
+        raise ValueError(f"{name} must be writable, got {str(path)!r} ({error.strerror})") from error
+    return path
+
+
+@contextmanager
+def _replaced_when_complete(path: Path) -> Iterator[Path]:
+    """A name beside `path` that becomes `path` if the block succeeds and is gone if it does not, Ctrl-C included."""
+    unfinished = path.with_name(f".skylapse-{secrets.token_hex(8)}.tmp")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _write_mp4(path: Path, frames: Frames, fps: int) -> None:
+    """H.264, yuv420p, limited-range BT.709 and tagged so, index before data."""
+    _, height, width, _ = frames.shape
+    if width % 2 or height % 2:
+        raise ValueError(f"mp4 needs an even width and height, got {width}x{height}")
+    encoder = _h264_encoder()
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream(encoder, rate=fps)
+        assert isinstance(stream, av.VideoStream)
+        context = stream.codec_context
+        context.width, context.height, context.pix_fmt = width, height, "yuv420p"
+        if encoder == "libx264":
+            context.options = {"crf": "12" if width * height <= SMALL_PIXELS else "17"}
+        else:
+            context.bit_rate = max(2_000_000, width * height * fps // 4)  # no constant quality there: a generous rate
+        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        context.color_trc, context.color_primaries = ColorTrc.BT709, ColorPrimaries.BT709
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24").reformat(
+                format="yuv420p",
+                src_color_range=ColorRange.JPEG,
+                dst_color_range=ColorRange.MPEG,
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_trc=ColorTrc.BT709,
+                dst_color_primaries=ColorPrimaries.BT709,
+                # Without accurate rounding a flat red of 220 comes back as 213.
+                interpolation=Interpolation.LANCZOS | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP,
+            )
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@cache
+def _h264_encoder() -> str:
+    """The best software encoder of this PyAV build; said once."""
+    encoders = ("libx264", "libopenh264", "h264_videotoolbox", "mpeg4")
+    encoder = next(name for name in encoders if name in av.codecs_available)
+    if encoder == "libx264":
+        logger.info("mp4 is encoded by libx264")
+    else:
+        logger.warning("mp4 is encoded by %s: this build of PyAV has no libx264", encoder)
+    return encoder
+
+
+def _write_animation(path: Path, frames: Frames, fps: int, kind: str) -> None:
+    """GIF, animated PNG (lossless; one frame is an ordinary PNG) or animated WebP (lossless while it is small)."""
+    if kind == "gif" and fps > 50:  # players show a delay below 2/100 s as 1/10 s
+        raise ValueError(f"fps must be at most 50 in a gif, got {fps}")
+    images = [Image.fromarray(pixels) for pixels in frames]
+    tick_ms = 10 if kind == "gif" else 1
+    starts_ms = [tick_ms * round(index * 1000 / fps / tick_ms) for index in range(len(images) + 1)]
+    options = {"lossless": images[0].width * images[0].height <= SMALL_PIXELS, "quality": 90} if kind == "webp" else {}
+    images[0].save(
+        path,
+        format=kind,
+        save_all=True,
+        append_images=images[1:],
+        duration=[end - start for start, end in pairwise(starts_ms)],  # rounded so that the sum does not drift
+        loop=0,
+        **options,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- contact sheets
+
+
+def contact_sheet(frames: Frames, columns: int | None = None) -> Image.Image:
+    """Up to 12 evenly spaced frames, the first and the last among them, enlarged to be legible, with thin gaps."""
+    count = min(len(frames), 12)
+    chosen = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    columns = columns or next((c for c in (6, 5, 4, 3) if count % c == 0), min(count, 6))
+    rows = -(-count // columns)
+
+    _, height, width, _ = frames.shape
+    longest, gap = max(height, width), 4
+    enlarged = longest <= 192
+    scale = 192 // longest if enlarged else min(1.0, 480 / longest)
+    size = round(width * scale), round(height * scale)
+
+    sheet = Image.new("RGB", (columns * (size[0] + gap) + gap, rows * (size[1] + gap) + gap), (32, 32, 32))
+    for index, pixels in enumerate(chosen):
+        row, column = divmod(index, columns)
+        method = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
+        cell = Image.fromarray(pixels).resize(size, method)
+        sheet.paste(cell, (gap + column * (size[0] + gap), gap + row * (size[1] + gap)))
+    return sheet
+
+
+def save_sheet(path: PathLike, frames: Frames, columns: int | None = None) -> Path:
+    """Write `contact_sheet(frames)` as a PNG, whole or not at all."""
+    path = check_writable(path, SHEET_SUFFIXES, "sheet")
+    with _replaced_when_complete(path) as unfinished:
+        contact_sheet(frames, columns).save(unfinished, format="png")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def read_image(source: PathLike | Image.Image | Pixels, width: int, height: int) -> Pixels:
+    """Uint8 [height, width, 3]: the image upright, aspect kept, cropped at the centre, black where transparent."""
+    label = "image"
+    if isinstance(source, np.ndarray):
+        image = Image.fromarray(source)
+    elif isinstance(source, Image.Image):
+        image = source
+    else:
+        image, label = _open_image(source), f"image {Path(source).name!r}"
+    _check_image_size(label, image.width, image.height)
+    with _decoding(label):
+        image = _to_rgb(ImageOps.exif_transpose(image))
+    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+
+
+def check_image(path: PathLike) -> None:
+    """Refuse an image file by its header: kind, bytes, width and height. Nothing is decoded."""
+    image = _open_image(path)
+    _check_image_size(f"image {Path(path).name!r}", image.width, image.height)
+
+
+def _open_image(path: PathLike) -> Image.Image:
+    """The image with its header read and its pixels not."""
+    if not os.path.isfile(path):  # which a pipe is not either: reading one could wait forever
+        raise ValueError(f"image must be an existing file, got {str(path)!r}")
+    label = f"image {Path(path).name!r}"
+    if (num_bytes := os.path.getsize(path)) > MAX_IMAGE_BYTES:
+        raise ValueError(f"{label} must have at most {MAX_IMAGE_BYTES} bytes, got {num_bytes}")
+    data = Path(path).read_bytes()
+    opener: type[PngImageFile | JpegImageFile | WebPImageFile]
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        opener = PngImageFile
+    elif data.startswith(b"\xff\xd8\xff"):
+        opener = JpegImageFile
+    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        opener = WebPImageFile
+    else:
+        raise ValueError(f"{label} must be a PNG, JPEG or WebP file")
+    with _decoding(label):
+        return opener(BytesIO(data))
+
+
+@contextmanager
+def _decoding(label: str) -> Iterator[None]:
+    """What Pillow raises on a broken file becomes a ValueError that names the file."""
+    try:
+        yield
+    except Image.DecompressionBombError as error:  # WebP's canvas, whose size Pillow checks before we can
+        raise ValueError(f"{label} must have at most {MAX_IMAGE_PIXELS // 10**6} megapixels, got far more") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # 10,000 mutated files: the first two
+        raise ValueError(f"{label} must be an intact image, got a broken one ({error})") from error
+
+
+def _check_image_size(label: str, width: int, height: int) -> None:
+    got = f"got {width}x{height}"
+    if min(width, height) < MIN_IMAGE_SIDE:
+        raise ValueError(f"{label} must be at least {MIN_IMAGE_SIDE}x{MIN_IMAGE_SIDE} pixels, {got}")
+    if max(width, height) > MAX_IMAGE_SIDE:
+        raise ValueError(f"{label} must be at most {MAX_IMAGE_SIDE} pixels on a side, {got}")
+    if width * height > MAX_IMAGE_PIXELS:
+        raise ValueError(f"{label} must have at most {MAX_IMAGE_PIXELS // 10**6} megapixels, {got}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # 16-bit grey: convert("RGB") would clip it at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def read_video(path: PathLike, max_frames: int, max_pixels: int) -> tuple[Frames, float]:
+    """Frames, uint8 [frames, height, width, 3] and upright, and frames per second of a file within the given bounds."""
+    if not os.path.isfile(path):
+        raise ValueError(f"video must be an existing file, got {str(path)!r}")
+    label = f"video {Path(path).name!r}"
+    # Only containers that hold the video themselves: a playlist could name other files or addresses in our network.
+    only = {"format_whitelist": "mov,matroska", "protocol_whitelist": "file"}
+    try:
+        with av.open(f"file:{os.path.abspath(path)}", options=only) as container:
+            if not container.streams.video:
+                raise ValueError(f"{label} must have a picture, got none")
+            stream = container.streams.video[0]
+            if not 0 < stream.width * stream.height <= max_pixels:
+                raise ValueError(
+                    f"{label} must have at most {max_pixels} pixels a frame, got {stream.width}x{stream.height}"
+                )
+            if stream.frames > max_frames:
+                raise ValueError(f"{label} must have at most {max_frames} frames, got {stream.frames}")
+            # Later frames may be larger than the header says. Decoders pad, so the codec's own bound is a loose one.
+            stream.codec_context.options = {"max_pixels": str(4 * max_pixels + 2**20)}
+            fps = float(stream.average_rate or stream.guessed_rate or 0)
+            frames = [_upright(frame) for frame in islice(container.decode(stream), max_frames + 1)]
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{label} must be an intact mp4, mov, mkv or webm file ({error.strerror})") from error
+    if not 1 <= len(frames) <= max_frames:
+        raise ValueError(f"{label} must have from 1 to {max_frames} frames, got {len(frames) or 'none'}")
+    if any(frame.shape != frames[0].shape or frame.size > 3 * max_pixels for frame in frames) or not fps:
+        raise ValueError(f"{label} must keep to the size of its header and have a frame rate")
+    return np.stack(frames), fps
+
+
+def _upright(frame: av.VideoFrame) -> Pixels:
+    """RGB pixels [height, width, 3], turned as the file says (telephones store portraits lying)."""
+    exact = Interpolation.LANCZOS | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+    pixels = frame.to_ndarray(format="rgb24", interpolation=exact)
+    return np.rot90(pixels, frame.rotation // 90)

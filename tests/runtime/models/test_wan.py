@@ -1,0 +1,200 @@
+"""The denoiser on packed tokens equals WanTransformer3DModel, alone and in mixed packs, for every variant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from tiny import BASE, CLIP_ROWS, IMAGE, VARIANTS, draw_weights
+from torch import nn
+
+from skylapse.runtime.models.checkpoint import check_keys, load_weights, slots
+from skylapse.runtime.models.wan import WanConfig, WanDenoiser
+from skylapse.runtime.pack import Sequence, build_pack
+from skylapse.runtime.vae.wan import WanVAE, WanVAEConfig
+
+CPU = torch.device("cpu")
+SHAPES = ((3, 8, 12), (1, 6, 4), (5, 4, 4))
+PROMPT_ROWS = (7, 512, 1)
+TIMESTEPS = (900.0, 37.0, 500.0)
+OPTIONS = {
+    "plain": BASE,
+    "image": BASE | IMAGE,
+    "first and last image": BASE | IMAGE | dict(pos_embed_seq_len=2 * CLIP_ROWS),
+    "no cross norm": BASE | dict(cross_attn_norm=False),
+    "tall patch": BASE | dict(patch_size=(1, 1, 2)),
+}
+
+
+@pytest.fixture(params=OPTIONS)
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[WanTransformer3DModel, WanDenoiser]]:
+    config = OPTIONS[request.param]
+    reference = draw_weights(WanTransformer3DModel(**config), 0)
+    reference.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        yield reference, load(tmp_path, config)
+
+
+def load(folder: Path, config: dict) -> WanDenoiser:
+    with torch.device("meta"):
+        denoiser = WanDenoiser(WanConfig(**config))
+    load_weights(denoiser, folder, device=CPU, dtype=torch.float32, fp32_parameters=denoiser.fp32_parameters)
+    return denoiser
+
+
+def inputs(config: WanConfig) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
+    """Latents and prompt rows of three sequences, and CLIP rows."""
+    generator = torch.Generator().manual_seed(1)
+    latents = [torch.randn(config.in_channels, *shape, generator=generator) for shape in SHAPES]
+    prompts = [torch.randn(rows, config.text_dim, generator=generator) for rows in PROMPT_ROWS]
+    num_images = 2 if config.pos_embed_seq_len else 1
+    rows = torch.randn(num_images, CLIP_ROWS, config.image_dim, generator=generator) if config.image_dim else None
+    return latents, prompts, rows
+
+
+def reference_velocity(
+    model: WanTransformer3DModel,
+    latents: torch.Tensor,
+    prompt: torch.Tensor,
+    timestep: torch.Tensor,
+    rows: torch.Tensor | None,
+) -> torch.Tensor:
+    padded = torch.zeros(1, 512, prompt.shape[1])
+    padded[0, : len(prompt)] = prompt
+    return model(latents[None], timestep, padded, rows, return_dict=False)[0][0]
+
+
+def grid_of(latents: torch.Tensor, config: WanConfig) -> tuple[int, int, int]:
+    t, h, w = (length // p for length, p in zip(latents.shape[1:], config.patch_size, strict=True))
+    return t, h, w
+
+
+def test_three_sequences_of_different_shapes_share_a_pack(pair: tuple[WanTransformer3DModel, WanDenoiser]) -> None:
+    reference, denoiser = pair
+    latents, prompts, rows = inputs(denoiser.config)
+    expected = [
+        reference_velocity(reference, x, prompt, torch.tensor([t]), rows)
+        for x, prompt, t in zip(latents, prompts, TIMESTEPS, strict=True)
+    ]
+    image = None if rows is None else denoiser.encode_image(rows.flatten(0, 1))
+    sequences = [
+        Sequence(grid_of(x, denoiser.config), (i,) * x.shape[1], denoiser.encode_text(prompt), image)
+        for i, (x, prompt) in enumerate(zip(latents, prompts, strict=True))
+    ]
+    pack = build_pack(sequences, denoiser.config.attention_head_dim, CPU)
+    for ours, theirs in zip(denoiser(pack, latents, torch.tensor(TIMESTEPS)), expected, strict=True):
+        assert relative_l2(ours, theirs) < 1e-5
+
+
+def test_a_timestep_per_frame_equals_the_reference_per_token(pair: tuple[WanTransformer3DModel, WanDenoiser]) -> None:
+    reference, denoiser = pair
+    latents, prompts, rows = inputs(denoiser.config)
+    x, prompt = latents[0], prompts[0]
+    t, h, w = grid_of(x, denoiser.config)
+    per_token = torch.tensor([0.0] + [640.0] * (t - 1)).repeat_interleave(h * w)[None]
+    expected = reference_velocity(reference, x, prompt, per_token, rows)
+    image = None if rows is None else denoiser.encode_image(rows.flatten(0, 1))
+    sequence = Sequence((t, h, w), (1,) + (0,) * (t - 1), denoiser.encode_text(prompt), image)
+    pack = build_pack([sequence], denoiser.config.attention_head_dim, CPU)
+    (ours,) = denoiser(pack, [x], torch.tensor([640.0, 0.0]))
+    assert relative_l2(ours, expected) < 1e-5
+
+
+def test_bf16_stays_within_its_noise_of_the_reference(tmp_path: Path) -> None:
+    reference = draw_weights(WanTransformer3DModel(**BASE), 0)
+    reference.save_pretrained(tmp_path)
+    half = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    with torch.device("meta"):
+        denoiser = WanDenoiser(WanConfig(**BASE))
+    load_weights(denoiser, tmp_path, device=CPU, dtype=torch.bfloat16, fp32_parameters=denoiser.fp32_parameters)
+    assert denoiser.blocks[0].norm2.weight.dtype == torch.float32
+    latents, prompts, _ = inputs(denoiser.config)
+    x, prompt = latents[0].bfloat16(), prompts[0].bfloat16()
+    with torch.inference_mode():
+        padded = torch.zeros(1, 512, 64, dtype=torch.bfloat16)
+        padded[0, : len(prompt)] = prompt
+        theirs = half(x[None], torch.tensor([500.0]), padded, return_dict=False)[0][0].float()
+        exact = reference_velocity(reference, x.float(), prompt.float(), torch.tensor([500.0]), None)
+        sequence = Sequence(grid_of(x, denoiser.config), (0,) * x.shape[1], denoiser.encode_text(prompt))
+        (ours,) = denoiser(build_pack([sequence], 24, CPU), [x], torch.tensor([500.0]))
+    assert relative_l2(ours.float(), exact) < 1.5 * relative_l2(theirs, exact)
+
+
+def test_dropping_the_folded_padding_would_be_seen(tmp_path: Path) -> None:
+    reference = draw_weights(WanTransformer3DModel(**BASE), 0)
+    reference.save_pretrained(tmp_path)
+    denoiser = load(tmp_path, BASE)
+    latents, prompts, _ = inputs(denoiser.config)
+    x, prompt = latents[0], prompts[0]
+    with torch.inference_mode():
+        expected = reference_velocity(reference, x, prompt, torch.tensor([500.0]), None)
+        text = denoiser.encode_text(prompt)
+        bare = type(text)(text.keys_values[:, :, :-1], text.key_bias[:-1])
+        sequence = Sequence(grid_of(x, denoiser.config), (0,) * x.shape[1], bare)
+        (ours,) = denoiser(build_pack([sequence], 24, CPU), [x], torch.tensor([500.0]))
+    assert relative_l2(ours, expected) > 1e-2
+
+
+WAN_14B = dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40)
+PUBLISHED_TRANSFORMERS = {
+    "Wan2.1-T2V-1.3B": dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30),
+    "Wan2.1-T2V-14B, Wan2.2-T2V-A14B": WAN_14B,
+    "Wan2.1-I2V-14B": WAN_14B | dict(in_channels=36, out_channels=16, image_dim=1280, added_kv_proj_dim=5120),
+    "Wan2.1-FLF2V-14B": WAN_14B
+    | dict(in_channels=36, out_channels=16, image_dim=1280, added_kv_proj_dim=5120, pos_embed_seq_len=514),
+    "Wan2.2-I2V-A14B": WAN_14B | dict(in_channels=36, out_channels=16),
+    "Wan2.2-TI2V-5B": dict(
+        num_attention_heads=24, attention_head_dim=128, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48
+    ),
+}
+PUBLISHED_VAES = {
+    "Wan2.1": dict(),
+    "Wan2.2-TI2V-5B": dict(
+        base_dim=160,
+        decoder_base_dim=256,
+        z_dim=48,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        latents_mean=[0.0] * 48,
+        latents_std=[1.0] * 48,
+    ),
+}
+
+
+def published_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_TRANSFORMERS)
+def test_published_transformers_map_every_key(name: str) -> None:
+    config = PUBLISHED_TRANSFORMERS[name]
+    with torch.device("meta"):
+        shapes = published_shapes(WanTransformer3DModel(**config))
+        places = slots(WanDenoiser(WanConfig(**config)))
+    check_keys(places, shapes, Path(name), ())
+    with pytest.raises(ValueError, match=r"unexpected: blocks\.0\.attn2\.norm_added_q\.weight"):
+        check_keys(places, shapes | {"blocks.0.attn2.norm_added_q.weight": (1,)}, Path(name), ())
+    check_keys(places, shapes | {"blocks.0.attn2.norm_added_q.weight": (1,)}, Path(name), WanDenoiser.unexpected_keys)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_VAES)
+def test_published_vaes_map_every_key(name: str) -> None:
+    config = PUBLISHED_VAES[name]
+    with torch.device("meta"):
+        shapes = published_shapes(AutoencoderKLWan(**config))
+        places = slots(WanVAE(WanVAEConfig(**config)), lambda key: key.replace(".resample.", ".resample.1."))
+    check_keys(places, shapes, Path(name), ())
+
+
+def test_every_variant_has_a_tiny_checkpoint() -> None:
+    assert len(VARIANTS) == 6
+
+
+def relative_l2(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((ours - reference).norm() / reference.norm())

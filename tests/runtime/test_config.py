@@ -1,0 +1,52 @@
+"""Settings: what the environment says, and errors that name the variable."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from skylapse.runtime.config import Settings, load_settings
+
+MIB = 2**20
+
+
+def test_empty_environment_gives_the_defaults() -> None:
+    assert load_settings({}) == Settings()
+    assert load_settings({"SKYLAPSE_THREADS": "", "SKYLAPSE_CACHE_DIR": " "}) == Settings()
+    assert Settings() == Settings(threads=None, debug=False, text_cache_bytes=256 * MIB, cache_dir=None, decode_chunk=4)
+
+
+def test_every_variable_is_read(tmp_path: Path) -> None:
+    environ = {
+        "SKYLAPSE_THREADS": "2",
+        "SKYLAPSE_DEBUG": "1",
+        "SKYLAPSE_TEXT_CACHE_MB": "0",
+        "SKYLAPSE_CACHE_DIR": str(tmp_path / "not-yet-there"),
+        "SKYLAPSE_DECODE_CHUNK": "8",
+        "HOME": "/root",
+    }
+    assert load_settings(environ) == Settings(
+        threads=2, debug=True, text_cache_bytes=0, cache_dir=tmp_path / "not-yet-there", decode_chunk=8
+    )
+
+
+def test_cache_dir_may_be_in_the_home_folder() -> None:
+    assert load_settings({"SKYLAPSE_CACHE_DIR": "~/models"}).cache_dir == Path.home() / "models"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "allowed"),
+    [
+        ("SKYLAPSE_THREADS", "0", "a whole number from 1 to 1024"),
+        ("SKYLAPSE_THREADS", "two", "a whole number from 1 to 1024"),
+        ("SKYLAPSE_THREADS", "-1", "a whole number from 1 to 1024"),
+        ("SKYLAPSE_TEXT_CACHE_MB", "1.5", "a whole number from 0 to 1048576"),
+        ("SKYLAPSE_DECODE_CHUNK", "65", "a whole number from 1 to 64"),
+        ("SKYLAPSE_DECODE_CHUNK", "9" * 5000, "a whole number from 1 to 64"),
+        ("SKYLAPSE_DEBUG", "yes", "0 or 1"),
+        ("SKYLAPSE_CACHE_DIR", __file__, "a folder"),
+    ],
+)
+def test_wrong_variable_is_named_with_what_is_allowed(name: str, text: str, allowed: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be {re.escape(allowed)}, got .*{re.escape(repr(text))}$"):
+        load_settings({name: text})

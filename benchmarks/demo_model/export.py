@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...runtime.models.checkpoint import slots
 from ...runtime.models.wan import WanDenoiser
-from ...runtime.vae.wan import WanVAE
+from ...runtime.vae.wan import WanVAE, checkpoint_name
 from .text import build_tokenizer
 from .train_dit import SHIFT, DemoModel, load_frozen_vae
 
@@ -98,19 +98,16 @@ def write_module(folder: Path, module: WanVAE | WanDenoiser, class_name: str, co
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
-def checkpoint_tensors(module: nn.Module) -> dict[str, Tensor]:
+def checkpoint_tensors(module: WanVAE | WanDenoiser) -> dict[str, Tensor]:
     """Checkpoint name -> tensor: the loader's mapping, the other way."""
     keep = getattr(module, "fp32_parameters", ())
-    rename = (
-        (lambda key: key.replace(".resample.", ".resample.1.")) if isinstance(module, WanVAE) else (lambda key: key)
-    )
+    places = slots(module, checkpoint_name) if isinstance(module, WanVAE) else slots(module)
     parameters = dict(module.named_parameters())
     tensors = {}
-    for name, slot in slots(module, rename).items():
+    for name, slot in places.items():
         value = parameters[slot.parameter].detach()[slot.rows]
-        if name == "patch_embedding.weight":
-            config = module.config
-            value = value.view(len(value), config.in_channels, *config.patch_size)
+        if isinstance(module, WanDenoiser) and name == "patch_embedding.weight":
+            value = value.view(len(value), module.config.in_channels, *module.config.patch_size)
         dtype = torch.float32 if any(part in name for part in keep) else torch.float16
         tensors[name] = value.to(dtype).contiguous().clone()
     return tensors

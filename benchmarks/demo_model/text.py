@@ -31,7 +31,7 @@ FILLERS = (
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word, lower case, `</s>` at the end as T5 has it; unknown words share one token."""
-    words = [*SPECIAL, *vocabulary(), *FILLERS]
+    words = list(dict.fromkeys((*SPECIAL, *vocabulary(), *FILLERS)))  # each once: ids are below their number
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

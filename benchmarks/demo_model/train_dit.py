@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -24,8 +24,9 @@ from ...runtime.models import wan
 from ...runtime.models.wan import TEXT_ROWS, WanConfig, WanDenoiser
 from ...runtime.pack import Context, Pack, build_rotation
 from ...runtime.vae.wan import WanVAE
-from .scenes import Scenes, caption, draw_scenes, render
-from .text import FILLERS, TEXT_DIM, build_text_encoder, build_tokenizer
+from .data import BUCKETS, Stock, draw_caption, draw_given, encode
+from .scenes import draw_scenes, render
+from .text import TEXT_DIM, build_text_encoder, build_tokenizer
 from .training import Average, restore_state, save_state, trainable_attention, trainable_rms_norm
 
 CONFIG = WanConfig(
@@ -41,27 +42,6 @@ CONFIG = WanConfig(
 )
 SHIFT = 3.0
 TEXT_LENGTH = 20  # longest caption of the grammar with fillers, `</s>` and the folded padding row
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Clips of one size: how many a step, and how often."""
-
-    num_frames: int
-    height: int
-    width: int
-    batch: int
-    weight: float
-    stock: int  # encoded clips at hand; each step replaces a few
-
-
-BUCKETS = (
-    Bucket(17, 64, 64, 64, 0.64, 3072),
-    Bucket(17, 64, 96, 40, 0.12, 768),
-    Bucket(17, 96, 64, 40, 0.12, 768),
-    Bucket(33, 64, 64, 32, 0.08, 512),
-    Bucket(9, 64, 64, 64, 0.04, 256),
-)
 
 
 class DemoModel(nn.Module):
@@ -108,72 +88,6 @@ class DemoModel(nn.Module):
         return Context(keys_values, tuple(range(0, batch * length + 1, length)), bias.flatten())
 
 
-class Stock:
-    """A rolling set of encoded clips of one bucket."""
-
-    def __init__(self, bucket: Bucket, vae: WanVAE, scale: tuple[Tensor, Tensor], generator: torch.Generator) -> None:
-        self.bucket, self.vae, self.generator = bucket, vae, generator
-        self.mean, self.std = scale
-        self.latents: list[Tensor] = []  # [C, T, H, W] bf16
-        self.lone_last: list[Tensor] = []  # [C, 1, H, W]: the last frame encoded alone
-        self.labels: list[dict[str, str]] = []
-
-    def refill(self, count: int) -> None:
-        """Encode `count` new clips; the oldest leave once the stock is full."""
-        b = self.bucket
-        scenes: Scenes = draw_scenes(count, self.generator)
-        frames, _ = render(scenes, b.num_frames, b.height, b.width)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            latents, lone = (
-                self._normalise(x) for x in (encode(self.vae, frames), encode(self.vae, frames[:, :, -1:]))
-            )
-        self.latents = (self.latents + list(latents))[-b.stock :]
-        self.lone_last = (self.lone_last + list(lone))[-b.stock :]
-        self.labels = (self.labels + [scenes.labels(i) for i in range(count)])[-b.stock :]
-
-    def draw(self) -> tuple[Tensor, Tensor, list[dict[str, str]]]:
-        picks = torch.randint(len(self.labels), (self.bucket.batch,), generator=self.generator).tolist()
-        latents = torch.stack([self.latents[i] for i in picks]).float()
-        return latents, torch.stack([self.lone_last[i] for i in picks]).float(), [self.labels[i] for i in picks]
-
-    def _normalise(self, latents: Tensor) -> Tensor:
-        return ((latents.float() - self.mean) / self.std).bfloat16()
-
-
-def encode(vae: WanVAE, frames: Tensor) -> Tensor:
-    """Posterior means [B, C, T, H, W] of frames [B, 3, F, H, W]; a lone frame is a clip of one."""
-    moments, states = vae.encode_chunk(frames[:, :, :1])
-    if frames.shape[2] > 1:
-        moments = torch.cat((moments, vae.encode_chunk(frames[:, :, 1:], states)[0]), dim=2)
-    return moments.chunk(2, dim=1)[0]
-
-
-def draw_given(batch: int, frames: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(given [B, T] bool, lone_last [B] bool): half of the clips give nothing, the others some of their frames."""
-    given = torch.zeros(batch, frames, dtype=torch.bool)
-    kind = torch.rand(batch, generator=generator)
-    prefix = 1 + torch.randint(max(frames - 2, 1), (batch,), generator=generator)
-    first = (kind >= 0.5) & (kind < 0.70)
-    last = (kind >= 0.70) & (kind < 0.78)
-    both = (kind >= 0.78) & (kind < 0.88)
-    given[:, 0] = first | both
-    given[:, -1] = (last | both) if frames > 1 else False
-    given |= (kind >= 0.88)[:, None] & (torch.arange(frames) < prefix[:, None])
-    return given, (last | both) & (frames > 1)
-
-
-def draw_caption(labels: dict[str, str], generator: torch.Generator) -> str:
-    """A caption; a tenth are empty (for guidance), some carry words that mean nothing."""
-    chance = torch.rand(3, generator=generator).tolist()
-    if chance[0] < 0.1:
-        return ""
-    words = caption(labels, generator).split()
-    if chance[1] < 0.15:
-        filler = (*FILLERS, "zzz")[int(chance[2] * (len(FILLERS) + 1))]
-        words.insert(int(chance[2] * 977) % (len(words) + 1), filler)
-    return " ".join(words)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=Path, required=True, help="folder that train_vae wrote")
@@ -198,7 +112,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(args.seed + 1000 + step)
     stocks = [Stock(bucket, vae, scale, generator) for bucket in BUCKETS]
     for stock in stocks:
-        for _ in range(stock.bucket.stock // 32):
+        for _ in range(stock.bucket.stock // 96):  # a third; training fills the rest
             stock.refill(32)
     print(json.dumps({"stocked": [len(s.labels) for s in stocks]}), flush=True)
     (args.out / "config.json").write_text(json.dumps(asdict(CONFIG)))
@@ -217,7 +131,7 @@ def main() -> None:
         loss = flow_loss(model, latents, lone_last, tokens, generator)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -289,7 +203,7 @@ def initialise(model: DemoModel) -> DemoModel:
             nn.init.zeros_(p)
         else:
             nn.init.normal_(p, std=p.shape[1] ** -0.5)
-    for block in model.denoiser.blocks:
+    for block in model.denoiser.layers:
         block.scale_shift_table.data[:, (2, 5)] += 0.3
         for layer in (block.attn1.out, block.attn2.out, block.ffn.down):
             layer.weight.data.mul_(0.3)

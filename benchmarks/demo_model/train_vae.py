@@ -77,7 +77,7 @@ def main() -> None:
         with torch.autocast(device.type, torch.bfloat16):
             loss = objective(vae, frames, coverage, lone_last=step % 7 == 6)
         vae.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         matrices.take_gradients()
         for optimizer in optimizers:
@@ -115,10 +115,10 @@ def widen(vae: WanVAE, state: dict[str, Tensor]) -> None:
     for name, p in vae.named_parameters():
         old = state[f"average.{name}"]
         if name.startswith(("encoder.conv_out", "quant_conv")):  # mean and log variance are the halves of the rows
-            pairs = zip(p.data.chunk(2), old.chunk(2), strict=True)
+            halves = list(zip(p.data.chunk(2), old.chunk(2), strict=True))
         else:
-            pairs = iter([(p.data, old)])
-        for target, source in pairs:
+            halves = [(p.data, old)]
+        for target, source in halves:
             target[tuple(slice(length) for length in source.shape)] = source
 
 

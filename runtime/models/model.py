@@ -15,7 +15,7 @@ from ..config import Settings
 from ..request import ModelDefaults, ModelLimits
 from ..sampler.schedule import SolverConfig
 from ..vae.codec import VideoCodec
-from ..vae.wan import WanVAE, WanVAEConfig
+from ..vae.wan import WanVAE, WanVAEConfig, checkpoint_name
 from .checkpoint import load_weights
 from .image_encoder import ImageEncoder
 from .registry import ModelFolder, read_folder, resolve_folder
@@ -73,7 +73,7 @@ def load_model(
         path / "vae",
         device=device,
         dtype=torch.float32,
-        rename=lambda key: key.replace(".resample.", ".resample.1."),
+        rename=checkpoint_name,
     )
     solver = SolverConfig.from_diffusers(folder.scheduler)
     has_clip = folder.transformer.get("image_dim") is not None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -121,12 +122,17 @@ class WanDenoiser(nn.Module):
     def text_keys_values(self, rows: Tensor) -> Tensor:
         """Text rows [L, text_dim] -> keys and values of every block [num_layers, 2, L, H, D]."""
         rows = self.condition_embedder.text_embedder(rows.to(self.dtype))
-        return torch.stack([block.attn2.text_keys_values(rows) for block in self.blocks])
+        return torch.stack([block.attn2.text_keys_values(rows) for block in self.layers])
 
     def encode_image(self, embeddings: Tensor) -> Tensor:
         """CLIP rows [L, image_dim] -> keys and values of every block [num_layers, 2, L', H, D]."""
         rows = self.condition_embedder.image_embedder(embeddings.to(self.dtype))
-        return torch.stack([block.attn2.image_keys_values(rows) for block in self.blocks])
+        return torch.stack([block.attn2.image_keys_values(rows) for block in self.layers])
+
+    @property
+    def layers(self) -> list[WanBlock]:
+        """The blocks, with their type."""
+        return [cast(WanBlock, block) for block in self.blocks]
 
 
 class WanBlock(nn.Module):

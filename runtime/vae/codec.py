@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tiling import Tiling, decode_tiled
+from .tiling import Tiling, decode_tiled, encode_tiled
 from .wan import WanVAE
 
 Frames = np.ndarray  # uint8 [frames, height, width, 3]
@@ -45,11 +45,11 @@ class VideoCodec:
         if (pixels.shape[2] - 1) % self.temporal_factor:
             raise ValueError(f"num_frames must be {self.temporal_factor}k+1 to be encoded, got {pixels.shape[2]}")
         with torch.inference_mode():
-            moments, states = self.vae.encode_chunk(pixels[:, :, :1].to(self.dtype))
+            moments, states = encode_tiled(self.vae, pixels[:, :, :1].to(self.dtype), None, self.tiling)
             parts = [moments]
             for chunk in pixels[:, :, 1:].split(self.chunk * self.temporal_factor, dim=2):
                 if chunk.shape[2]:
-                    moments, states = self.vae.encode_chunk(chunk.to(self.dtype), states)
+                    moments, states = encode_tiled(self.vae, chunk.to(self.dtype), states, self.tiling)
                     parts.append(moments)
             mean = torch.cat(parts, dim=2).float().chunk(2, dim=1)[0]
             return ((mean - self._mean) / self._std)[0]

@@ -1,7 +1,8 @@
-"""Large frames decoded as overlapping tiles with blended seams, each tile streaming with its own state."""
+"""Large frames encoded and decoded as overlapping tiles with blended seams, each tile streaming with its own state."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 from .wan import States, WanVAE
 
 TileStates = list[States]
+Chunk = Callable[[Tensor, States | None], tuple[Tensor, States]]
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Sizes in pixels of a decoded frame. Frames of at most `threshold` pixels are decoded whole."""
+    """Sizes in pixels of a frame. Frames of at most `threshold` pixels are done whole."""
 
     tile: int = 512
     overlap: int = 128
@@ -25,7 +27,7 @@ class Tiling:
             raise ValueError(f"overlap must lie between 0 and the tile's {self.tile} pixels, got {self.overlap}")
 
     def spans(self, length: int, factor: int) -> list[tuple[int, int]]:
-        """(start, stop) in latent units of the tiles along one side of `length` latents, each with the same overlap."""
+        """(start, stop) in latents of the tiles along a side of `length` latents, `factor` pixels each."""
         tile, stride = max(1, self.tile // factor), max(1, (self.tile - self.overlap) // factor)
         if length <= tile:
             return [(0, length)]
@@ -34,32 +36,52 @@ class Tiling:
 
 
 def decode_tiled(vae: WanVAE, latents: Tensor, states: TileStates | None, tiling: Tiling) -> tuple[Tensor, TileStates]:
-    """`WanVAE.decode_chunk` over tiles: latents [B, C, n, h, w] -> frames [B, 3, m, H, W] and every tile's states.
-
-    Where tiles overlap they are averaged with weights that rise linearly from the edge, so no seam shows.
-    """
+    """`WanVAE.decode_chunk` over tiles: latents [B, C, n, h, w] -> frames [B, 3, m, H, W] and every tile's states."""
     factor = vae.config.scale_factor_spatial
-    height, width = latents.shape[3] * factor, latents.shape[4] * factor
-    if height * width <= tiling.threshold:
-        frames, new = vae.decode_chunk(latents, states[0] if states else None)
-        return frames, [new]
-    rows, columns = tiling.spans(latents.shape[3], factor), tiling.spans(latents.shape[4], factor)
+    return _tiled(vae.decode_chunk, latents, states, tiling, latents.shape[-2:], factor, in_scale=1, out_scale=factor)
+
+
+def encode_tiled(vae: WanVAE, frames: Tensor, states: TileStates | None, tiling: Tiling) -> tuple[Tensor, TileStates]:
+    """`WanVAE.encode_chunk` over tiles: frames [B, 3, m, H, W] -> moments [B, 2 C, n, h, w] and every tile's states."""
+    factor = vae.config.scale_factor_spatial
+    size = torch.Size((frames.shape[-2] // factor, frames.shape[-1] // factor))
+    return _tiled(vae.encode_chunk, frames, states, tiling, size, factor, in_scale=factor, out_scale=1)
+
+
+def _tiled(
+    run: Chunk,
+    x: Tensor,
+    states: TileStates | None,
+    tiling: Tiling,
+    size: torch.Size,
+    factor: int,
+    *,
+    in_scale: int,
+    out_scale: int,
+) -> tuple[Tensor, TileStates]:
+    """Run every tile of a frame of `size` latents and blend the results.
+
+    Where tiles overlap they are averaged with weights that rise linearly from a tile's edge, so no seam shows.
+    """
+    if size[0] * size[1] * factor**2 <= tiling.threshold:
+        y, new = run(x, states[0] if states else None)
+        return y, [new]
     new_states: TileStates = []
-    total = weights = None
-    for top, bottom in rows:
-        for left, right in columns:
+    total = weights = torch.empty(0)
+    for top, bottom in tiling.spans(size[0], factor):
+        for left, right in tiling.spans(size[1], factor):
             past = states[len(new_states)] if states else None
-            tile, new = vae.decode_chunk(latents[..., top:bottom, left:right], past)
+            rows, columns = slice(top * in_scale, bottom * in_scale), slice(left * in_scale, right * in_scale)
+            y, new = run(x[..., rows, columns], past)
+            if not new_states:
+                total = y.new_zeros(*y.shape[:3], size[0] * out_scale, size[1] * out_scale, dtype=torch.float32)
+                weights = torch.zeros_like(total[0, 0, 0])
             new_states.append(new)
-            if total is None or weights is None:
-                total = tile.new_zeros(*tile.shape[:3], height, width, dtype=torch.float32)
-                weights = tile.new_zeros(height, width, dtype=torch.float32)
-            weight = _ramp(tile.shape[3], tile)[:, None] * _ramp(tile.shape[4], tile)
-            area = (slice(top * factor, bottom * factor), slice(left * factor, right * factor))
-            total[..., area[0], area[1]] += tile.float() * weight
-            weights[area] += weight
-    assert total is not None and weights is not None
-    return (total / weights).to(latents.dtype), new_states
+            weight = _ramp(y.shape[3], y)[:, None] * _ramp(y.shape[4], y)
+            rows, columns = slice(top * out_scale, bottom * out_scale), slice(left * out_scale, right * out_scale)
+            total[..., rows, columns] += y.float() * weight
+            weights[rows, columns] += weight
+    return (total / weights).to(x.dtype), new_states
 
 
 def _ramp(length: int, like: Tensor) -> Tensor:

@@ -337,6 +337,11 @@ class WanVAE(nn.Module):
         return unpatchify(x, self.config.patch_size or 1), stream.states
 
 
+def checkpoint_name(parameter: str) -> str:
+    """The checkpoint's name of one of our parameters: it counts a padding layer before each resampling convolution."""
+    return parameter.replace(".resample.", ".resample.1.")
+
+
 def fold_time(x: Tensor) -> Tensor:
     """[B, C, T, H, W] -> [B T, C, H, W], a view in channels-last order."""
     return x.transpose(1, 2).flatten(0, 1)

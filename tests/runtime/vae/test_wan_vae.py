@@ -98,6 +98,16 @@ def test_tiles_blend_into_the_whole_frame() -> None:
     assert relative_l2(tiled, whole) < 0.5 * relative_l2(hard, whole)  # the overlap is what hides the seams
 
 
+@torch.inference_mode()
+def test_encoded_tiles_blend_into_the_whole_frame() -> None:
+    _, vae = build("2.1")
+    torch.nn.init.zeros_(vae.encoder.mid_block.attentions[0].proj.weight)
+    frames = clip(5, height=128, width=192)
+    whole = codec(vae).encode(frames)
+    tiled = codec(vae, chunk=1, tiling=Tiling(tile=96, overlap=64, threshold=0)).encode(frames)
+    assert tiled.shape == whole.shape and relative_l2(tiled, whole) < 0.15
+
+
 def test_tiles_cover_every_latent_and_overlap() -> None:
     tiling = Tiling(tile=64, overlap=16, threshold=0)
     for length in range(1, 60):

@@ -5,12 +5,17 @@ Shape letters: B clips, C latent channels, T latent frames, F frames.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ...runtime.vae.wan import WanVAE
+from ...runtime.models.checkpoint import load_weights, read_json
+from ...runtime.models.model import parse_config
+from ...runtime.vae.wan import WanVAE, WanVAEConfig, checkpoint_name
 from .scenes import Scenes, caption, draw_scenes, render
 from .text import FILLERS
 
@@ -51,7 +56,8 @@ class Stock:
         b = self.bucket
         scenes: Scenes = draw_scenes(count, self.generator)
         frames, _ = render(scenes, b.num_frames, b.height, b.width)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        frames = frames.to(self.mean.device)
+        with torch.no_grad(), torch.autocast(frames.device.type, torch.bfloat16):
             latents, lone = (
                 self._normalise(x) for x in (encode(self.vae, frames), encode(self.vae, frames[:, :, -1:]))
             )
@@ -65,7 +71,7 @@ class Stock:
         return latents, torch.stack([self.lone_last[i] for i in picks]).float(), [self.labels[i] for i in picks]
 
     def _normalise(self, latents: Tensor) -> Tensor:
-        return ((latents.float() - self.mean) / self.std).bfloat16()
+        return ((latents.float() - self.mean) / self.std).bfloat16().cpu()
 
 
 def encode(vae: WanVAE, frames: Tensor) -> Tensor:
@@ -100,3 +106,26 @@ def draw_caption(labels: dict[str, str], generator: torch.Generator) -> str:
         filler = (*FILLERS, "zzz")[int(chance[2] * (len(FILLERS) + 1))]
         words.insert(int(chance[2] * 977) % (len(words) + 1), filler)
     return " ".join(words)
+
+
+Scale = tuple[Tensor, Tensor]  # the latents' mean and standard deviation per channel, each [C, 1, 1, 1]
+
+
+def load_frozen_vae(folder: Path, device: torch.device) -> tuple[WanVAE, Scale]:
+    """The VAE of a training run (its averaged weights) or of a diffusers `vae` folder, and its latents' statistics."""
+    shape = (-1, 1, 1, 1)
+    if not (folder / "state.safetensors").exists():
+        config = parse_config(WanVAEConfig, read_json(folder / "config.json"), "vae")
+        with torch.device("meta"):
+            vae = WanVAE(config)
+        load_weights(vae, folder, device=device, dtype=torch.float32, rename=checkpoint_name)
+        mean, std = (torch.tensor(list(values), device=device) for values in (config.latents_mean, config.latents_std))
+        return vae, (mean.view(shape), std.view(shape))
+    vae = WanVAE(WanVAEConfig(**json.loads((folder / "config.json").read_text()))).to(device)
+    tensors = load_file(folder / "state.safetensors")
+    vae.load_state_dict({name[8:]: value for name, value in tensors.items() if name.startswith("average.")})
+    vae.eval().requires_grad_(False)
+    frames, _ = render(draw_scenes(96, torch.Generator().manual_seed(11)), 17, 64, 64)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        latents = encode(vae, frames.to(device)).float()
+    return vae, (latents.mean(dim=(0, 2, 3, 4)).view(shape), latents.std(dim=(0, 2, 3, 4)).view(shape))

@@ -15,8 +15,9 @@ from torch import Tensor
 from ...runtime.models.checkpoint import slots
 from ...runtime.models.wan import WanDenoiser
 from ...runtime.vae.wan import WanVAE, checkpoint_name
+from .data import load_frozen_vae
 from .text import build_tokenizer
-from .train_dit import SHIFT, DemoModel, load_frozen_vae
+from .train_dit import SHIFT, DemoModel
 
 MAX_BYTES = 24 * 2**20
 SCHEDULER = {
@@ -70,7 +71,7 @@ def main() -> None:
 
 def export(vae_run: Path, dit_run: Path, out: Path) -> None:
     """Write the averaged weights of two trainings to `out`; raises ValueError where the folder grows over 24 MiB."""
-    vae, (mean, std) = load_frozen_vae(vae_run)
+    vae, (mean, std) = load_frozen_vae(vae_run, torch.device("cpu"))
     tokenizer = build_tokenizer()
     model = DemoModel(len(tokenizer))
     state = load_file(dit_run / "state.safetensors")

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import UMT5EncoderModel
 
 from ...runtime.models import wan
+from ...runtime.models.checkpoint import load_weights
 from ...runtime.models.wan import TEXT_ROWS, WanConfig, WanDenoiser
 from ...runtime.pack import Context, Pack, build_rotation
-from ...runtime.vae.wan import WanVAE
-from .data import BUCKETS, Stock, draw_caption, draw_given, encode
-from .scenes import draw_scenes, render
+from .data import BUCKETS, Stock, draw_caption, draw_given, load_frozen_vae
 from .text import TEXT_DIM, build_text_encoder, build_tokenizer
 from .training import Average, restore_state, save_state, trainable_attention, trainable_rms_norm
 
@@ -90,7 +90,10 @@ class DemoModel(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vae", type=Path, required=True, help="folder that train_vae wrote")
+    parser.add_argument(
+        "--vae", type=Path, required=True, help="folder that train_vae wrote, or a diffusers vae folder"
+    )
+    parser.add_argument("--start", type=Path, default=None, help="a diffusers folder whose weights to start from")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=75.0, help="length of the whole schedule, over all sittings")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
@@ -98,12 +101,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     F.rms_norm = trainable_rms_norm  # type: ignore[assignment]
     wan.attention = trainable_attention  # type: ignore[attr-defined]
-    vae, scale = load_frozen_vae(args.vae)
+    vae, scale = load_frozen_vae(args.vae, device)
     tokenizer = build_tokenizer()
     model = initialise(DemoModel(len(tokenizer)))
+    if args.start:
+        start_from(model, args.start)
+    model.to(device)
     average = Average(model, 0.999)
     optimizers = build_optimizers(model, args.learning_rate)
     state = args.out / "state.safetensors"
@@ -166,9 +173,10 @@ def flow_loss(
         (latents[:, :, :-1], torch.where(lone[:, None, None, None, None], lone_last, latents[:, :, -1:])), 2
     )
     x = torch.where(given[:, None, :, None, None], shown, noised)
-    with torch.autocast("cpu", torch.bfloat16):
-        velocity = model(x, given, sigma, tokens)
-    error = (velocity - (noise - latents)).square().mean(dim=(1, 3, 4))  # [B, T]
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16):
+        velocity = model(x.to(device), given.to(device), sigma.to(device), tokens.to(device))
+    error = (velocity.cpu() - (noise - latents)).square().mean(dim=(1, 3, 4))  # [B, T]
     wanted = (~given).float()
     return (error * wanted).sum() / wanted.sum()
 
@@ -210,21 +218,14 @@ def initialise(model: DemoModel) -> DemoModel:
     return model
 
 
-def load_frozen_vae(folder: Path) -> tuple[WanVAE, tuple[Tensor, Tensor]]:
-    """The averaged VAE, and its latents' mean and standard deviation per channel [C, 1, 1, 1]."""
-    from safetensors.torch import load_file
-
-    from ...runtime.vae.wan import WanVAEConfig
-
-    vae = WanVAE(WanVAEConfig(**json.loads((folder / "config.json").read_text())))
-    tensors = load_file(folder / "state.safetensors")
-    vae.load_state_dict({name[8:]: value for name, value in tensors.items() if name.startswith("average.")})
-    vae.eval().requires_grad_(False)
-    frames, _ = render(draw_scenes(96, torch.Generator().manual_seed(11)), 17, 64, 64)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        latents = encode(vae, frames).float()
-    shape = (-1, 1, 1, 1)
-    return vae, (latents.mean(dim=(0, 2, 3, 4)).view(shape), latents.std(dim=(0, 2, 3, 4)).view(shape))
+def start_from(model: DemoModel, folder: Path) -> None:
+    """Take text encoder and denoiser of a diffusers folder (optimizers start afresh)."""
+    with torch.device("meta"):
+        denoiser = WanDenoiser(CONFIG)
+    load_weights(denoiser, folder / "transformer", device=torch.device("cpu"), dtype=torch.float32)
+    model.denoiser.load_state_dict(denoiser.state_dict())
+    text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    model.text_encoder.load_state_dict(text_encoder.state_dict())
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ...runtime.vae.wan import WanVAE, WanVAEConfig
+from .data import load_frozen_vae
 from .scenes import draw_scenes, render
 from .training import Average, MatrixViews, restore_state, save_state, trainable_rms_norm
 
@@ -41,9 +41,7 @@ def main() -> None:
     parser.add_argument("--stills", type=float, default=0.12, help="share of the schedule on single frames")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--report-s", type=float, default=120.0, help="seconds between checkpoints")
-    parser.add_argument(
-        "--start", type=Path, default=None, help="a run whose weights to start from, its latents widened"
-    )
+    parser.add_argument("--start", type=Path, default=None, help="run or vae folder to start from, widened")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -52,7 +50,7 @@ def main() -> None:
     F.rms_norm = trainable_rms_norm  # type: ignore[assignment]
     vae = initialise(WanVAE(CONFIG))
     if args.start:
-        widen(vae, load_file(args.start / "state.safetensors"))
+        widen(vae, load_frozen_vae(args.start, torch.device("cpu"))[0].state_dict())
     vae.to(device)
     average = Average(vae, 0.998)
     matrices = MatrixViews([p for p in vae.parameters() if p.ndim >= 4 and min(p.shape[0], p[0].numel()) >= 32])
@@ -113,7 +111,7 @@ def initialise(vae: WanVAE) -> WanVAE:
 def widen(vae: WanVAE, state: dict[str, Tensor]) -> None:
     """Weights of a run with fewer latent channels; the channels it did not have keep their fresh weights."""
     for name, p in vae.named_parameters():
-        old = state[f"average.{name}"]
+        old = state[name]
         if name.startswith(("encoder.conv_out", "quant_conv")):  # mean and log variance are the halves of the rows
             halves = list(zip(p.data.chunk(2), old.chunk(2), strict=True))
         else:

@@ -24,6 +24,9 @@ from .wan import WanConfig, WanDenoiser
 
 Config = TypeVar("Config")
 
+# Config fields without effect on inference.
+IGNORED_FIELDS = ("dropout", "clip_output", "add_img_emb", "window_size")
+
 
 @dataclass(frozen=True)
 class Model:
@@ -55,13 +58,20 @@ class Model:
 def load_model(
     name: str, *, device: torch.device, dtype: torch.dtype, settings: Settings, cache_dir: Path | None = None
 ) -> Model:
-    """Load a model by name; ValueError names the component and the key that do not fit.
+    """Load a model by name; ValueError names the model, the component and the key that do not fit.
 
     The VAE stays fp32 whatever `dtype` is: encoding in bf16 visibly changes a given image, and so does decoding on a
     CPU.
     """
-    folder = read_folder(resolve_folder(name, cache_dir or settings.cache_dir))
-    path = folder.path
+    path = resolve_folder(name, cache_dir or settings.cache_dir)
+    try:
+        return _load_folder(name, path, device, dtype, settings)
+    except ValueError as error:
+        raise ValueError(f"model {name!r}: {error}") from error
+
+
+def _load_folder(name: str, path: Path, device: torch.device, dtype: torch.dtype, settings: Settings) -> Model:
+    folder = read_folder(path)
     experts = tuple(
         _load(WanDenoiser, WanConfig, config, path / part, device=device, dtype=dtype)
         for part, config in folder.transformers.items()
@@ -132,7 +142,3 @@ def parse_config(config_class: Callable[..., Config], fields: dict[str, Any], co
         name: tuple(value) if isinstance(value, list) else value for name, value in fields.items() if name in known
     }
     return config_class(**given)
-
-
-# Fields without effect on inference: regularisation, and tiling hints of other runtimes.
-IGNORED_FIELDS = ("dropout", "clip_output", "add_img_emb", "window_size")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from .request import Video, VideoMetadata, VideoRequest
 from .sampler.guidance import combine, guidance_is_on
 from .sampler.schedule import make_schedule
 from .sampler.solver import get_solver
-from .video_file import read_image
+from .video_file import check_image, read_image
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,6 @@ def check_supported(model: Model, request: VideoRequest) -> None:
     for name in ("video", "strength"):
         if getattr(request, name) is not None:
             raise ValueError(f"{name} is not supported yet")
-    if request.image is not None and isinstance(request.image, str):
-        from .video_file import check_image
-
-        check_image(request.image)
+    for image in (request.image, request.last_image):
+        if isinstance(image, str | os.PathLike):
+            check_image(image)

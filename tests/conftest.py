@@ -1,4 +1,4 @@
-"""What all tests share: threads, tolerances, the demo model's folder, and which tests a machine cannot run."""
+"""What all tests share: threads, the demo model's folder, and which tests a machine cannot run."""
 
 import os
 
@@ -8,17 +8,12 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
-
-# Greatest relative L2 distance from the reference, by the dtype that is computed in.
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,20 +37,3 @@ def demo_folder() -> Path:
     if not (folder / "model_index.json").exists():
         pytest.skip("the demo checkpoint is not in runtime/models/demo")
     return folder
-
-
-@pytest.fixture(scope="session")
-def tolerances() -> dict[torch.dtype, float]:
-    return TOLERANCES
-
-
-@pytest.fixture(scope="session")
-def relative_l2() -> Callable[[Tensor, Tensor], float]:
-    """|actual - expected| / |expected|, in float64."""
-
-    def distance(actual: Tensor, expected: Tensor) -> float:
-        assert actual.shape == expected.shape, (actual.shape, expected.shape)
-        actual, expected = actual.double().cpu(), expected.double().cpu()
-        return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
-
-    return distance

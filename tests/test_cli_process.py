@@ -9,17 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import skylapse
-
-DEMO = Path(skylapse.__file__).parent / "runtime" / "models" / "demo"
-
-
-@pytest.fixture
-def demo() -> Path:
-    if not (DEMO / "model_index.json").exists():
-        pytest.skip("the demo model is not in the tree yet")
-    return DEMO
-
 
 def skylapse_process(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
@@ -40,7 +29,7 @@ def test_process_exits_with_2_and_one_line_after_a_mistake(tmp_path: Path) -> No
     assert stderr == "skylapse: error: output must be in an existing folder, got 'no/out.mp4'\n"
 
 
-@pytest.mark.usefixtures("demo")
+@pytest.mark.usefixtures("demo_folder")
 def test_reader_that_stops_early_is_not_complained_about(tmp_path: Path) -> None:
     process = skylapse_process(tmp_path, "models", "list")
     assert process.stdout and process.stderr
@@ -50,7 +39,7 @@ def test_reader_that_stops_early_is_not_complained_about(tmp_path: Path) -> None
     process.stderr.close()
 
 
-@pytest.mark.usefixtures("demo")
+@pytest.mark.usefixtures("demo_folder")
 def test_ctrl_c_stops_within_a_step_and_leaves_no_file(tmp_path: Path) -> None:
     process = skylapse_process(tmp_path, "generate", "a red circle", "--steps", "1000", "--sheet", "sheet.png")
     assert process.stderr
@@ -64,7 +53,7 @@ def test_ctrl_c_stops_within_a_step_and_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("demo")
+@pytest.mark.usefixtures("demo_folder")
 def test_demo_model_makes_a_video_and_a_sheet(tmp_path: Path) -> None:
     arguments = ("generate", "a red circle moving right", "--steps", "2", "--sheet", "sheet.png", "--json")
     process = skylapse_process(tmp_path, *arguments)
@@ -74,9 +63,9 @@ def test_demo_model_makes_a_video_and_a_sheet(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "sheet.png"]
 
 
-def test_unknown_model_and_truncated_checkpoint_are_mistakes(tmp_path: Path, demo: Path) -> None:
+def test_unknown_model_and_truncated_checkpoint_are_mistakes(tmp_path: Path, demo_folder: Path) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(demo, copy)
+    shutil.copytree(demo_folder, copy)
     weights = next((copy / "transformer").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1000])
     for model in ("no-such-model", "copy"):

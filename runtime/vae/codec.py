@@ -19,6 +19,9 @@ class VideoCodec:
 
     def __init__(self, vae: WanVAE, *, device: torch.device, chunk: int = 4, tiling: Tiling | None = None) -> None:
         config = vae.config
+        for name in ("latents_mean", "latents_std"):
+            if len(getattr(config, name)) != config.z_dim:
+                raise ValueError(f"{name} must have {config.z_dim} values, got {len(getattr(config, name))}")
         self.vae = vae
         self.device = device
         self.dtype = next(vae.parameters()).dtype

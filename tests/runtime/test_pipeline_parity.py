@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compare import relative_l2
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from tiny import VARIANTS, build_pipeline
@@ -86,7 +87,3 @@ def test_solvers_and_shift_of_a_request_override_the_checkpoint(tmp_path: Path) 
     expected = pipeline(**asked, latents=noise[None], output_type="latent").frames[0]
     latents = engine.generate_latents(VideoRequest(**asked, solver="euler", shift=2.0), latents=noise)
     assert relative_l2(latents, expected) < 1e-5
-
-
-def relative_l2(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((ours - reference).norm() / reference.norm())

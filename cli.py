@@ -75,6 +75,7 @@ def _generate(options: argparse.Namespace, settings: Settings) -> int:
         shift=options.shift,
         seed=options.seed,
         image=options.image,
+        cache=options.cache,
     )
     from .runtime.video_file import SHEET_SUFFIXES, check_image, check_writable, save_sheet
 
@@ -116,7 +117,7 @@ def _generate(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _run(engine: Engine, request: VideoRequest, display: Display) -> Video:
-    from .runtime.engine import Failed, Finished, Progress
+    from .runtime.events import Failed, Finished, Progress
 
     display.stage("reading the prompt")
     engine.submit(request)
@@ -154,6 +155,7 @@ def _summary(
         "device": str(engine.device),
         "dtype": str(engine.dtype).removeprefix("torch."),
         **{name: getattr(request, name) for name in (*asked, "solver", "shift", "cache")},
+        "caching": video.metadata.cache and asdict(video.metadata.cache),
         "image": request.image and str(request.image),
         "width": video.width,
         "height": video.height,
@@ -262,6 +264,32 @@ def _inspect_model(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def _calibrate(options: argparse.Namespace, settings: Settings) -> int:
+    from . import Engine
+    from .runtime.cache.calibrate import PROMPTS, calibrate
+
+    engine = Engine.from_pretrained(
+        options.model, device=options.device, dtype=options.dtype, cache_dir=settings.cache_dir
+    )
+    request = VideoRequest(
+        prompt="calibration",
+        width=options.size and options.size[0],
+        height=options.size and options.size[1],
+        num_frames=options.frames,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance,
+        guidance_scale_2=options.guidance_2,
+        solver=options.solver,
+        shift=options.shift,
+        image=options.image,
+    )
+    path = calibrate(
+        engine, request, options.prompt or PROMPTS, lambda line: print(f"skylapse: {line}", file=sys.stderr)
+    )
+    print(json.dumps({"output": str(path)}) if options.json else path)
+    return 0
+
+
 def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
@@ -297,7 +325,16 @@ def _parser() -> argparse.ArgumentParser:
     inspection = questions.add_parser("inspect", help="components, sizes and defaults of a model", allow_abbrev=False)
     inspection.add_argument("model", metavar="MODEL", help="demo, a diffusers folder, or a Hugging Face id")
     inspection.set_defaults(run=_inspect_model)
-    for command in (listing, inspection):
+    calibration = questions.add_parser(
+        "calibrate", help="measure what step caches need to know, beside the model", allow_abbrev=False
+    )
+    calibration.add_argument("model", metavar="MODEL", help="demo, a diffusers folder, or a Hugging Face id")
+    calibration.add_argument("--prompt", action="append", metavar="TEXT", help="measure with this one (repeatable)")
+    calibration.add_argument("--image", metavar="FILE", help="the first frame, where the model needs one")
+    _add_device(calibration)
+    _add_sampling(calibration)
+    calibration.set_defaults(run=_calibrate)
+    for command in (listing, inspection, calibration):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -314,23 +351,33 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     option("--json", action="store_true", help="print one JSON object instead of the paths")
 
     option("--model", default="demo", help="demo (the default), a diffusers folder, or a Hugging Face id")
-    option("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    option("--dtype", choices=("bf16", "fp32"), help="default: what the device is fastest with")
+    _add_device(command)
+    option("--image", metavar="FILE", help="the first frame, a PNG, JPEG or WebP file")
+    option("--fps", type=int, metavar="N", help="frames per second")
+    option("--negative", default="", metavar="TEXT", help="what not to show")
+    option("--cache", default="none", help="high, balanced or fast, or a policy such as easy:0.1 (default: none)")
+    option("--seed", type=int, default=0, metavar="N", help="default: 0")
+    length = _add_sampling(command)
+    length.add_argument("--seconds", type=float, metavar="S", help="the fewest frames that last at least so long")
 
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    command.add_argument("--dtype", choices=("bf16", "fp32"), help="default: what the device is fastest with")
+
+
+def _add_sampling(command: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Size, length, steps and guidance; returns the group that says how long, for other ways of saying it."""
+    option = command.add_argument
     option("--size", type=_size, metavar="WxH", help="pixels, for example 64x64")
     length = command.add_mutually_exclusive_group()
     length.add_argument("--frames", type=int, metavar="N", help="4k+1: 1, 5, 9, 13, 17, ...")
-    length.add_argument("--seconds", type=float, metavar="S", help="the fewest frames that last at least so long")
-    option("--fps", type=int, metavar="N", help="frames per second")
-    option("--image", metavar="FILE", help="the first frame, a PNG, JPEG or WebP file")
-
-    option("--negative", default="", metavar="TEXT", help="what not to show")
     option("--steps", type=int, metavar="N", help="denoising steps")
     option("--guidance", type=float, metavar="G", help="how strictly to follow the prompt")
     option("--guidance-2", type=float, metavar="G", help="the same for the second expert of a model that has two")
     option("--solver", choices=SOLVERS)
     option("--shift", type=float, metavar="S", help="of the noise schedule")
-    option("--seed", type=int, default=0, metavar="N", help="default: 0")
+    return length
 
 
 def _size(text: str) -> tuple[int, int]:

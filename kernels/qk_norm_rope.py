@@ -23,6 +23,14 @@ def qk_norm_rope(
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """x [N, H, D], its neighbouring elements taken as complex numbers, times rotation [N, D / 2]."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    """x [N, H, D], its neighbouring elements taken as complex numbers, times rotation [N, D / 2].
+
+    rotation may also be real pairs [N, D / 2, 2]: inductor generates no code for complex numbers.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if not rotation.is_complex():
+        x0, x1 = pairs.unbind(-1)
+        cos, sin = rotation[:, None].unbind(-1)
+        return torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(pairs)
     return torch.view_as_real(pairs * rotation[:, None]).flatten(-2).to(x.dtype)

@@ -8,6 +8,7 @@ Shape letters: C latent channels, T latent frames, H, W latent rows and columns,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,29 +51,41 @@ class Conditioning:
         return frames
 
 
-def encode_given(codec: VideoCodec, pixels: np.ndarray) -> Tensor:
-    """Latents [C, n, H, W] of given frames [4n-3, H, W, 3], encoded as a clip of their own.
+def encode_given(codec: VideoCodec, pixels: np.ndarray | Tensor) -> Iterator[Tensor]:
+    """Latents [C, n, H, W] of given frames, encoded as a clip of their own, chunk by chunk.
+
+    pixels: uint8 [4n-3, H, W, 3], or float [3, 4n-3, H, W] in [-1, 1].
 
     A causal VAE cannot encode late frames as they would have been within their past, which nobody has; so given frames
     see only themselves, in training and in inference alike. The k-th latent belongs to the clip's latent frame that
     ends with the k-th group's last frame.
     """
-    return codec.encode(pixels)
+    return codec.encode_chunks(pixels)
 
 
-def give_frames(codec: VideoCodec, request: VideoRequest, first: Image) -> Conditioning:
-    """The first latent frame is given, clean, at timestep 0."""
+def give_frames(
+    codec: VideoCodec, request: VideoRequest, first: Image, last: Image | None
+) -> Iterator[Conditioning | None]:
+    """The first latent frame is given, clean, at timestep 0. None after each work item, the conditioning at the end."""
+    assert last is None, "refused at submission"
     width, height, num_frames = request.size
     shape = codec.latent_shape(num_frames, height, width)
     flags = tuple(index == 0 for index in range(shape[1]))
     given = torch.zeros(shape, device=codec.device)
-    given[:, :1] = encode_given(codec, first[None])
+    for chunk in encode_given(codec, first[None]):
+        given[:, : chunk.shape[1]] = chunk
+        yield None
     mask = torch.tensor(flags, device=codec.device).view(1, -1, 1, 1)
-    return Conditioning(flags, given=given, mask=mask, pixels=((0, first),))
+    yield Conditioning(flags, given=given, mask=mask, pixels=((0, first),))
 
 
-def concatenate_image(codec: VideoCodec, request: VideoRequest, first: Image, last: Image | None) -> Conditioning:
-    """Wan's I2V input: 4 mask channels (a latent frame's four frames), and the clip encoded with mid-grey elsewhere."""
+def concatenate_image(
+    codec: VideoCodec, request: VideoRequest, first: Image, last: Image | None
+) -> Iterator[Conditioning | None]:
+    """Wan's I2V input: 4 mask channels (a latent frame's four frames), and the clip encoded with mid-grey elsewhere.
+
+    None after each work item, the conditioning at the end.
+    """
     width, height, num_frames = request.size
     _, length, rows, columns = codec.latent_shape(num_frames, height, width)
     pixels = torch.zeros(3, num_frames, height, width)
@@ -84,4 +97,8 @@ def concatenate_image(codec: VideoCodec, request: VideoRequest, first: Image, la
     factor = codec.temporal_factor
     mask = torch.cat((shown[:1].repeat(factor), shown[1:])).view(length, factor).T  # frame 0 fills its latent frame
     channels = mask[:, :, None, None].expand(factor, length, rows, columns).to(codec.device)
-    return Conditioning((False,) * length, channels=torch.cat((channels, codec.encode(pixels))))
+    parts = []
+    for chunk in encode_given(codec, pixels):
+        parts.append(chunk)
+        yield None
+    yield Conditioning((False,) * length, channels=torch.cat((channels, torch.cat(parts, dim=1))))

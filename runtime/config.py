@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,34 @@ class Settings:
     text_cache_bytes: int = 256 * MIB  # SKYLAPSE_TEXT_CACHE_MB: prompts' keys and values kept between requests
     cache_dir: Path | None = None  # SKYLAPSE_CACHE_DIR: downloaded models; None is Hugging Face's own folder
     decode_chunk: int = 4  # SKYLAPSE_DECODE_CHUNK: latent frames that the VAE decodes at a time
+    scheduler: str = "fair"  # SKYLAPSE_SCHEDULER: fair, fifo or shortest
+    max_batch_tokens: int | None = None  # SKYLAPSE_MAX_BATCH_TOKENS: of one pack; None is the device's own
+    max_queued: int = 256  # SKYLAPSE_MAX_QUEUED: requests that an engine takes before it says that it is full
+    memory_bytes: int | None = None  # SKYLAPSE_MEMORY_MB: what weights and requests may take; None is most of it
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)  # SKYLAPSE_TENANT_WEIGHTS: "a=2,b=0.5"
+    profile_dir: Path = field(
+        default_factory=lambda: Path.home() / ".cache" / "skylapse"
+    )  # SKYLAPSE_PROFILE_DIR: measured memory profiles
+    compile: bool = False  # SKYLAPSE_COMPILE: torch.compile the blocks
 
 
 def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     """Settings from `environ`; an empty variable counts as unset. ValueError names the variable that is wrong."""
     given = {name: text.strip() for name, text in environ.items() if name.startswith("SKYLAPSE_") and text.strip()}
     text_cache_mb = _whole(given, "SKYLAPSE_TEXT_CACHE_MB", 0, 2**20)
+    memory_mb = _whole(given, "SKYLAPSE_MEMORY_MB", 1, 2**30 - 1)
     found: dict[str, Any] = {
         "threads": _whole(given, "SKYLAPSE_THREADS", 1, 1024),
         "debug": _switch(given, "SKYLAPSE_DEBUG"),
         "text_cache_bytes": None if text_cache_mb is None else text_cache_mb * MIB,
         "cache_dir": _folder(given, "SKYLAPSE_CACHE_DIR"),
+        "scheduler": _choice(given, "SKYLAPSE_SCHEDULER", ("fair", "fifo", "shortest")),
+        "max_batch_tokens": _whole(given, "SKYLAPSE_MAX_BATCH_TOKENS", 1, 2**30 - 1),
+        "max_queued": _whole(given, "SKYLAPSE_MAX_QUEUED", 1, 10**6),
+        "memory_bytes": None if memory_mb is None else memory_mb * MIB,
+        "tenant_weights": _weights(given, "SKYLAPSE_TENANT_WEIGHTS"),
+        "profile_dir": _folder(given, "SKYLAPSE_PROFILE_DIR"),
+        "compile": _switch(given, "SKYLAPSE_COMPILE"),
         "decode_chunk": _whole(given, "SKYLAPSE_DECODE_CHUNK", 1, 64),
     }
     return Settings(**{name: value for name, value in found.items() if value is not None})
@@ -51,6 +68,27 @@ def _switch(given: Mapping[str, str], name: str) -> bool | None:
     if (text := given[name].lower()) not in ("0", "1", "false", "true"):
         raise ValueError(f"{name} must be 0 or 1, got {given[name]!r}")
     return text in ("1", "true")
+
+
+def _choice(given: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str | None:
+    if name in given and given[name] not in allowed:
+        raise ValueError(f"{name} must be {' or '.join(allowed)}, got {given[name]!r}")
+    return given.get(name)
+
+
+def _weights(given: Mapping[str, str], name: str) -> dict[str, float] | None:
+    if name not in given:
+        return None
+    weights = {}
+    for part in given[name].split(","):
+        tenant, equals, text = part.partition("=")
+        try:
+            weights[tenant.strip()] = float(text)
+        except ValueError:
+            equals = ""
+        if not equals or not 0 < weights[tenant.strip()] < float("inf"):
+            raise ValueError(f'{name} must be like "a=2,b=0.5", got {given[name]!r}')
+    return weights
 
 
 def _folder(given: Mapping[str, str], name: str) -> Path | None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from reprlib import repr as short  # a wrong value is shown, but never a megabyte of it
 from typing import TYPE_CHECKING
 
+from .cache.spec import check_cache
+
 if TYPE_CHECKING:  # torch-free and numpy-free: a request is made and refused before anything heavy is imported
     from pathlib import Path
     from typing import TypeAlias
@@ -17,12 +19,13 @@ if TYPE_CHECKING:  # torch-free and numpy-free: a request is made and refused be
     from numpy.typing import NDArray
     from PIL import Image
 
+    from .cache.step_cache import CacheReport
+
     Frames: TypeAlias = NDArray[np.uint8]  # [frames, height, width, 3]
     ImageSource: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]  # an array is [height, width, 3]
 
 MAX_PROMPT_CHARACTERS = 10_000
 SOLVERS = ("unipc", "euler", "dpmpp")
-CACHES = ("none",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +41,7 @@ class VideoRequest:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     guidance_scale_2: float | None = None  # of the second, low-noise expert of a model that has two
+    guidance_interval: tuple[float, float] | None = None  # noise levels (low, high) outside which there is no guidance
     solver: str | None = None
     shift: float | None = None
     seed: int = 0
@@ -45,7 +49,9 @@ class VideoRequest:
     last_image: ImageSource | None = None
     video: str | os.PathLike[str] | Frames | None = None
     strength: float | None = None
-    cache: str | None = "none"
+    cache: str | None = (
+        "none"  # high, balanced, fast, or a policy: "easy", "easy:0.1", "first_block:threshold=0.1,order=1"
+    )
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
@@ -64,6 +70,7 @@ class VideoRequest:
         _check_whole("num_inference_steps", self.num_inference_steps, 1, 1000)
         _check_real("guidance_scale", self.guidance_scale, 0, 100)
         _check_real("guidance_scale_2", self.guidance_scale_2, 0, 100)
+        _check_interval("guidance_interval", self.guidance_interval)
         _check_choice("solver", self.solver, SOLVERS)
         _check_real("shift", self.shift, 0, 100, above=True)
         _check_whole("seed", self.seed, 0, 2**63 - 1, required=True)
@@ -72,7 +79,9 @@ class VideoRequest:
         _check_pixels("last_image", self.last_image, num_axes=3)
         _check_pixels("video", self.video, num_axes=4)
         _check_real("strength", self.strength, 0, 1, above=True)
-        _check_choice("cache", self.cache, CACHES)
+        if self.cache is not None:
+            _check_text("cache", self.cache)
+            check_cache(self.cache)
 
     def resolved(self, defaults: ModelDefaults, limits: ModelLimits) -> VideoRequest:
         """The same request with the model's defaults in place of None; ValueError if the model cannot make it."""
@@ -130,6 +139,7 @@ class VideoMetadata:
     request: VideoRequest | None = None  # resolved, so no default is left to guess
     model: str | None = None
     timings_s: Mapping[str, float] = field(default_factory=dict)  # stage -> seconds
+    cache: CacheReport | None = None
     peak_bytes: int | None = None  # most device memory held meanwhile; None where the device does not count it
 
 
@@ -199,6 +209,17 @@ def _check_real(name: str, value: object, low: float, high: float, *, above: boo
     if not low <= value <= high or (above and value == low):
         allowed = f"above {low} and at most {high}" if above else f"from {low} to {high}"
         raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def _check_interval(name: str, value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise ValueError(f"{name} must be a pair of noise levels (low, high), got {short(value)}")
+    for level in value:
+        _check_real(name, level, 0, 1)
+    if value[0] > value[1]:
+        raise ValueError(f"{name} must be (low, high), got {value}")
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

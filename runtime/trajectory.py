@@ -1,63 +1,90 @@
-"""One request on its way: encode, denoise step by step, decode chunk by chunk."""
+"""One request on its way: encode, denoise step by step, decode chunk by chunk.
+
+Encoding and decoding are work items of bounded length; the steps between them are taken together with other requests'
+(denoise.py), and what belongs to one request alone is kept here.
+"""
 
 from __future__ import annotations
 
-import os
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .cache.policy import Run, relative_l1
+from .cache.spec import Choice, choose
+from .cache.step_cache import StepCache
 from .conditioning import Conditioning, concatenate_image, give_frames
+from .events import Progress
 from .models.model import Model
 from .models.text_cache import TextCache
-from .pack import Pack, Sequence, TextContext, build_pack
+from .pack import Grid, TextContext
 from .request import Video, VideoMetadata, VideoRequest
-from .sampler.guidance import combine, guidance_is_on
+from .sampler.guidance import combine
 from .sampler.schedule import make_schedule
 from .sampler.solver import get_solver
-from .video_file import check_image, read_image
+from .sampler.state import state_bytes
+from .step_plan import StepPlan, plan_steps
+from .terms import Terms
+from .video_file import read_image
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """A pack that stays the same from step to step, until the expert or the guidance changes."""
+class Branches:
+    """What a request's sequences attend to while expert and guidance stay the same."""
 
-    expert: int
-    guided: bool
-    pack: Pack
+    texts: tuple[TextContext, ...]  # the prompt's, then the negative prompt's
+    image: Tensor | None  # [num_layers, 2, L, H, D]
 
 
 class Trajectory:
-    """A request, its latents and everything that belongs to it alone."""
+    """A request, its latents and everything else that belongs to it alone."""
 
     def __init__(
-        self, ticket: int, model: Model, request: VideoRequest, text_cache: TextCache, latents: Tensor | None
+        self,
+        ticket: int,
+        model: Model,
+        request: VideoRequest,
+        text_cache: TextCache,
+        latents: Tensor | None = None,
+        terms: Terms | None = None,
     ) -> None:
         assert request.num_inference_steps is not None
-        self.ticket = ticket
-        self.model = model
-        self.request = request
-        self.text_cache = text_cache
+        self.ticket, self.model, self.request, self.text_cache = ticket, model, request, text_cache
+        self.terms = terms or Terms()
         width, height, num_frames = request.size
         self.shape = model.codec.latent_shape(num_frames, height, width)
         if latents is not None and tuple(latents.shape) != self.shape:
             raise ValueError(f"latents must be {list(self.shape)} for this request, got {list(latents.shape)}")
         self.latents = latents
+        self.generator = torch.Generator().manual_seed(request.seed)  # on the CPU: the same picture on every device
         self.schedule = make_schedule(model.solver, request.num_inference_steps, request.shift, request.solver)
         self.solver = get_solver(self.schedule.config.solver)
         self.solver_state = self.solver.start(self.schedule)
+        self.plans = plan_steps(model, request, self.schedule.sigmas, self.schedule.timesteps)
+        choice = choose(request.cache or "none", self.num_steps, model.cache_presets, model.is_distilled)
+        self.cache = StepCache(choice, self._run(choice))
+        p, q, r = model.experts[0].config.patch_size
+        self.grid: Grid = (self.shape[1] // p, self.shape[2] // q, self.shape[3] // r)
         self.conditioning: Conditioning | None = None
         self.image_rows: Tensor | None = None
         self.video: Video | None = None
-        self.just_stepped = False
+        self.clean: Tensor | None = None  # [C, T, H, W], the clean latents that the last step's velocity implied
         self.timings_s: dict[str, float] = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
-        self._prepared: _Prepared | None = None
-        self._chunks: Iterator[np.ndarray] | None = None
+        self.submitted_s = time.monotonic()
+        self.arrived = 0  # the scheduler's clock at submission
+        self._branches: tuple[tuple[int, int], Branches] | None = None
+        self._items: Iterator[None] | None = None
         self._frames: list[np.ndarray] = []
+        self._denoising_since_s = self.submitted_s
+        self._first_step: tuple[int, float] | None = None  # (steps done, time) when denoising began here
+
+    # --- where it stands ------------------------------------------------------------------------------------------
 
     @property
     def num_steps(self) -> int:
@@ -67,104 +94,202 @@ class Trajectory:
     def steps_done(self) -> int:
         return self.solver_state.step_index
 
-    @torch.inference_mode()
-    def advance(self) -> None:
-        """The next work item: encode what is given, one denoising step, or one decoded chunk."""
-        began = time.perf_counter()
-        self.just_stepped = False
+    @property
+    def stage(self) -> str:
+        """encode, denoise or decode: what its next piece of work is."""
         if self.conditioning is None:
-            stage = "encode"
-            self._encode()
-        elif self.steps_done < self.num_steps:
-            stage = "denoise"
-            self._denoise()
-        else:
-            stage = "decode"
-            self._decode()
+            return "encode"
+        return "denoise" if self.steps_done < self.num_steps else "decode"
+
+    @property
+    def plan(self) -> StepPlan:
+        """Of the step that comes next."""
+        return self.plans[self.steps_done]
+
+    @property
+    def next_plan(self) -> StepPlan:
+        """Of the step that comes next, or of the last one."""
+        return self.plans[min(self.steps_done, self.num_steps - 1)]
+
+    @cached_property
+    def total_tokens(self) -> int:
+        """Of all its model evaluations, all branches; those that its cache will skip are left out where it knows."""
+        computed = self.cache.mask or (True,) * self.num_steps
+        return self.num_tokens * sum(plan.num_branches for plan, runs in zip(self.plans, computed, strict=True) if runs)
+
+    def is_late(self, now_s: float) -> bool:
+        """Whether its deadline has passed; now_s by `time.monotonic`."""
+        return self.terms.deadline_s is not None and now_s - self.submitted_s > self.terms.deadline_s
+
+    def progress(self, step: int) -> Progress:
+        """What to tell after a step."""
+        now_s = time.monotonic()
+        if self._first_step is None:
+            self._first_step = (step - 1, self._denoising_since_s)
+        first, since_s = self._first_step
+        step_s = (now_s - since_s) / (step - first)
+        num_skipped = self.cache.trace[:step].count("0")
+        return Progress(self.ticket, step, self.num_steps, step_s, step_s * (self.num_steps - step), num_skipped)
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """(ticket, branch) of each of the next step's sequences."""
+        return [(self.ticket, branch) for branch in range(self.plan.num_branches)]
+
+    @property
+    def current(self) -> Tensor:
+        """The latents [C, T, H, W] fp32 that the next step starts from."""
+        assert self.latents is not None
+        return self.latents
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the step just taken asks for a preview or a checkpoint before the next one."""
+        step, terms = self.steps_done, self.terms
+        return any(every and step % every == 0 for every in (terms.preview_every, terms.checkpoint_every))
+
+    @property
+    def frame_is_given(self) -> tuple[bool, ...]:
+        """For each row of the patch grid along time."""
+        assert self.conditioning is not None
+        return self.conditioning.frame_is_given[:: self.model.experts[0].config.patch_size[0]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of one branch."""
+        return math.prod(self.grid)
+
+    @property
+    def num_branches(self) -> int:
+        """Of its most expensive step."""
+        return max(plan.num_branches for plan in self.plans)
+
+    @property
+    def resident_bytes(self) -> int:
+        """What it will hold between two steps at most: latents, solver, conditioning, text, cache and frames."""
+        width, height, num_frames = self.request.size
+        latents, hidden = self.cache.policy.footprint
+        config = self.model.experts[0].config
+        latent_bytes = 4 * math.prod(self.shape)
+        token_bytes = self.num_tokens * config.dim * self.model.dtype.itemsize * self.num_branches
+        rows = sum(min(512, len(prompt) + 2) for prompt in (self.request.prompt, self.request.negative_prompt))
+        text_bytes = 2 * 2 * config.num_layers * rows * config.dim * self.model.dtype.itemsize  # and once in a pack
+        num_latents = 4 + self.schedule.config.solver_order + math.ceil(config.in_channels / config.out_channels)
+        frame_bytes = 2 * 3 * num_frames * height * width
+        return (num_latents + latents) * latent_bytes + hidden * token_bytes + text_bytes + frame_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors that it holds between two steps."""
+        given = self.conditioning
+        tensors = [self.latents, self.clean, self.image_rows]
+        tensors += [given.given, given.channels] if given else []
+        held = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return held + state_bytes(self.solver_state) + self.cache.num_bytes + sum(f.nbytes for f in self._frames)
+
+    # --- work items -----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def work(self) -> None:
+        """The next item of encoding or decoding; `video` is there after the last one."""
+        began, stage = time.perf_counter(), self.stage
+        if self._items is None:
+            self._items = self._encode() if stage == "encode" else self._decode()
+        finished = next(self._items, "finished") == "finished"
         self.timings_s[stage] += time.perf_counter() - began
-        if stage == "decode" and self._chunks is None:
-            self.video = self._finish()
+        if finished:
+            self._items = None
+            self._denoising_since_s = time.monotonic()
+            if stage == "decode":
+                self.video = self._finish()
+
+    def _encode(self) -> Iterator[None]:
+        """Prompts to rows, images to latents, the seed to noise."""
+        model, request = self.model, self.request
+        self._branches_of(self.plans[0])  # the text encoder's work; the text cache keeps it
+        width, height, _ = request.size
+        first, last = (
+            None if image is None else read_image(image, width, height) for image in (request.image, request.last_image)
+        )
+        conditioning = Conditioning((False,) * self.shape[1])
+        if first is not None:
+            if model.image_encoder is not None:
+                yield
+                self.image_rows = model.image_encoder.encode([first] if last is None else [first, last])
+            yield
+            encode = concatenate_image if model.folder.concatenates_image else give_frames
+            for item in encode(model.codec, request, first, last):
+                if item is None:
+                    yield
+                else:
+                    conditioning = item
+        if self.latents is None:
+            self.latents = torch.randn((1, *self.shape), generator=self.generator)[0]
+        self.latents = self.latents.to(model.device, torch.float32)
+        self._branches = None  # they were made without the image
+        self.conditioning = conditioning
+
+    def _decode(self) -> Iterator[None]:
+        """Frames, chunk by chunk, given pixels in their places."""
+        assert self.conditioning is not None and self.request.num_frames is not None
+        start = 0
+        for chunk in self.model.codec.decode(self.final_latents()):
+            self._frames.append(self.conditioning.paste(chunk, start))
+            start += len(chunk)
+            if start < self.request.num_frames:
+                yield
+
+    def _finish(self) -> Video:
+        assert self.request.fps is not None
+        metadata = VideoMetadata(
+            request=self.request, model=self.model.name, timings_s=self.timings_s, cache=self.cache.report()
+        )
+        return Video(np.concatenate(self._frames), self.request.fps, metadata)
+
+    # --- one denoising step ---------------------------------------------------------------------------------------
+
+    def branches(self) -> Branches:
+        """What the next step's sequences attend to."""
+        return self._branches_of(self.plan)
+
+    def model_input(self) -> Tensor:
+        """The denoiser's input [C_in, T, H, W]."""
+        assert self.conditioning is not None and self.latents is not None
+        return self.conditioning.model_input(self.latents)
+
+    def guide(self, velocities: list[Tensor]) -> Tensor:
+        """Velocities [C, T, H, W] of the branches -> the guided one, fp32, in memory of its own."""
+        scale = self.plan.guidance_scale
+        if scale is not None:
+            return combine(velocities[0].float(), velocities[1].float(), scale)
+        velocity = velocities[0].float()
+        shares_memory = velocity.untyped_storage().nbytes() > velocity.nbytes
+        return velocity.clone() if shares_memory else velocity
+
+    def advance(self, velocity: Tensor) -> None:
+        """Take the step with this guided velocity [C, T, H, W] fp32."""
+        assert self.latents is not None
+        wants_preview = self.terms.preview_every and (self.steps_done + 1) % self.terms.preview_every == 0
+        self.clean = torch.add(self.latents, velocity, alpha=-self.plan.sigma) if wants_preview else None
+        self.latents, self.solver_state = self.solver.step(self.solver_state, velocity, self.latents)
+        if self.steps_done == self.num_steps:  # beside others, so this is how long it took, not how long it worked
+            self.timings_s["denoise"] += time.monotonic() - self._denoising_since_s
 
     def final_latents(self) -> Tensor:
         """[C, T, H, W] fp32, given frames in place."""
         assert self.latents is not None and self.conditioning is not None
         return self.conditioning.apply(self.latents)
 
-    # --- the three kinds of work item -----------------------------------------------------------------------------
-
-    def _encode(self) -> None:
-        """Prompts to rows, images to latents, the seed to noise."""
-        model, request = self.model, self.request
-        width, height, _ = request.size
-        first, last = (
-            None if image is None else read_image(image, width, height) for image in (request.image, request.last_image)
-        )
-        if first is None:
-            self.conditioning = Conditioning((False,) * self.shape[1])
-        elif model.folder.concatenates_image:
-            self.conditioning = concatenate_image(model.codec, request, first, last)
-        else:
-            self.conditioning = give_frames(model.codec, request, first)
-        if model.image_encoder is not None and first is not None:
-            self.image_rows = model.image_encoder.encode([first] if last is None else [first, last])
-        if self.latents is None:
-            generator = torch.Generator().manual_seed(request.seed)  # on the CPU: the same picture on every device
-            self.latents = torch.randn((1, *self.shape), generator=generator)[0]
-        self.latents = self.latents.to(model.device, torch.float32)
-        self._prepare(0)
-
-    def _denoise(self) -> None:
-        """One step: velocity of every guidance branch in one pack, combined, then the solver."""
-        assert self.latents is not None and self.conditioning is not None
-        timestep = self.schedule.timesteps[self.steps_done]
-        prepared = self._prepare(self.steps_done)
-        denoiser = self.model.experts[prepared.expert]
-        given = any(self.conditioning.frame_is_given)
-        timesteps = torch.tensor([timestep, 0.0] if given else [timestep], device=self.model.device)
-        x = self.conditioning.model_input(self.latents)
-        velocities = denoiser(prepared.pack, [x] * len(prepared.pack.grids), timesteps)
-        velocity = velocities[0].float()
-        if prepared.guided:
-            velocity = combine(velocity, velocities[1].float(), self._guidance_scale(prepared.expert))
-        self.latents, self.solver_state = self.solver.step(self.solver_state, velocity, self.latents)
-        self.just_stepped = True
-
-    def _decode(self) -> None:
-        """The next chunk of frames; `_chunks` is None again after the last one."""
-        assert self.conditioning is not None
-        if self._chunks is None:
-            latents = self.final_latents()
-            if not torch.isfinite(latents).all():
-                raise FloatingPointError(f"latents are not finite after {self.num_steps} steps")
-            self._chunks = self.model.codec.decode(latents)
-        chunk = next(self._chunks, None)
-        if chunk is None:
-            self._chunks = None
-        else:
-            self._frames.append(self.conditioning.paste(chunk, sum(map(len, self._frames))))
-
     # --- what they use --------------------------------------------------------------------------------------------
 
-    def _prepare(self, step: int) -> _Prepared:
-        """The pack for a step: kept from the step before unless the expert or the guidance changes there."""
-        expert = self.model.expert_at(self.schedule.timesteps[step])
-        guided = guidance_is_on(self._guidance_scale(0)) and self._guidance_scale(expert) != 1
-        prepared = self._prepared
-        if prepared is None or (prepared.expert, prepared.guided) != (expert, guided):
-            prompts = [self.request.prompt, self.request.negative_prompt] if guided else [self.request.prompt]
-            prepared = _Prepared(expert, guided, self._build_pack(expert, prompts))
-            self._prepared = prepared
-        return prepared
-
-    def _build_pack(self, expert: int, prompts: list[str]) -> Pack:
-        assert self.conditioning is not None
-        denoiser = self.model.experts[expert]
-        p, q, r = denoiser.config.patch_size
-        grid = (self.shape[1] // p, self.shape[2] // q, self.shape[3] // r)
-        given = self.conditioning.frame_is_given[::p]
-        image = None if self.image_rows is None else denoiser.encode_image(self.image_rows)
-        sequences = [Sequence(grid, tuple(map(int, given)), self._text(expert, prompt), image) for prompt in prompts]
-        return build_pack(sequences, denoiser.config.attention_head_dim, self.model.device)
+    def _branches_of(self, plan: StepPlan) -> Branches:
+        key = (plan.expert, plan.num_branches)
+        if self._branches is None or self._branches[0] != key:
+            denoiser = self.model.experts[plan.expert]
+            prompts = (self.request.prompt, self.request.negative_prompt)[: plan.num_branches]
+            image = None if self.image_rows is None else denoiser.encode_image(self.image_rows)
+            self._branches = key, Branches(tuple(self._text(plan.expert, prompt) for prompt in prompts), image)
+        return self._branches[1]
 
     def _text(self, expert: int, prompt: str) -> TextContext:
         denoiser = self.model.experts[expert]
@@ -172,36 +297,36 @@ class Trajectory:
             (str(expert), prompt), lambda: denoiser.encode_text(self.model.text_encoder.encode(prompt))
         )
 
-    def _guidance_scale(self, expert: int) -> float:
-        scale = self.request.guidance_scale
-        assert scale is not None
-        if expert == 1 and self.request.guidance_scale_2 is not None:
-            return self.request.guidance_scale_2
-        return scale
+    @torch.inference_mode()
+    def embedding_distances(self) -> tuple[float, ...]:
+        """Relative L1 distance of each step's timestep embedding to the step before; the first is 0."""
+        distances, before = [0.0], None
+        for plan in self.plans:
+            embedder = self.model.experts[plan.expert].condition_embedder
+            timestep = torch.tensor([plan.timestep], device=self.model.device)
+            embedding, _ = embedder.embed_time(timestep, torch.float32)
+            if before is not None:
+                distances.append(relative_l1(embedding, before).item())
+            before = embedding
+        return tuple(distances)
 
-    def _finish(self) -> Video:
-        fps = self.request.fps
-        assert fps is not None
-        metadata = VideoMetadata(request=self.request, model=self.model.name, timings_s=self.timings_s)
-        return Video(np.concatenate(self._frames), fps, metadata)
-
-
-def check_supported(model: Model, request: VideoRequest) -> None:
-    """Raise ValueError for what this model, or this engine as yet, cannot do with a request."""
-    folder = model.folder
-    if request.image is not None and not (folder.concatenates_image or folder.gives_frames):
-        raise ValueError(f"image is not supported by model {model.name!r} (text-to-video only)")
-    if request.image is None and folder.concatenates_image:
-        raise ValueError(f"image is required by model {model.name!r} (image-to-video only)")
-    if request.last_image is not None and not folder.takes_last_image:
-        raise ValueError(f"last_image is not supported by model {model.name!r}")
-    if request.last_image is not None and request.num_frames == 1:
-        raise ValueError("last_image needs num_frames above 1, got 1")
-    if request.guidance_scale_2 is not None and len(model.experts) < 2:
-        raise ValueError(f"guidance_scale_2 is only for models with two experts, and {model.name!r} has one")
-    for name in ("video", "strength"):
-        if getattr(request, name) is not None:
-            raise ValueError(f"{name} is not supported yet")
-    for image in (request.image, request.last_image):
-        if isinstance(image, str | os.PathLike):
-            check_image(image)
+    def _run(self, choice: Choice) -> Run:
+        """What the cache policy may know: a change of expert or guidance, and a checkpoint, restart it."""
+        keys = [(plan.expert, plan.guidance_scale) for plan in self.plans]
+        every = self.terms.checkpoint_every
+        solver, shift = self.schedule.config.solver, self.schedule.config.shift
+        calibrations = self.model.calibrations
+        return Run(
+            sigmas=self.schedule.sigmas,
+            num_blocks=self.model.experts[0].config.num_layers,
+            guidance_scale=self.request.guidance_scale or 0.0,
+            restarts=frozenset(
+                step
+                for step in range(self.num_steps)
+                if step == 0 or keys[step] != keys[step - 1] or (every and step % every == 0)
+            ),
+            calibration=calibrations.find(solver, self.num_steps, shift),
+            missing=calibrations.missing(solver, self.num_steps, shift, self.model.name),
+            embedding_distances=self.embedding_distances() if choice.policy.name == "teacache" else (),
+            coefficients=self.model.teacache_coefficients,
+        )

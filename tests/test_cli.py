@@ -14,26 +14,8 @@ from PIL import Image
 
 import skylapse
 from skylapse.cli import main
+from skylapse.runtime.events import Failed, Finished, Progress
 from skylapse.runtime.request import ModelDefaults, ModelLimits, Video, VideoMetadata, VideoRequest
-
-
-@dataclass
-class Progress:
-    ticket: int
-    step: int
-    num_steps: int
-
-
-@dataclass
-class Finished:
-    ticket: int
-    video: Video
-
-
-@dataclass
-class Failed:
-    ticket: int
-    error: Exception
 
 
 class FakeEngine:
@@ -106,7 +88,7 @@ class Command:
 def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     engine = type("Engine", (FakeEngine,), {"loaded": [], "requests": []})
     module = ModuleType("skylapse.runtime.engine")
-    module.__dict__.update(Engine=engine, Progress=Progress, Finished=Finished, Failed=Failed)
+    module.__dict__.update(Engine=engine)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.delenv("SKYLAPSE_DEBUG", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -129,7 +111,7 @@ def test_every_option_reaches_the_engine(command: Command) -> None:
         *("generate", "a red circle", "-o", "a.webp", "--sheet", "b.png", "--model", "org/model", "--size", "96x64"),
         *("--frames", "13", "--fps", "10", "--steps", "5", "--guidance", "3.5", "--guidance-2", "2", "--seed", "7"),
         *("--negative", "blur", "--solver", "euler", "--shift", "5", "--image", "first.png"),
-        *("--device", "cpu", "--dtype", "bf16"),
+        *("--device", "cpu", "--dtype", "bf16", "--cache", "easy:0.1"),
     )
     assert (result.status, result.stdout, result.files) == (0, "a.webp\nb.png\n", ["a.webp", "b.png", "first.png"])
     assert command.engine.loaded == [{"name": "org/model", "device": "cpu", "dtype": "bf16", "cache_dir": None}]
@@ -137,6 +119,7 @@ def test_every_option_reaches_the_engine(command: Command) -> None:
         VideoRequest(
             prompt="a red circle", negative_prompt="blur", width=96, height=64, num_frames=13, fps=10, seed=7,
             num_inference_steps=5, guidance_scale=3.5, guidance_scale_2=2, solver="euler", shift=5, image="first.png",
+            cache="easy:0.1",
         )
     ]  # fmt: skip
 
@@ -160,6 +143,7 @@ def test_json_is_one_object_with_what_was_made_and_what_it_cost(command: Command
         "solver": "unipc",
         "shift": 3.0,
         "cache": "none",
+        "caching": None,
         "image": None,
         "width": 64,
         "height": 48,
@@ -364,6 +348,26 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("skylapse.runtime.models.registry")
     module.__dict__.update(list_models=lambda: entries, inspect_model=lambda name, cache_dir: report)
     monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_models_are_calibrated_with_what_is_asked(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[VideoRequest, Any]] = []
+    module = ModuleType("skylapse.runtime.cache.calibrate")
+
+    def calibrate(engine: FakeEngine, request: VideoRequest, prompts: Any, report: Any) -> Path:
+        asked.append((request, prompts))
+        report("measuring")
+        return Path("cache.json")
+
+    module.__dict__.update(calibrate=calibrate, PROMPTS=("a star",))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    result = command("models", "calibrate", "demo", "--steps", "20", "--solver", "euler")
+    assert (result.status, result.stdout, result.stderr) == (0, "cache.json\n", "skylapse: measuring\n")
+    assert asked == [(VideoRequest(prompt="calibration", num_inference_steps=20, solver="euler"), ("a star",))]
+    assert json.loads(command("models", "calibrate", "demo", "--prompt", "a box", "--json").stdout) == {
+        "output": "cache.json"
+    }
+    assert asked[1][1] == ["a box"]
 
 
 @pytest.mark.usefixtures("registry")

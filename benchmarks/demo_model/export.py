@@ -57,6 +57,11 @@ SKYLAPSE = {
     },
     "native_sizes": [[64, 64], [96, 64], [64, 96]],
     "limits": {"max_num_frames": 33, "max_pixels": 128 * 128},
+    "cache": {
+        "high": "easy:0.1",
+        "balanced": "easy:threshold=0.3,warmup=0.1",
+        "fast": "easy:threshold=0.55,warmup=0.1,max_skips=6",
+    },
 }
 
 

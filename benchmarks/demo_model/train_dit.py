@@ -129,7 +129,7 @@ def main() -> None:
         set_rates(optimizers, args.learning_rate, step, elapsed_s / (args.minutes * 60))
         stock = stocks[int(torch.multinomial(torch.tensor([b.weight for b in BUCKETS]), 1, generator=generator))]
         if step % 2 == 0:
-            stock.refill(8)
+            stock.refill(stock.bucket.fresh)
         latents, lone_last, labels = stock.draw()
         texts = [draw_caption(label, generator) for label in labels]
         tokens = tokenizer(

@@ -6,11 +6,15 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from ..cache.calibration import CalibrationFile, fingerprint, read_calibrations
+from ..cache.spec import WAN_PRESETS
+from ..cache.teacache import PUBLISHED
 from ..config import Settings
 from ..request import ModelDefaults, ModelLimits
 from ..sampler.schedule import SolverConfig
@@ -43,11 +47,35 @@ class Model:
     limits: ModelLimits
     device: torch.device
     dtype: torch.dtype
+    calibrations: CalibrationFile
+
+    @property
+    def cache_presets(self) -> dict[str, str]:
+        """Preset -> policy."""
+        return WAN_PRESETS | self.folder.cache_presets
+
+    @property
+    def teacache_coefficients(self) -> tuple[float, ...]:
+        """Of the checkpoint's card, or published for a model of its size; empty where nobody has fitted any."""
+        given = self.folder.extra.get("teacache")
+        config = self.experts[0].config
+        published = {} if self.folder.concatenates_image else PUBLISHED
+        return tuple(given) if given else published.get((config.num_layers, config.dim), ())
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the checkpoint was trained to need few steps, of which none can be skipped."""
+        return bool(self.folder.extra.get("distilled"))
 
     def expert_at(self, timestep: float) -> int:
         """Which expert denoises at this timestep: the second below the boundary, where there are two."""
         boundary = self.folder.boundary_timestep
         return int(boundary is not None and timestep < boundary and len(self.experts) > 1)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the denoisers' weights."""
+        return fingerprint(self.folder.path)
 
     @property
     def num_bytes(self) -> int:
@@ -99,6 +127,7 @@ def _load_folder(name: str, path: Path, device: torch.device, dtype: torch.dtype
         limits=folder.limits,
         device=device,
         dtype=dtype,
+        calibrations=read_calibrations(path),
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..cache.spec import PRESETS, parse_policy
 from ..request import ModelDefaults, ModelLimits
 from .checkpoint import read_json, tensor_headers
 
@@ -95,6 +96,16 @@ class ModelFolder:
             *(["image-to-video"] if image else []),
             *(["first-and-last-frame-to-video"] if self.takes_last_image else []),
         ]
+
+    @property
+    def cache_presets(self) -> dict[str, str]:
+        """What skylapse.json says of the presets: preset -> policy."""
+        given: dict[str, str] = self.extra.get("cache", {})
+        for preset, policy in given.items():
+            if preset not in PRESETS:
+                raise ValueError(f"skylapse.json: unknown cache preset {preset!r} (known: {', '.join(PRESETS)})")
+            parse_policy(policy)
+        return given
 
     @property
     def native_sizes(self) -> list[tuple[int, int]]:

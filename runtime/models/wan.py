@@ -170,7 +170,11 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, pack: Pack) -> Tensor:
         weights = self.norm_q.weight, self.norm_k.weight
         q, k, v = qk_norm_rope(self.qkv(x), *weights, pack.rotation, self.num_heads, self.eps)
-        return self.out(attention(q, k, v, pack.cu_seqlens).flatten(1))
+        return self.out(self.attend(q, k, v, pack).flatten(1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
+        """[N, H, D] each; what a compiled trunk leaves to eager mode, where the pack's lengths are read."""
+        return attention(q, k, v, pack.cu_seqlens)
 
 
 class CrossAttention(nn.Module):
@@ -191,10 +195,12 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, pack: Pack, index: int) -> Tensor:
         q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
+        return self.out(self.attend(q, pack, index).flatten(1))
+
+    def attend(self, q: Tensor, pack: Pack, index: int) -> Tensor:
+        """Queries [N, H, D] against block `index`'s keys of the texts, and of the images where there are any."""
         out = self._attend(q, pack.text, pack, index)
-        if pack.image is not None:
-            out = out + self._attend(q, pack.image, pack, index)
-        return self.out(out.flatten(1))
+        return out if pack.image is None else out + self._attend(q, pack.image, pack, index)
 
     def _attend(self, q: Tensor, context: Context, pack: Pack, index: int) -> Tensor:
         keys, values = context.keys_values[index]

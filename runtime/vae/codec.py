@@ -44,35 +44,39 @@ class VideoCodec:
 
         frames: uint8 [F, H, W, 3], or float [3, F, H, W] in [-1, 1].
         """
+        return torch.cat(list(self.encode_chunks(frames)), dim=1)
+
+    def encode_chunks(self, frames: Frames | Tensor) -> Iterator[Tensor]:
+        """The same latents [C, n, H, W] as soon as each chunk is encoded; the first chunk is the first frame's."""
         pixels = self._pixels(frames)
         if (pixels.shape[2] - 1) % self.temporal_factor:
             raise ValueError(f"num_frames must be {self.temporal_factor}k+1 to be encoded, got {pixels.shape[2]}")
-        with torch.inference_mode():
-            moments, states = encode_tiled(self.vae, pixels[:, :, :1].to(self.dtype), None, self.tiling)
-            parts = [moments]
-            for chunk in pixels[:, :, 1:].split(self.chunk * self.temporal_factor, dim=2):
-                if chunk.shape[2]:
+        states = None
+        rest = pixels[:, :, 1:].split(self.chunk * self.temporal_factor, dim=2)
+        for chunk in (pixels[:, :, :1], *rest):
+            if chunk.shape[2]:
+                with torch.inference_mode():  # never across a yield: the caller would inherit it
                     moments, states = encode_tiled(self.vae, chunk.to(self.dtype), states, self.tiling)
-                    parts.append(moments)
-            mean = torch.cat(parts, dim=2).float().chunk(2, dim=1)[0]
-            return ((mean - self._mean) / self._std)[0]
+                    latents = (moments.float().chunk(2, dim=1)[0] - self._mean) / self._std
+                yield latents[0]
 
     def decode(self, latents: Tensor) -> Iterator[Frames]:
         """uint8 frames [n, H, W, 3] of normalised latents [C, T, H, W], as soon as each chunk is decoded."""
         for chunk in self.decode_float(latents):
-            levels = chunk.float().add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+            with torch.inference_mode():
+                levels = chunk.float().add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
             yield levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
     def decode_float(self, latents: Tensor) -> Iterator[Tensor]:
         """Frames [3, n, H, W] in the VAE's dtype, not clamped; the first chunk is the first frame."""
         with torch.inference_mode():
-            z = latents.to(self.device, torch.float32)[None] * self._std + self._mean
-            z = z.to(self.dtype)
-            states = None
-            for chunk in (z[:, :, :1], *z[:, :, 1:].split(self.chunk, dim=2)):
-                if chunk.shape[2]:
+            z = (latents.to(self.device, torch.float32)[None] * self._std + self._mean).to(self.dtype)
+        states = None
+        for chunk in (z[:, :, :1], *z[:, :, 1:].split(self.chunk, dim=2)):
+            if chunk.shape[2]:
+                with torch.inference_mode():
                     frames, states = decode_tiled(self.vae, chunk, states, self.tiling)
-                    yield frames[0]
+                yield frames[0]
 
     def _pixels(self, frames: Frames | Tensor) -> Tensor:
         if isinstance(frames, np.ndarray):

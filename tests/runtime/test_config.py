@@ -23,10 +23,28 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
         "SKYLAPSE_TEXT_CACHE_MB": "0",
         "SKYLAPSE_CACHE_DIR": str(tmp_path / "not-yet-there"),
         "SKYLAPSE_DECODE_CHUNK": "8",
+        "SKYLAPSE_SCHEDULER": "shortest",
+        "SKYLAPSE_MAX_BATCH_TOKENS": "512",
+        "SKYLAPSE_MAX_QUEUED": "9",
+        "SKYLAPSE_MEMORY_MB": "3",
+        "SKYLAPSE_TENANT_WEIGHTS": "a=2, b=0.5",
+        "SKYLAPSE_PROFILE_DIR": str(tmp_path),
+        "SKYLAPSE_COMPILE": "true",
         "HOME": "/root",
     }
     assert load_settings(environ) == Settings(
-        threads=2, debug=True, text_cache_bytes=0, cache_dir=tmp_path / "not-yet-there", decode_chunk=8
+        threads=2,
+        debug=True,
+        text_cache_bytes=0,
+        cache_dir=tmp_path / "not-yet-there",
+        decode_chunk=8,
+        scheduler="shortest",
+        max_batch_tokens=512,
+        max_queued=9,
+        memory_bytes=3 * 2**20,
+        tenant_weights={"a": 2.0, "b": 0.5},
+        profile_dir=tmp_path,
+        compile=True,
     )
 
 
@@ -44,6 +62,10 @@ def test_cache_dir_may_be_in_the_home_folder() -> None:
         ("SKYLAPSE_DECODE_CHUNK", "65", "a whole number from 1 to 64"),
         ("SKYLAPSE_DECODE_CHUNK", "9" * 5000, "a whole number from 1 to 64"),
         ("SKYLAPSE_DEBUG", "yes", "0 or 1"),
+        ("SKYLAPSE_SCHEDULER", "lifo", "fair or fifo or shortest"),
+        ("SKYLAPSE_TENANT_WEIGHTS", "a", 'like "a=2,b=0.5"'),
+        ("SKYLAPSE_TENANT_WEIGHTS", "a=-1", 'like "a=2,b=0.5"'),
+        ("SKYLAPSE_MEMORY_MB", "0", "a whole number from 1 to 1073741823"),
         ("SKYLAPSE_CACHE_DIR", __file__, "a folder"),
     ],
 )

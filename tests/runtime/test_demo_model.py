@@ -58,9 +58,9 @@ def test_the_judge_reads_the_prompt_back(engine: Engine) -> None:
     prompts = [caption(label, generator, omit=0.0, synonyms=0.0) for label in labels]
     clips = [engine.generate(VideoRequest(prompt=prompt, seed=9000 + i)).frames for i, prompt in enumerate(prompts)]
     scores = score(clips, labels)
-    # Shapes are not learned yet: the model card says so, with the figures on 200 prompts.
+    # The model card has the figures on 200 prompts; these leave room for what 16 say by chance.
     assert min(scores[name] for name in ("colour", "direction", "background")) >= 0.85, scores
-    assert scores["size"] >= 0.6, scores
+    assert scores["size"] >= 0.75 and scores["shape"] >= 0.5, scores
     shuffled = score(clips, labels[1:] + labels[:1])
     assert sum(shuffled.values()) < sum(scores.values()) - 1, shuffled
 

@@ -10,7 +10,7 @@ import torch
 from tiny import save_checkpoint
 
 from skylapse import Engine, VideoRequest
-from skylapse.runtime.engine import Failed, Finished, Progress
+from skylapse.runtime.events import Failed, Finished, Progress
 from skylapse.runtime.models.text_cache import TextCache
 from skylapse.runtime.pack import TextContext
 

@@ -93,7 +93,22 @@ def test_every_bound_itself_is_allowed(fields: dict[str, Any]) -> None:
         ({"video": 7}, "video must be a path or a uint8 array, got 7"),
         ({"strength": 0}, "strength must be above 0 and at most 1, got 0"),
         ({"strength": 1.01}, "strength must be above 0 and at most 1, got 1.01"),
-        ({"cache": "fast"}, "cache must be none, got 'fast'"),
+        (
+            {"cache": "faster"},
+            "cache must be high, balanced, fast, none, easy, first_block, teacache, magcache, taylorseer, budget, "
+            "got 'faster'",
+        ),
+        ({"cache": "easy:-1"}, "threshold of cache policy easy must be from 0 to 10, got -1"),
+        ({"cache": "easy:much"}, "threshold of cache policy easy must be a number, got 'much'"),
+        ({"cache": "easy:max_skips=1.5"}, "max_skips of cache policy easy must be a whole number, got '1.5'"),
+        (
+            {"cache": "first_block:width=3"},
+            "cache policy first_block has no parameter 'width' (it has: threshold, depth, order, max_skips, warmup)",
+        ),
+        ({"cache": "budget:2"}, "share of cache policy budget must be from 0.05 to 1, got 2"),
+        ({"cache": 3}, "cache must be a string, got 3"),
+        ({"guidance_interval": (0.8, 0.2)}, "guidance_interval must be (low, high), got (0.8, 0.2)"),
+        ({"guidance_interval": 0.5}, "guidance_interval must be a pair of noise levels (low, high), got 0.5"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:40],
 )

@@ -1,0 +1,136 @@
+"""Step caches on a model: evaluations, speed, distance from the uncached clip and the judge, beside fewer steps.
+
+Every prompt is made without a cache, with each cache, and with each cache's number of evaluations as its number of
+steps (the control: a cache that does not beat it is of no use). Speed-ups are taken prompt by prompt, in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..runtime.engine import Engine
+from ..runtime.request import Video, VideoRequest
+from .demo_model.judge import score
+from .demo_model.scenes import caption, draw_scenes
+from .machine import describe
+from .metrics import compare_clips
+
+PRESETS = ("high", "balanced", "fast")
+POLICIES = (
+    *(f"easy:{threshold}" for threshold in (0.02, 0.05, 0.1, 0.2)),
+    *(f"first_block:threshold={t},order={order}" for order in (0, 1) for t in (0.04, 0.08, 0.16)),
+    *(f"teacache:{threshold}" for threshold in (0.05, 0.1, 0.2)),
+    *(f"magcache:{threshold}" for threshold in (0.03, 0.06, 0.12)),
+    *(f"taylorseer:interval={interval},order={order}" for order in (1, 2) for interval in (2, 3, 4)),
+    *(f"budget:share={share},order={order}" for order in (1, 2) for share in (0.6, 0.43, 0.3)),
+)
+
+
+@dataclass
+class Row:
+    """One way of making the clips: a cache, or fewer steps."""
+
+    cache: str
+    steps: int | None = None
+    clips: list[np.ndarray] = field(default_factory=list)
+    evaluations: list[int] = field(default_factory=list)
+    speedups: list[float] = field(default_factory=list)
+    quality: list[dict[str, float]] = field(default_factory=list)
+    state_bytes: int = 0
+
+    def add(self, video: Video, plain: Video) -> None:
+        report = video.metadata.cache
+        assert report is not None
+        self.clips.append(video.frames)
+        self.evaluations.append(report.num_evaluations)
+        self.speedups.append(plain.metadata.timings_s["denoise"] / video.metadata.timings_s["denoise"])
+        self.quality.append(compare_clips(video.frames, plain.frames))
+        self.state_bytes = max(self.state_bytes, report.peak_state_bytes)
+
+    def summary(self, labels: list[dict[str, str]]) -> dict[str, Any]:
+        low, high = np.percentile(self.speedups, (5, 95))
+        means = {name: round(statistics.mean(q[name] for q in self.quality), 4) for name in self.quality[0]}
+        return {
+            "cache": self.cache,
+            **({"steps": self.steps} if self.steps else {}),
+            "evaluations": round(statistics.mean(self.evaluations), 2),
+            "speedup": round(statistics.median(self.speedups), 3),
+            "speedup_p5_p95": [round(float(low), 3), round(float(high), 3)],
+            **means,
+            "judge": score(self.clips, labels),
+            "state_bytes": self.state_bytes,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--caches", nargs="+", default=[*PRESETS, *POLICIES], metavar="CACHE")
+    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--no-control", action="store_true", help="leave out the runs with fewer steps")
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+    engine = Engine.from_pretrained(args.model)
+    result = run(engine, args.caches, args.prompts, args.steps, control=not args.no_control)
+    print_table(result)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def run(engine: Engine, caches: list[str], num_prompts: int, steps: int | None, control: bool) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(40_000)
+    scenes = draw_scenes(num_prompts, generator)
+    labels = [scenes.labels(i) for i in range(num_prompts)]
+    rows = {cache: Row(cache) for cache in caches}
+    controls: dict[int, Row] = {}
+    plain_clips = []
+    for index, label in enumerate(labels):
+        asked: dict[str, Any] = dict(prompt=caption(label, generator, 0.0, 0.0), seed=2_000_000 + index)
+        for _ in range(2 if index == 0 else 1):  # the first one also warms up
+            plain = engine.generate(VideoRequest(**asked, num_inference_steps=steps))
+        plain_clips.append(plain.frames)
+        for cache, row in rows.items():
+            row.add(engine.generate(VideoRequest(**asked, num_inference_steps=steps, cache=cache)), plain)
+        if control:
+            # Adaptive caches differ from prompt to prompt; their control has their mean, known after the first ones.
+            for count in {round(statistics.mean(row.evaluations)) for row in rows.values()}:
+                controls.setdefault(count, Row("none", count))
+            for count, row in controls.items():
+                row.add(engine.generate(VideoRequest(**asked, num_inference_steps=count)), plain)
+        print(f"prompt {index + 1} of {num_prompts}", flush=True)
+    return {
+        "machine": describe(),
+        "model": engine.model.name,
+        "prompts": num_prompts,
+        "judge_uncached": score(plain_clips, labels),
+        "rows": [row.summary(labels) for row in rows.values()],
+        "fewer_steps": [row.summary(labels[-len(row.clips) :]) for _, row in sorted(controls.items())],
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    controls = {row["steps"]: row for row in result["fewer_steps"]}
+    titles = f"{'PSNR':>7}{'control':>9}{'motion':>8}{'SSIM':>8}{'KiB':>7}  judge"
+    print(f"{'cache':<38}{'evals':>7}{'speed':>7}  {'p5-p95':<12}{titles}")
+    for row in result["rows"]:
+        control = controls.get(round(row["evaluations"]))
+        spread = "-".join(f"{value:.2f}" for value in row["speedup_p5_p95"])
+        judge = " ".join(f"{name[:5]} {value:.0f}" for name, value in row["judge"].items())
+        beaten = f"{control['psnr_pooled']:9.2f}" if control else " " * 9
+        figures = f"{row['evaluations']:>7.1f}{row['speedup']:>7.2f}  {spread:<12}{row['psnr_pooled']:>7.2f}{beaten}"
+        figures += f"{row['psnr_motion']:>8.2f}{row['ssim_mean']:>8.4f}{row['state_bytes'] / 1024:>7.0f}"
+        print(f"{row['cache']:<38}{figures}  {judge}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""The continuous batch: requests join before any step and leave after any; one tick advances all that fit."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .denoise import Outcome, evaluate, skip_ahead, take
+from .events import (
+    Checkpointed,
+    DeadlineExceeded,
+    Event,
+    Failed,
+    Finished,
+    NotFinite,
+    OutOfMemory,
+    Preview,
+    Ticket,
+    is_device_lost,
+    is_out_of_memory,
+)
+from .finite import FiniteWatch
+from .layout import Layouts
+from .memory import MemoryBudget
+from .models.model import Model
+from .preview import Previewer
+from .resume import save_trajectory
+from .scheduler import Scheduler, Work
+from .trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
+
+
+class Batch:
+    """Who is in, and what the next tick does for them; called from one thread at a time."""
+
+    def __init__(
+        self,
+        model: Model,
+        scheduler: Scheduler,
+        memory: Callable[[], MemoryBudget],
+        previewer: Callable[[], Previewer],
+    ) -> None:
+        self.model, self.scheduler = model, scheduler
+        self.memory, self.previewer = memory, previewer
+        self.waiting: dict[Ticket, Trajectory] = {}  # hold no memory yet
+        self.active: dict[Ticket, Trajectory] = {}
+        self.layouts = Layouts(model)
+        self._finite = FiniteWatch(model.device)
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.active)
+
+    def join(self, trajectory: Trajectory) -> None:
+        trajectory.arrived = self.scheduler.clock
+        self.waiting[trajectory.ticket] = trajectory
+
+    def leave(self, ticket: Ticket) -> None:
+        """Forget a request and free what it holds; an unknown ticket is no error."""
+        self.waiting.pop(ticket, None)
+        if self.active.pop(ticket, None) is not None:
+            self.layouts.forget(ticket)
+
+    def tick(self) -> list[Event]:
+        """A chunk of encoding, a chunk of decoding, and a step of as many requests as fit; whose caches carry them
+        further without the model take several."""
+        events = self._expire()
+        self._activate()
+        for stage in ("encode", "decode"):
+            events += self._work(stage)
+        events += self._denoise()
+        self.scheduler.forget_idle_tenants({t.terms.tenant for t in (*self.active.values(), *self.waiting.values())})
+        return events
+
+    def fail_all(self, error: Exception) -> list[Event]:
+        """After an error that is nobody's own, a bug of ours: everyone who was under way fails, who waits goes on."""
+        return [self._fail(t, _typed(error)) for t in list(self.active.values())]
+
+    # --- who is in ------------------------------------------------------------------------------------------------
+
+    def _expire(self) -> list[Event]:
+        now_s = time.monotonic()
+        late = [t for t in (*self.waiting.values(), *self.active.values()) if t.is_late(now_s)]
+        return [self._fail(t, DeadlineExceeded(f"not finished within {t.terms.deadline_s:g} s")) for t in late]
+
+    def _activate(self) -> None:
+        """Let the most deserving in while memory lasts; nobody overtakes the one that has to wait for it."""
+        if not self.waiting:
+            return
+        memory = self.memory()
+        held = sum(t.resident_bytes for t in self.active.values())
+        working = max((memory.working_bytes(t) for t in self.active.values()), default=0)
+        for work in self.scheduler.rank([_work(t) for t in self.waiting.values()]):
+            t = self.waiting[work.ticket]
+            working = max(working, memory.working_bytes(t))
+            held += t.resident_bytes
+            if self.active and held + working > memory.available_bytes:
+                break
+            self.active[t.ticket] = self.waiting.pop(t.ticket)
+
+    def _fail_or_raise(self, t: Trajectory, error: Exception) -> Event:
+        """What went wrong for one request is its own failure, unless the device is lost for all."""
+        if is_device_lost(error):
+            raise error
+        return self._fail(t, _typed(error))
+
+    def _fail(self, t: Trajectory, error: Exception) -> Event:
+        self.leave(t.ticket)
+        return Failed(t.ticket, error)
+
+    # --- encoding and decoding ------------------------------------------------------------------------------------
+
+    def _work(self, stage: str) -> list[Event]:
+        """One bounded item of the most deserving request that is at this stage."""
+        there = [t for t in self.active.values() if t.stage == stage]
+        if not there:
+            return []
+        t = self.active[self.scheduler.rank([_work(t) for t in there])[0].ticket]
+        try:
+            t.work()
+        except Exception as error:  # a request that fails, fails alone; the caller is told by event
+            return [self._fail_or_raise(t, error)]
+        if t.video is None:
+            return []
+        self.leave(t.ticket)
+        return [Finished(t.ticket, t.video)]
+
+    # --- denoising ------------------------------------------------------------------------------------------------
+
+    def _denoise(self) -> list[Event]:
+        ready = [t for t in self.active.values() if t.stage == "denoise"]
+        stepped, failed = skip_ahead(ready)
+        events = [self._fail_or_raise(self.active[ticket], error) for ticket, error in failed.items()]
+        paused = {t.ticket for t, _ in stepped if t.is_due}  # for a preview or a checkpoint of the step just taken
+        ready = [t for t in ready if t.stage == "denoise" and t.ticket not in {*paused, *failed}]
+        if ready:
+            works = {t.ticket: _work(t) for t in ready}
+            chosen = self.scheduler.pick(list(works.values()), self._room())
+            for t, outcome in self._evaluate([self.active[ticket] for ticket in chosen]):
+                if isinstance(outcome, Exception):
+                    events.append(self._fail(t, outcome))
+                    continue
+                try:
+                    take(t, outcome)
+                except Exception as error:
+                    events.append(self._fail_or_raise(t, error))
+                else:
+                    stepped.append((t, t.steps_done))
+            self.scheduler.served([works[ticket] for ticket in chosen])
+        return events + self._report([(t, step) for t, step in stepped if t.ticket in self.active])
+
+    def _evaluate(self, members: Sequence[Trajectory]) -> list[tuple[Trajectory, Outcome | Exception]]:
+        """Outcomes of a pack; one that fails is split and tried again, until who is to blame fails alone."""
+        try:
+            return list(zip(members, evaluate(self.model, members, self.layouts), strict=True))
+        except Exception as error:
+            if is_device_lost(error):
+                raise
+            failure = _typed(error)
+        if len(members) == 1:
+            return [(members[0], failure)]
+        logger.warning("a pack of %d requests failed (%s) and is split", len(members), failure)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = len(members) // 2
+        return self._evaluate(members[:half]) + self._evaluate(members[half:])
+
+    def _room(self) -> int:
+        """Tokens that a pack may have, by configuration and by the memory that is left."""
+        memory = self.memory()
+        held = sum(t.resident_bytes for t in self.active.values())
+        left = memory.available_bytes - held - memory.profile.step_bytes
+        return max(1, min(self.scheduler.config.max_batch_tokens, int(left / max(1.0, memory.profile.token_bytes))))
+
+    def _report(self, stepped: Sequence[tuple[Trajectory, int]]) -> list[Event]:
+        """Progress, previews and checkpoints of the steps taken, and failure of whose latents are not finite."""
+        events: list[Event] = []
+        for t, step in stepped:
+            events.append(t.progress(step))
+        last = list({t.ticket: t for t, _ in stepped}.values())
+        self._finite.watch(last)
+        for ticket, step in self._finite.poll(wait=any(t.stage == "decode" for t in last)):
+            if ticket in self.active:
+                error = NotFinite(f"latents are not finite after step {step}")
+                events.append(self._fail(self.active[ticket], error))
+        for t in (t for t in last if t.ticket in self.active):
+            try:
+                events += self._deliver(t)
+            except OSError as error:
+                events.append(self._fail(t, error))
+        return events
+
+    def _deliver(self, t: Trajectory) -> list[Event]:
+        """The preview and the checkpoint that are due after the step just taken."""
+        events: list[Event] = []
+        step, terms = t.steps_done, t.terms
+        if t.clean is not None:
+            events.append(Preview(t.ticket, step, self.previewer()(t.clean)))
+            t.clean = None
+        if terms.checkpoint_every and step % terms.checkpoint_every == 0 and step < t.num_steps:
+            assert terms.checkpoint_dir is not None
+            save_trajectory(t, terms.checkpoint_dir)
+            events.append(Checkpointed(t.ticket, step, terms.checkpoint_dir))
+        return events
+
+
+def _work(t: Trajectory) -> Work:
+    """What the scheduler may know of a request."""
+    runs_model = t.stage != "denoise" or t.cache.must_compute() is not False
+    return Work(
+        ticket=t.ticket,
+        tokens=t.num_tokens * t.next_plan.num_branches if runs_model else 1,
+        total_tokens=t.total_tokens,
+        remaining_tokens=t.total_tokens * (t.num_steps - t.steps_done) // t.num_steps,
+        arrived=t.arrived,
+        weights=f"expert {t.next_plan.expert}",
+        priority=t.terms.priority,
+        tenant=t.terms.tenant,
+    )
+
+
+def _typed(error: Exception) -> Exception:
+    """The error without what its traceback holds in memory, and with a name where it is out of memory."""
+    if is_out_of_memory(error):
+        return OutOfMemory(f"out of memory: {str(error).splitlines()[0]}")
+    return error.with_traceback(None)

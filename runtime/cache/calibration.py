@@ -1,0 +1,115 @@
+"""What `skylapse models calibrate` measured of a checkpoint, and the file beside it that keeps this: cache.json.
+
+An entry holds for one solver, step count and shift, and the file for one set of weights; nothing is interpolated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE = "cache.json"
+SAMPLES, SAMPLE_BYTES = 64, 4096
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One solver, step count and shift.
+
+    magnitudes: for each step, mean over tokens of |r_i| / |r_{i-1}| of the trunk's residual; the first is 1 (MagCache).
+    coefficients: polynomial, highest power first, from timestep embeddings' distances to the residual's (TeaCache).
+    masks: "order,number of computed steps" -> one character a step, 1 for computed (Budget).
+    """
+
+    solver: str
+    num_inference_steps: int
+    shift: float
+    guidance_scale: float
+    magnitudes: tuple[float, ...] = ()
+    coefficients: tuple[float, ...] = ()
+    masks: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rows = {"magnitudes": len(self.magnitudes)}
+        rows |= {f"masks[{key!r}]": len(mask) for key, mask in self.masks.items()}
+        for name, length in rows.items():
+            if length not in (0, self.num_inference_steps):
+                raise ValueError(f"{name} must have {self.num_inference_steps} values, got {length}")
+
+    def mask(self, num_computed: int, order: int) -> tuple[bool, ...] | None:
+        found = self.masks.get(f"{order},{num_computed}")
+        return None if found is None else tuple(character == "1" for character in found)
+
+
+@dataclass(frozen=True)
+class CalibrationFile:
+    """Every entry of a checkpoint; `stale` says why they may not be used, where they may not."""
+
+    entries: tuple[Calibration, ...] = ()
+    stale: str | None = None
+
+    def find(self, solver: str, num_inference_steps: int, shift: float) -> Calibration | None:
+        for entry in self.entries:
+            if (entry.solver, entry.num_inference_steps) == (solver, num_inference_steps) and entry.shift == shift:
+                return None if self.stale else entry
+        return None
+
+    def missing(self, solver: str, num_inference_steps: int, shift: float, model: str) -> str:
+        """What to tell someone whose request needs an entry that is not there."""
+        if self.stale:
+            return f"a calibration, and {FILE} of {model!r} {self.stale}: run `skylapse models calibrate` again"
+        there = ", ".join(f"{e.solver} {e.num_inference_steps} steps shift {e.shift:g}" for e in self.entries) or "none"
+        return (
+            f"a calibration of {model!r} for {solver}, {num_inference_steps} steps, shift {shift:g} (there: {there}): "
+            "run `skylapse models calibrate` with these options"
+        )
+
+
+def read_calibrations(folder: Path) -> CalibrationFile:
+    """cache.json of a checkpoint folder; ValueError if it cannot be read."""
+    path = folder / FILE
+    if not path.exists():
+        return CalibrationFile()
+    try:
+        record = json.loads(path.read_text())
+        entries = tuple(_entry(item) for item in record["entries"])
+        made_for = record["weights"]
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{FILE} cannot be read: {type(error).__name__}: {error}") from error
+    stale = None if made_for == fingerprint(folder) else "was made for other weights"
+    return CalibrationFile(entries, stale)
+
+
+def write_calibration(folder: Path, entry: Calibration) -> Path:
+    """Add an entry (or replace the one for the same solver, steps and shift), whole or not at all."""
+    there = read_calibrations(folder)
+    key = (entry.solver, entry.num_inference_steps, entry.shift)
+    kept = [] if there.stale else [e for e in there.entries if (e.solver, e.num_inference_steps, e.shift) != key]
+    entries = sorted([*kept, entry], key=lambda e: (e.solver, e.num_inference_steps, e.shift))
+    record = {"weights": fingerprint(folder), "entries": [asdict(e) for e in entries]}
+    path, part = folder / FILE, folder / f"{FILE}.part"
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(path)
+    return path
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of the denoisers' weights: sizes and evenly spaced samples, so 28 GB take milliseconds."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("transformer*/*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.parent.name}/{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for sample in range(SAMPLES):
+                file.seek(sample * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _entry(item: dict[str, Any]) -> Calibration:
+    tuples = {name: tuple(item.get(name, ())) for name in ("magnitudes", "coefficients")}
+    return Calibration(**{**item, **tuples})

@@ -1,0 +1,177 @@
+"""How much memory a request takes: measured once per model and device, and asked before any work is done."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .config import Settings
+from .events import RequestTooLarge
+from .models.model import Model
+from .pack import Sequence, build_pack
+from .trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
+GRIDS = ((1, 8, 8), (1, 16, 16))  # of the two packs that are measured
+SHARE = {"cuda": 0.92, "cpu": 0.8}  # of the memory that there is
+
+
+@dataclass(frozen=True)
+class MemoryProfile:
+    """Peak memory: of a step step_bytes + token_bytes a token, of the VAE pixel_bytes a pixel of a frame."""
+
+    step_bytes: float
+    token_bytes: float
+    pixel_bytes: float
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """What there is, less the weights; `available_bytes` is for requests."""
+
+    profile: MemoryProfile
+    available_bytes: int
+
+    def step_bytes(self, num_tokens: int) -> int:
+        return round(self.profile.step_bytes + self.profile.token_bytes * num_tokens)
+
+    def working_bytes(self, t: Trajectory) -> int:
+        """Of the request's most expensive piece of work, alone."""
+        width, height, _ = t.request.size
+        tiling = t.model.codec.tiling
+        pixels = width * height if width * height <= tiling.threshold else tiling.tile**2
+        return max(self.step_bytes(t.num_tokens * t.num_branches), round(self.profile.pixel_bytes * pixels))
+
+    def check(self, t: Trajectory) -> None:
+        """RequestTooLarge if the request cannot fit even with the engine to itself."""
+        needed = self.working_bytes(t) + t.resident_bytes
+        if needed > self.available_bytes:
+            width, height, num_frames = t.request.size
+            raise RequestTooLarge(
+                f"num_frames x height x width = {num_frames} x {height} x {width} ({t.num_tokens} tokens a branch) "
+                f"needs about {_gib(needed)} beside the weights, and {_gib(self.available_bytes)} are there"
+            )
+
+
+def load_budget(model: Model, settings: Settings) -> MemoryBudget:
+    """The budget of this process; the profile is measured if no earlier start has stored it."""
+    total = settings.memory_bytes or round(SHARE[model.device.type] * device_memory(model.device))
+    return MemoryBudget(_load_profile(model, settings), max(0, total - model.num_bytes))
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of the device, or of the machine within its container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdecimal():
+        total = min(total, int(text))
+    return total
+
+
+def measure(model: Model) -> MemoryProfile:
+    """Peaks of two packs of one sequence and of one decoded chunk, on the model's own device."""
+    peaks = [_peak(model, partial(_step, model, grid)) for grid in GRIDS]
+    tokens = [grid[0] * grid[1] * grid[2] for grid in GRIDS]
+    token_bytes = (peaks[1] - peaks[0]) / (tokens[1] - tokens[0])
+    codec = model.codec
+    latents = torch.zeros(codec.num_channels, 1 + codec.chunk, 4, 4, device=model.device)
+    decode = _peak(model, lambda: [chunk.shape for chunk in codec.decode_float(latents)])
+    pixels = (4 * codec.spatial_factor) ** 2
+    return MemoryProfile(max(0.0, peaks[0] - token_bytes * tokens[0]), token_bytes, decode / pixels)
+
+
+def _step(model: Model, grid: tuple[int, int, int]) -> None:
+    denoiser = model.experts[0]
+    config = denoiser.config
+    text = denoiser.encode_text(torch.zeros(1, config.text_dim, device=model.device, dtype=model.dtype))
+    image = None
+    if config.image_dim is not None:
+        rows = config.pos_embed_seq_len or 1
+        image = denoiser.encode_image(torch.zeros(rows, config.image_dim, device=model.device))
+    modulations = (0,) * grid[0]
+    pack = build_pack([Sequence(grid, modulations, text, image)], config.attention_head_dim, model.device)
+    latents = torch.zeros(
+        config.in_channels, *(n * p for n, p in zip(grid, config.patch_size, strict=True)), device=model.device
+    )
+    denoiser(pack, [latents], torch.zeros(1, device=model.device))
+
+
+@torch.inference_mode()
+def _peak(model: Model, run: Callable[[], object]) -> int:
+    """Most bytes allocated during `run`, above what was held before it."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with LiveBytes() as live:
+        run()
+    return live.peak_bytes
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operations make and drop, where the allocator does not count (the CPU's)."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live_bytes = self.peak_bytes = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(item, Tensor):
+                self._count(item.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        address = storage.data_ptr()
+        if address == 0 or address in self._known:
+            return
+        self._known.add(address)
+        self.live_bytes += storage.nbytes()
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._drop, address, storage.nbytes())
+
+    def _drop(self, address: int, num_bytes: int) -> None:
+        self._known.discard(address)
+        self.live_bytes -= num_bytes
+
+
+def _load_profile(model: Model, settings: Settings) -> MemoryProfile:
+    dtype = str(model.dtype).removeprefix("torch.")
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
+    name = f"{model.fingerprint[:16]}-{device}-{dtype}-{model.codec.chunk}-{torch.__version__}.json"
+    path = settings.profile_dir / name.replace(" ", "_").replace("/", "_")
+    try:
+        return MemoryProfile(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        profile = measure(model)
+    logger.info("memory profile of %s measured: %s", model.name, profile)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(asdict(profile)) + "\n")
+        part.replace(path)
+    except OSError as error:
+        logger.warning("the memory profile cannot be stored (%s); the next start measures again", error)
+    return profile
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

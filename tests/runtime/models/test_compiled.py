@@ -1,0 +1,85 @@
+"""The compiled trunk: the same velocities, and no recompilation for packs that fit into a bucket already seen."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from compare import relative_l2
+from tiny import BASE, draw_weights, save_checkpoint
+
+from skylapse import Engine, VideoRequest
+from skylapse.runtime.models.compiled import bucket, compile_trunk
+from skylapse.runtime.models.wan import WanConfig, WanDenoiser
+from skylapse.runtime.pack import Sequence, build_pack
+
+
+def denoiser() -> WanDenoiser:
+    return draw_weights(WanDenoiser(WanConfig(**(BASE | dict(num_layers=6)))), 3)  # type: ignore[return-value]
+
+
+def velocities(model: WanDenoiser, grids: list[tuple[int, int, int]], rows: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(len(grids))
+    with torch.inference_mode():
+        sequences = [
+            Sequence(grid, (k % 3,) * grid[0], model.encode_text(torch.randn(rows + k, 64, generator=generator)))
+            for k, grid in enumerate(grids)
+        ]
+        latents = [torch.randn(4, t, 2 * h, 2 * w, generator=generator) for t, h, w in grids]
+        pack = build_pack(sequences, model.config.attention_head_dim, torch.device("cpu"))
+        return model(pack, latents, torch.tensor([900.0, 500.0, 20.0]))
+
+
+PACKS = [([(1, 4, 4)], 3), ([(2, 4, 4), (1, 5, 4)], 5), ([(3, 4, 4), (1, 4, 4), (1, 3, 3)], 2), ([(1, 7, 8)], 9)]
+
+
+def test_buckets_are_few_and_waste_at_most_a_third() -> None:
+    sizes = sorted({bucket(n) for n in range(1, 5000)})
+    assert sizes == [64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144]
+    assert all(bucket(n) >= n and (n < 64 or bucket(n) <= n * 1.5) for n in range(1, 5000))
+
+
+def test_mixed_packs_are_equal_and_compile_once_a_bucket() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    plain, compiled, counter = denoiser(), denoiser(), CompileCounter()
+    compile_trunk(compiled, backend=counter)
+    seen: dict[int, int] = {}
+    for grids, rows in PACKS * 2:
+        for a, b in zip(velocities(compiled, grids, rows), velocities(plain, grids, rows), strict=True):
+            assert relative_l2(a, b) < 1e-5
+        size = bucket(sum(t * h * w for t, h, w in grids))
+        if size in seen:
+            assert counter.frame_count == seen[max(seen, key=seen.__getitem__)], "a pack of a known bucket recompiled"
+        seen[size] = counter.frame_count
+    assert 0 < counter.frame_count <= 7 * len(seen)  # what lies around the two attentions, frame by frame
+
+
+def test_an_engine_compiles_when_its_settings_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(save_checkpoint("wan2.1-t2v", tmp_path))
+    request = VideoRequest(prompt="a star", width=64, height=64, num_frames=5, num_inference_steps=4)
+    plain = Engine.from_pretrained(folder, device="cpu").generate_latents(request)
+    monkeypatch.setenv("SKYLAPSE_COMPILE", "1")
+    monkeypatch.setattr("skylapse.runtime.engine.compile_trunk", partial(compile_trunk, backend="eager"))
+    torch._dynamo.reset()
+    engine = Engine.from_pretrained(folder, device="cpu")
+    assert "trunk" in vars(engine.model.experts[0])
+    assert relative_l2(engine.generate_latents(request), plain) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own
+def test_inductor_gives_the_same_velocities() -> None:
+    import shutil
+
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        pytest.skip("inductor compiles C++ on the CPU, and there is no compiler")
+    torch._dynamo.reset()
+    plain, compiled = denoiser(), denoiser()
+    compile_trunk(compiled)
+    for grids, rows in PACKS[:2]:
+        for a, b in zip(velocities(compiled, grids, rows), velocities(plain, grids, rows), strict=True):
+            assert relative_l2(a, b) < 1e-5

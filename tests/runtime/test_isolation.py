@@ -1,0 +1,144 @@
+"""Who fails, fails alone: poison, out of memory, errors of a request's own and of the engine's."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from batches import CACHES, CALIBRATED_STEPS, Recorder, assert_same, draw_request, engine_of, solo
+
+from skylapse import VideoRequest
+from skylapse.runtime import denoise
+from skylapse.runtime.events import Failed, Finished, NotFinite, OutOfMemory
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_poisoned_request_reaches_no_neighbour(cache: str, folders: dict[str, Path]) -> None:
+    """NaN in one request's latents spreads through anything that is shared; its neighbour must not notice."""
+    asked = dict(width=64, height=64, num_frames=5, num_inference_steps=CALIBRATED_STEPS, cache=cache)
+    together = Recorder(engine_of(folders["wan2.1-t2v"]))
+    poisoned = together.engine.submit(VideoRequest(prompt="a box", seed=1, **asked))
+    request = VideoRequest(prompt="a star", seed=2, **asked)
+    healthy = together.engine.submit(request)
+    while healthy not in together.trajectories or together.trajectories[healthy].steps_done < 1:
+        together.step()
+    assert together.trajectories[poisoned].stage == "denoise"
+    together.trajectories[poisoned].latents = torch.full_like(together.trajectories[poisoned].current, float("nan"))
+    together.run()
+    assert_same(together, healthy, solo(folders["wan2.1-t2v"], request))
+    (failed,) = [event for event in together.events if isinstance(event, Failed)]
+    assert failed.ticket == poisoned and isinstance(failed.error, NotFinite)
+    assert "not finite after step" in str(failed.error)
+
+
+def test_cached_state_of_a_request_is_its_own_memory(folders: dict[str, Path]) -> None:
+    """A view into a pack would keep every neighbour's tokens alive, and show them to whoever reads past it."""
+    together = Recorder(engine_of(folders["wan2.1-t2v"]))
+    for k, cache in enumerate(CACHES * 2):
+        together.engine.submit(
+            VideoRequest(
+                prompt="a star",
+                width=64,
+                height=64,
+                num_frames=5,
+                num_inference_steps=CALIBRATED_STEPS,
+                cache=cache,
+                seed=k,
+                guidance_scale=1.0 + 2 * (k % 2),
+            )
+        )
+    checked = 0
+    while together.engine.has_work():
+        together.step()
+        for t in together.engine._batch.active.values():
+            if t.cache.state:
+                for tensor in (*t.cache.policy.state_tensors(t.cache.state), t.current):
+                    assert tensor.untyped_storage().nbytes() == tensor.nbytes
+                    checked += 1
+    assert checked > 100
+
+
+def test_out_of_memory_splits_the_pack_and_everyone_finishes(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = denoise.evaluate
+    refused = []
+
+    def small_device(model, members, layouts):  # type: ignore[no-untyped-def]
+        if len(members) > 2:
+            refused.append(len(members))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return whole(model, members, layouts)
+
+    monkeypatch.setattr("skylapse.runtime.batch.evaluate", small_device)
+    together = Recorder(engine_of(folders["wan2.1-t2v"]))
+    rng = random.Random(5)
+    requests = [draw_request(rng) for _ in range(5)]
+    tickets = [together.engine.submit(request) for request in requests]
+    together.run()
+    assert refused and {e.ticket for e in together.events if isinstance(e, Finished)} == set(tickets)
+    monkeypatch.undo()
+    for ticket, request in zip(tickets, requests, strict=True):
+        assert_same(together, ticket, solo(folders["wan2.1-t2v"], request))
+
+
+def test_who_does_not_fit_alone_fails_alone_with_a_typed_error(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = denoise.evaluate
+
+    def tiny_device(model, members, layouts):  # type: ignore[no-untyped-def]
+        if any(t.request.prompt == "a box" for t in members):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return whole(model, members, layouts)
+
+    monkeypatch.setattr("skylapse.runtime.batch.evaluate", tiny_device)
+    together = Recorder(engine_of(folders["wan2.1-t2v"]))
+    small = dict(width=64, height=64, num_frames=5, num_inference_steps=3)
+    tickets = [together.engine.submit(VideoRequest(prompt=prompt, **small)) for prompt in ("a star", "a box", "a ring")]
+    together.run()
+    failed = {event.ticket: event.error for event in together.events if isinstance(event, Failed)}
+    assert set(failed) == {tickets[1]} and isinstance(failed[tickets[1]], OutOfMemory)
+    assert {event.ticket for event in together.events if isinstance(event, Finished)} == {tickets[0], tickets[2]}
+
+
+@pytest.mark.parametrize("broken", ["predict", "commit", "advance"])
+def test_an_error_in_a_requests_own_part_of_a_step_is_its_own(
+    broken: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = Recorder(engine_of(folders["wan2.1-t2v"]))
+    small = dict(width=64, height=64, num_frames=5, num_inference_steps=8, cache="taylorseer:2")
+    bad, good = (together.engine.submit(VideoRequest(prompt=prompt, **small)) for prompt in ("a box", "a star"))
+    while bad not in together.engine._batch.active:
+        together.step()
+
+    def fails(*arguments: object) -> None:
+        raise RuntimeError("this request is cursed")
+
+    t = together.engine._batch.active[bad]
+    monkeypatch.setattr(t if broken == "advance" else t.cache, broken, fails)
+    together.run()
+    failed = {event.ticket: str(event.error) for event in together.events if isinstance(event, Failed)}
+    assert failed == {bad: "this request is cursed"}
+    assert [event.ticket for event in together.events if isinstance(event, Finished)] == [good]
+
+
+def test_the_engine_survives_an_error_of_its_own(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    together = Recorder(engine_of(folders["wan2.1-t2v"]))
+    small = dict(width=64, height=64, num_frames=5, num_inference_steps=3)
+    first = together.engine.submit(VideoRequest(prompt="a box", **small))
+    scheduler = together.engine._batch.scheduler
+    pick = scheduler.pick
+
+    def fails_once(*arguments: object) -> None:
+        monkeypatch.setattr(scheduler, "pick", pick)
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(scheduler, "pick", fails_once)
+    together.run()
+    second = together.engine.submit(VideoRequest(prompt="a star", **small))
+    together.run()
+    ends = [(type(event), event.ticket) for event in together.events if isinstance(event, Failed | Finished)]
+    assert ends == [(Failed, first), (Finished, second)]

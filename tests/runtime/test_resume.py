@@ -1,0 +1,198 @@
+"""Checkpoints: another process goes on where this one stopped, to the bit, and refuses what is not its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_checkpoint
+
+from skylapse import Engine, VideoRequest
+from skylapse.runtime.events import Checkpointed, Finished
+
+SMALL = dict(width=64, height=64, num_frames=5, num_inference_steps=9)
+CACHES = ["none", "easy:threshold=2,warmup=1", "first_block:threshold=1.2,order=1,warmup=1", "budget:0.5"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint("wan2.2-ti2v-5b", tmp_path_factory.mktemp("ti2v"))
+
+
+def engine_of(folder: Path) -> Engine:
+    return Engine.from_pretrained(str(folder), device="cpu", dtype="fp32")
+
+
+def run(engine: Engine, until: int | None = None) -> tuple[np.ndarray | None, list[int]]:
+    """Frames (None if stopped after checkpoint `until`) and the steps at which checkpoints were written."""
+    saved: list[int] = []
+    while engine.has_work():
+        for event in engine.step():
+            if isinstance(event, Finished):
+                return event.video.frames, saved
+            if isinstance(event, Checkpointed):
+                saved.append(event.step)
+                if event.step == until:
+                    return None, saved
+    raise AssertionError("neither finished nor saved")
+
+
+def saved_state(folder: Path, state: Path, **fields: object) -> Path:
+    engine = engine_of(folder)
+    engine.submit(VideoRequest(**(dict(prompt="a star") | SMALL | fields)), checkpoint_every=3, checkpoint_dir=state)
+    run(engine, until=3)
+    return state
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpmpp", "euler"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_resumed_request_is_bit_identical(cache: str, solver: str, folder: Path, tmp_path: Path) -> None:
+    image = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    request = VideoRequest(prompt="a star", image=image, solver=solver, cache=cache, seed=3, **SMALL)
+    whole = engine_of(folder)
+    whole.submit(request, checkpoint_every=3, checkpoint_dir=tmp_path / "whole")
+    expected, saved = run(whole)
+    assert saved == [3, 6]
+    interrupted = engine_of(folder)
+    interrupted.submit(request, checkpoint_every=3, checkpoint_dir=tmp_path / "cut")
+    run(interrupted, until=6)
+    other = engine_of(folder)
+    other.resume(tmp_path / "cut")
+    frames, _ = run(other)
+    assert frames is not None and np.array_equal(frames, expected) and np.array_equal(frames[0], image)
+
+
+def test_another_process_goes_on_to_the_bit(folder: Path, tmp_path: Path) -> None:
+    state = saved_state(folder, tmp_path / "state")
+    engine = engine_of(folder)
+    engine.resume(state)
+    expected, _ = run(engine)
+    state = saved_state(folder, tmp_path / "again")
+    code = f"""
+import numpy as np
+from skylapse import Engine
+from skylapse.runtime.events import Finished
+engine = Engine.from_pretrained({str(folder)!r}, device="cpu", dtype="fp32")
+engine.resume({str(state)!r})
+while engine.has_work():
+    for event in engine.step():
+        if isinstance(event, Finished):
+            np.save({str(tmp_path / "frames.npy")!r}, event.video.frames)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert np.array_equal(np.load(tmp_path / "frames.npy"), expected)
+
+
+def test_the_step_after_a_checkpoint_is_computed_in_every_run(folder: Path, tmp_path: Path) -> None:
+    engine = engine_of(folder)
+    request = VideoRequest(prompt="a star", cache="taylorseer:interval=4,warmup=1", **SMALL)
+    engine.submit(request, checkpoint_every=3, checkpoint_dir=tmp_path)
+    while engine.has_work():
+        for event in engine.step():
+            if isinstance(event, Finished):
+                trace = event.video.metadata.cache.trace
+    assert [trace[step] for step in (0, 3, 6)] == ["1", "1", "1"] and "0" in trace
+
+
+def test_only_the_newest_checkpoint_is_kept(folder: Path, tmp_path: Path) -> None:
+    engine = engine_of(folder)
+    engine.submit(VideoRequest(prompt="a star", **SMALL), checkpoint_every=2, checkpoint_dir=tmp_path)
+    run(engine)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state-8.safetensors", "state.json"]
+
+
+def test_a_corrupted_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
+    state = saved_state(folder, tmp_path)
+    data = bytearray((state / "state-3.safetensors").read_bytes())
+    data[-1] ^= 1
+    (state / "state-3.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=r"is corrupted: state-3.safetensors is not what state.json describes"):
+        engine_of(folder).resume(state)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 1}', '{"version": 7, "tensors": "x", "sha256": "y"}'])
+def test_an_unreadable_index_is_refused(text: str, folder: Path, tmp_path: Path) -> None:
+    state = saved_state(folder, tmp_path)
+    (state / "state.json").write_text(text)
+    with pytest.raises(ValueError, match=r"the checkpoint in .* (cannot be read|has version 7)"):
+        engine_of(folder).resume(state)
+
+
+def test_a_missing_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be read: FileNotFoundError"):
+        engine_of(folder).resume(tmp_path / "nowhere")
+
+
+def test_a_checkpoint_of_other_weights_is_refused_and_says_so(folder: Path, tmp_path: Path) -> None:
+    state = saved_state(folder, tmp_path / "state")
+    other = save_checkpoint("wan2.2-ti2v-5b", tmp_path / "other")
+    path = next((other / "transformer").glob("*.safetensors"))
+    tensors = load_file(path)
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, path)
+    with pytest.raises(ValueError, match=r"the checkpoint was made with weights '.*', and this engine has '"):
+        engine_of(other).resume(state)
+
+
+def test_a_checkpoint_of_another_dtype_is_refused_and_says_so(folder: Path, tmp_path: Path) -> None:
+    state = saved_state(folder, tmp_path)
+    with pytest.raises(ValueError, match=r"was made with dtype 'float32', and this engine has 'bfloat16'"):
+        Engine.from_pretrained(str(folder), device="cpu", dtype="bf16").resume(state)
+
+
+def test_a_tampered_record_is_refused(folder: Path, tmp_path: Path) -> None:
+    state = saved_state(folder, tmp_path)
+    record = json.loads((state / "state.json").read_text())
+    for change, message in (
+        ({"trace": "11"}, "it has decided 2 steps and taken 3"),
+        ({"request": {**record["request"], "shift": 1.0}}, "its noise schedule is not the one"),
+        ({"request": {**record["request"], "colour": "red"}}, "is incomplete: TypeError"),
+        ({"request": {**record["request"], "width": 96}}, "latents must be"),
+    ):
+        (state / "state.json").write_text(json.dumps(record | change))
+        with pytest.raises(ValueError, match=message):
+            engine_of(folder).resume(state)
+
+
+def test_a_crash_while_saving_leaves_the_checkpoint_before(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from skylapse.runtime import resume
+
+    state = saved_state(folder, tmp_path)
+    engine = engine_of(folder)
+    engine.resume(state)
+    write = resume._write
+
+    def fails(path: Path, data: bytes) -> None:
+        if path.name == "state.json":
+            raise OSError(28, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(resume, "_write", fails)
+    events = []
+    while engine.has_work():
+        events += engine.step()
+    assert "No space left" in str(events[-1].error)
+    monkeypatch.undo()
+    again = engine_of(folder)
+    again.resume(state)
+    assert run(again)[0] is not None
+
+
+def test_tensors_of_a_checkpoint_are_few(folder: Path, tmp_path: Path) -> None:
+    """What caches hold is not stored."""
+    state = saved_state(folder, tmp_path, cache="first_block:threshold=1.2,order=1,warmup=1")
+    assert set(load_file(state / "state-3.safetensors")) == {
+        "latents",
+        "generator",
+        "clean_prediction_0",
+        "clean_prediction_1",
+        "last_sample",
+    }
+    assert torch.isfinite(load_file(state / "state-3.safetensors")["latents"]).all()

@@ -64,18 +64,11 @@ def _generate(options: argparse.Namespace, settings: Settings) -> int:
     request = VideoRequest(
         prompt=options.prompt,
         negative_prompt=options.negative,
-        width=options.size and options.size[0],
-        height=options.size and options.size[1],
-        num_frames=options.frames,
         fps=options.fps,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance,
-        guidance_scale_2=options.guidance_2,
-        solver=options.solver,
-        shift=options.shift,
         seed=options.seed,
         image=options.image,
         cache=options.cache,
+        **_sampling(options),
     )
     from .runtime.video_file import SHEET_SUFFIXES, check_image, check_writable, save_sheet
 
@@ -271,18 +264,7 @@ def _calibrate(options: argparse.Namespace, settings: Settings) -> int:
     engine = Engine.from_pretrained(
         options.model, device=options.device, dtype=options.dtype, cache_dir=settings.cache_dir
     )
-    request = VideoRequest(
-        prompt="calibration",
-        width=options.size and options.size[0],
-        height=options.size and options.size[1],
-        num_frames=options.frames,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance,
-        guidance_scale_2=options.guidance_2,
-        solver=options.solver,
-        shift=options.shift,
-        image=options.image,
-    )
+    request = VideoRequest(prompt="calibration", image=options.image, **_sampling(options))
     path = calibrate(
         engine, request, options.prompt or PROMPTS, lambda line: print(f"skylapse: {line}", file=sys.stderr)
     )
@@ -378,6 +360,21 @@ def _add_sampling(command: argparse.ArgumentParser) -> argparse._MutuallyExclusi
     option("--solver", choices=SOLVERS)
     option("--shift", type=float, metavar="S", help="of the noise schedule")
     return length
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a request that `_add_sampling`'s options give."""
+    width, height = options.size or (None, None)
+    return dict(
+        width=width,
+        height=height,
+        num_frames=options.frames,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance,
+        guidance_scale_2=options.guidance_2,
+        solver=options.solver,
+        shift=options.shift,
+    )
 
 
 def _size(text: str) -> tuple[int, int]:

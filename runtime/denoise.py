@@ -68,14 +68,15 @@ def evaluate(model: Model, members: Sequence[Trajectory], layouts: Layouts) -> l
         torch.tensor(timesteps, device=model.device), denoiser.dtype
     )
     tokens = denoiser.embed([inputs[ticket] for ticket, _ in whole.order])
-    entry: Tokens = {}
-    if any(t.cache.policy.site == "trunk" for t in members):  # otherwise nobody needs them again, and they are large
-        entry = whole.split(tokens)
+    keeps = any(t.cache.policy.site == "trunk" for t in members)  # otherwise nobody needs tokens again
+    entry: Tokens = whole.split(tokens) if keeps else {}
     bases, probes = dict(entry), cast(Tokens, {})  # bases: the tokens at which a skipped step leaves the blocks
     exits: Tokens = {}
     layout, running, done = whole, list(members), 0
     for depth in _depths(members, denoiser.config.num_layers):
         tokens = denoiser.trunk(tokens, modulation, layout.pack, slice(done, depth))
+        if not keeps:
+            break
         here, done = layout.split(tokens), depth
         probing = [t for t in running if depth and _probe_depth(t) == depth]
         for place in (place for t in probing for place in t.places):
@@ -91,7 +92,7 @@ def evaluate(model: Model, members: Sequence[Trajectory], layouts: Layouts) -> l
                 break
             layout = layouts.get(running, [m for t, m in zip(members, modulations, strict=True) if t in running])
             tokens = torch.cat([here[place] for place in layout.order])
-    if running:
+    if keeps and running:
         exits.update(layout.split(tokens))
     if layout is not whole or not running:
         tokens = torch.cat([exits[place] for place in whole.order])

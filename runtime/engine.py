@@ -8,7 +8,6 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -224,7 +223,7 @@ class Engine:
 
     def generate_latents(self, request: VideoRequest, latents: Tensor | None = None) -> Tensor:
         """Final normalised latents [C, T, H, W] fp32 of a request, undecoded; outside the queue."""
-        t, layouts = self._trajectory(0, request, latents, Terms()), Layouts(self.model)
+        t, layouts = self.prepare(request, latents), Layouts(self.model)
         with self._stepping, torch.inference_mode():
             while t.stage == "encode":
                 t.work()
@@ -250,9 +249,9 @@ class Engine:
     def _loop(self) -> StepLoop:
         return StepLoop(self)
 
-    def prepare(self, request: VideoRequest, prompt: str | None = None) -> Trajectory:
-        """A trajectory outside the queue, for who measures one; `prompt` instead of the request's."""
-        return self._trajectory(0, request if prompt is None else replace(request, prompt=prompt), None, Terms())
+    def prepare(self, request: VideoRequest, latents: Tensor | None = None) -> Trajectory:
+        """A trajectory outside the queue, for who measures one."""
+        return self._trajectory(0, request, latents, Terms())
 
     def _trajectory(self, ticket: Ticket, request: VideoRequest, latents: Tensor | None, terms: Terms) -> Trajectory:
         request = request.resolved(self.defaults, self.limits)

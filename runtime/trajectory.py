@@ -164,7 +164,7 @@ class Trajectory:
         """Of its most expensive step."""
         return max(plan.num_branches for plan in self.plans)
 
-    @property
+    @cached_property
     def resident_bytes(self) -> int:
         """What it will hold between two steps at most: latents, solver, conditioning, text, cache and frames."""
         width, height, num_frames = self.request.size

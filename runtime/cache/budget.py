@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from math import ceil
 from typing import ClassVar
 
-from .policy import Run, check
+from .policy import Checked, Run
 from .taylorseer import VelocityForecast
 
 WARMUP = 3
 
 
 @dataclass(frozen=True)
-class Budget(VelocityForecast):
+class Budget(VelocityForecast, Checked):
     """share: of the steps that are computed, rounded up. order: of the polynomial that stands in for the others.
 
     warmup: steps that are computed before the first is skipped; 0: as calibrated, or 3.
@@ -29,11 +29,6 @@ class Budget(VelocityForecast):
     warmup: int = 0
 
     name: ClassVar[str] = "budget"
-
-    def __post_init__(self) -> None:
-        check("share", self.share, 0.05, 1, self.name)
-        check("order", self.order, 0, 3, self.name)
-        check("warmup", self.warmup, 0, 1000, self.name)
 
     def plan(self, run: Run) -> tuple[bool, ...]:
         num_computed = budgeted_steps(self.share, run.num_steps)

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..denoise import evaluate, take
@@ -47,7 +48,7 @@ class Recording(ResidualReuse):
 class Measured:
     """One prompt's uncached trajectory."""
 
-    latents: Tensor  # [C, T, H, W], the final ones
+    frames: NDArray[np.float32]  # [F, H, W, 3] from 0 to 255
     magnitudes: list[float]  # mean over tokens of |r_i| / |r_{i-1}|, branches averaged; the first is 1
     distances: list[float]  # relative L1 distance of residuals; the first is 0
 
@@ -59,10 +60,11 @@ def calibrate(
 
     Also fits the preview's map and writes that. Raises ValueError or OSError as the engine and the folder do.
     """
+    requests = [replace(request, prompt=prompt, seed=request.seed + k) for k, prompt in enumerate(prompts)]
     runs = []
-    for prompt in prompts:
-        report(f"measuring {prompt!r}")
-        runs.append(measure(engine, request, prompt))
+    for asked in requests:
+        report(f"measuring {asked.prompt!r}")
+        runs.append(measure(engine, asked))
     t = engine.prepare(request)
     assert t.request.guidance_scale is not None
     distances = list(t.embedding_distances())
@@ -73,16 +75,16 @@ def calibrate(
         guidance_scale=t.request.guidance_scale,
         magnitudes=tuple(np.mean([run.magnitudes for run in runs], axis=0).round(6).tolist()),
         coefficients=fit_coefficients(distances, runs),
-        masks=choose_masks(engine, request, prompts, runs, report),
+        masks=choose_masks(engine, requests, runs, report),
     )
     store(fit(engine.model.codec), engine.model.folder.path)
     return write_calibration(engine.model.folder.path, entry)
 
 
 @torch.inference_mode()
-def measure(engine: Engine, request: VideoRequest, prompt: str) -> Measured:
+def measure(engine: Engine, request: VideoRequest) -> Measured:
     """One uncached trajectory, with what its blocks added at every step."""
-    t = engine.prepare(replace(request, cache="none"), prompt)
+    t = engine.prepare(replace(request, cache="none"))
     t.cache.policy, layouts = Recording(), Layouts(engine.model)
     while t.stage == "encode":
         t.work()
@@ -98,7 +100,11 @@ def measure(engine: Engine, request: VideoRequest, prompt: str) -> Measured:
             distances.append(sum(relative_l1(now, old).item() for now, old in pairs) / len(pairs))
         before = residuals
         take(t, outcome)
-    return Measured(t.final_latents(), magnitudes, distances)
+    return Measured(decoded(engine, t.final_latents()), magnitudes, distances)
+
+
+def decoded(engine: Engine, latents: Tensor) -> NDArray[np.float32]:
+    return np.concatenate(list(engine.decode(latents))).astype(np.float32)
 
 
 def fit_coefficients(distances: list[float], runs: Sequence[Measured]) -> tuple[float, ...]:
@@ -110,30 +116,21 @@ def fit_coefficients(distances: list[float], runs: Sequence[Measured]) -> tuple[
 
 
 def choose_masks(
-    engine: Engine,
-    request: VideoRequest,
-    prompts: Sequence[str],
-    runs: Sequence[Measured],
-    report: Callable[[str], None],
+    engine: Engine, requests: Sequence[VideoRequest], runs: Sequence[Measured], report: Callable[[str], None]
 ) -> dict[str, str]:
-    """For each budget the warm-up whose final latents come nearest to the uncached ones, in dB, on average."""
-    num_steps = engine.prepare(request).num_steps
+    """For each budget the warm-up whose clips come nearest to the uncached ones, by PSNR in dB, on average."""
+    num_steps = engine.prepare(requests[0]).num_steps
     masks: dict[str, str] = {}
     for share in SHARES:
         num_computed = budgeted_steps(share, num_steps)
-        distances = {}
+        nearness_db = {}
         for warmup in (w for w in WARMUPS if w <= num_computed):
-            asked = replace(request, cache=policy_spec(Budget(share, ORDER, warmup)))
-            distances[warmup] = sum(
-                (engine.generate_latents(replace(asked, prompt=prompt)) - run.latents)
-                .norm()
-                .clamp(min=1e-6)
-                .log()
-                .item()
-                for prompt, run in zip(prompts, runs, strict=True)
-            )
-        best = min(distances, key=distances.__getitem__)
+            cache = policy_spec(Budget(share, ORDER, warmup))
+            clips = [decoded(engine, engine.generate_latents(replace(asked, cache=cache))) for asked in requests]
+            errors = [float(np.mean((clip - run.frames) ** 2)) for clip, run in zip(clips, runs, strict=True)]
+            nearness_db[warmup] = float(np.mean([10 * np.log10(255**2 / max(error, 1e-6)) for error in errors]))
+        best = max(nearness_db, key=nearness_db.__getitem__)
         mask = warm_mask(num_steps, num_computed, best)
-        masks[f"{ORDER},{num_computed}"] = "".join("1" if computed else "0" for computed in mask)
-        report(f"{num_computed} of {num_steps} steps: {masks[f'{ORDER},{num_computed}']}")
+        text = masks[f"{ORDER},{num_computed}"] = "".join("1" if computed else "0" for computed in mask)
+        report(f"{num_computed} of {num_steps} steps: {text}, {nearness_db[best]:.1f} dB from uncached")
     return masks

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .policy import MAX_SKIPS, Needs, Run, Site, check
+from .policy import MAX_SKIPS, Checked, Needs, Run, Site
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ class EasyState:
 
 
 @dataclass(frozen=True)
-class EasyCache:
+class EasyCache(Checked):
     """threshold: the error that a run of skipped steps may reach. warmup: steps (or share of them) always computed."""
 
     threshold: float = 0.05
@@ -40,11 +40,6 @@ class EasyCache:
     name: ClassVar[str] = "easy"
     site: ClassVar[Site] = "velocity"
     needs: ClassVar[Needs] = "latents"
-
-    def __post_init__(self) -> None:
-        check("threshold", self.threshold, 0, 10, self.name)
-        check("max_skips", self.max_skips, 1, 100, self.name)
-        check("warmup", self.warmup, 0, 1000, self.name)
 
     def plan(self, run: Run) -> None:
         return None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .policy import MAX_SKIPS, Needs, Point, Run, Site, check, extrapolate, relative_l1
+from .policy import MAX_SKIPS, Checked, Needs, Point, Run, Site, extrapolate, relative_l1
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ class FirstBlockState:
 
 
 @dataclass(frozen=True)
-class FirstBlockCache:
+class FirstBlockCache(Checked):
     """threshold: relative L1 distance of probes below which a step is skipped. order: 0 reuse, 1 forecast."""
 
     threshold: float = 0.08
@@ -37,13 +37,7 @@ class FirstBlockCache:
     name: ClassVar[str] = "first_block"
     site: ClassVar[Site] = "trunk"
     needs: ClassVar[Needs] = "probe"
-
-    def __post_init__(self) -> None:
-        check("threshold", self.threshold, 0, 10, self.name)
-        check("depth", self.depth, 1, 100, self.name)
-        check("order", self.order, 0, 1, self.name)
-        check("max_skips", self.max_skips, 1, 100, self.name)
-        check("warmup", self.warmup, 0, 1000, self.name)
+    ranges = Checked.ranges | {"depth": (1, 100), "order": (0, 1)}
 
     def plan(self, run: Run) -> None:
         if self.depth >= run.num_blocks:

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .policy import MAX_SKIPS, Run, check, warmup_steps
+from .policy import MAX_SKIPS, Checked, Run, warmup_steps
 from .residual import ResidualReuse
 
 
 @dataclass(frozen=True)
-class MagCache(ResidualReuse):
+class MagCache(ResidualReuse, Checked):
     """threshold: error that a run of skipped steps may reach. warmup: steps (or share) always computed."""
 
     threshold: float = 0.12
@@ -23,11 +23,6 @@ class MagCache(ResidualReuse):
     warmup: int | float = 0.2
 
     name: ClassVar[str] = "magcache"
-
-    def __post_init__(self) -> None:
-        check("threshold", self.threshold, 0, 10, self.name)
-        check("max_skips", self.max_skips, 1, 100, self.name)
-        check("warmup", self.warmup, 0, 1000, self.name)
 
     def plan(self, run: Run) -> tuple[bool, ...]:
         if run.calibration is None or not run.calibration.magnitudes:

@@ -154,7 +154,21 @@ def warmup_steps(warmup: int | float, num_steps: int) -> int:
     return warmup if isinstance(warmup, int) else round(warmup * num_steps)
 
 
-def check(name: str, value: float, low: float, high: float, policy: str) -> None:
-    """ValueError unless low <= value <= high."""
-    if not low <= value <= high:
-        raise ValueError(f"{name} of cache policy {policy} must be from {low:g} to {high:g}, got {value:g}")
+class Checked:
+    """Parameters of a policy, a frozen dataclass, each within its range; ValueError names the one that is not."""
+
+    name: ClassVar[str]
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {
+        "threshold": (0, 10),
+        "max_skips": (1, 100),
+        "warmup": (0, 1000),
+        "interval": (1, 100),
+        "order": (0, 3),
+        "share": (0.05, 1),
+    }
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            low, high = self.ranges[name]
+            if not low <= value <= high:
+                raise ValueError(f"{name} of cache policy {self.name} must be from {low:g} to {high:g}, got {value:g}")

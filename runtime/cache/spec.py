@@ -6,6 +6,7 @@ Source of the syntax: none; it is meant to fit an HTTP field and a command line.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from .policy import CachePolicy
 from .taylorseer import TaylorSeer
 from .teacache import TeaCache
 
+logger = logging.getLogger(__name__)
 POLICIES: dict[str, type[CachePolicy]] = {
     policy.name: policy for policy in (NoCache, EasyCache, FirstBlockCache, TeaCache, MagCache, TaylorSeer, Budget)
 }
@@ -71,14 +73,18 @@ def check_cache(text: str) -> None:
 
 
 def choose(text: str, num_steps: int, presets: Mapping[str, str], distilled: bool) -> Choice:
-    """The policy of a request. A preset means none where it would do harm; a policy by name is taken as it is."""
-    if text not in PRESETS:
-        return Choice(text, parse_policy(text))
+    """The policy of a request. A preset means none where it would do harm; a policy by name is taken, and logged."""
+    reason = None
     if distilled:
-        return Choice(text, NoCache(), "this checkpoint is distilled: every step matters")
-    if num_steps < FEWEST_STEPS:
-        return Choice(text, NoCache(), f"{num_steps} steps are too few to skip any (fewest: {FEWEST_STEPS})")
-    return Choice(text, parse_policy(presets[text]))
+        reason = "this checkpoint is distilled: every step matters"
+    elif num_steps < FEWEST_STEPS:
+        reason = f"{num_steps} steps are too few to skip any (fewest: {FEWEST_STEPS})"
+    if text in PRESETS:
+        return Choice(text, NoCache(), reason) if reason else Choice(text, parse_policy(presets[text]))
+    policy = parse_policy(text)
+    if reason and not isinstance(policy, NoCache):
+        logger.warning("cache %s was asked for by name and is used, although %s", text, reason)
+    return Choice(text, policy)
 
 
 def _number(name: str, text: str, whole: bool) -> int | float:

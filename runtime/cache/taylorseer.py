@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .policy import Needs, Point, Run, Site, check, extrapolate, warmup_steps
+from .policy import Checked, Needs, Point, Run, Site, extrapolate, warmup_steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ class VelocityForecast:
 
 
 @dataclass(frozen=True)
-class TaylorSeer(VelocityForecast):
+class TaylorSeer(VelocityForecast, Checked):
     """interval: every so many steps one is computed. order: of the polynomial. warmup: steps always computed."""
 
     interval: int = 3
@@ -55,11 +55,6 @@ class TaylorSeer(VelocityForecast):
     warmup: int | float = 3
 
     name: ClassVar[str] = "taylorseer"
-
-    def __post_init__(self) -> None:
-        check("interval", self.interval, 1, 100, self.name)
-        check("order", self.order, 0, 3, self.name)
-        check("warmup", self.warmup, 0, 1000, self.name)
 
     def plan(self, run: Run) -> tuple[bool, ...]:
         warmup = max(1, warmup_steps(self.warmup, run.num_steps))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .policy import Run, check, warmup_steps
+from .policy import Checked, Run, warmup_steps
 from .residual import ResidualReuse
 
 # (layers, width) of Wan2.1's text-to-video models -> the authors' polynomial for the timestep embedding
@@ -23,17 +23,13 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class TeaCache(ResidualReuse):
+class TeaCache(ResidualReuse, Checked):
     """threshold: accumulated, rescaled distance at which a step is computed. warmup: steps always computed."""
 
     threshold: float = 0.1
     warmup: int | float = 1
 
     name: ClassVar[str] = "teacache"
-
-    def __post_init__(self) -> None:
-        check("threshold", self.threshold, 0, 10, self.name)
-        check("warmup", self.warmup, 0, 1000, self.name)
 
     def plan(self, run: Run) -> tuple[bool, ...]:
         coefficients = (run.calibration.coefficients if run.calibration else ()) or run.coefficients

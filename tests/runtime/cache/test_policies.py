@@ -173,4 +173,18 @@ def test_a_preset_is_none_where_it_would_do_harm_and_says_why(preset: str) -> No
     assert few.policy.name == "none" and few.reason == "8 steps are too few to skip any (fewest: 9)"
     distilled = choose(preset, 50, WAN_PRESETS, True)
     assert distilled.policy.name == "none" and "distilled" in str(distilled.reason)
-    assert policy_spec(choose("easy:0.1", 4, WAN_PRESETS, True).policy) == policy_spec(EasyCache(threshold=0.1))
+
+
+@pytest.mark.parametrize(("num_steps", "distilled", "why"), [(4, False, "too few"), (50, True, "distilled")])
+def test_a_policy_by_name_is_used_all_the_same_and_logged(
+    num_steps: int, distilled: bool, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    choice = choose("easy:0.1", num_steps, WAN_PRESETS, distilled)
+    assert choice.reason is None and policy_spec(choice.policy) == policy_spec(EasyCache(threshold=0.1))
+    assert why in caplog.text and "easy:0.1" in caplog.text
+
+
+def test_a_policy_by_name_is_not_worth_a_warning_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
+    choose("easy:0.1", 50, WAN_PRESETS, False)
+    choose("none", 4, WAN_PRESETS, True)
+    assert not caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from compare import relative_l2
@@ -30,6 +31,12 @@ PROMPTS = ["a red circle", "a large blue star moving left at night", "small box"
 
 def engine_of(folder: Path) -> Engine:
     return Engine.from_pretrained(str(folder), device="cpu", dtype="fp32")
+
+
+def small_request(cache: str = "none", seed: int = 0, **changes: Any) -> VideoRequest:
+    """As many steps as the tiny checkpoints are calibrated for."""
+    asked = dict(prompt="a star", width=64, height=64, num_frames=5, num_inference_steps=CALIBRATED_STEPS)
+    return VideoRequest(**(asked | changes), cache=cache, seed=seed)
 
 
 def draw_request(rng: random.Random, multiple: int = 16) -> VideoRequest:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from batches import CACHES, CALIBRATED_STEPS, PROMPTS, SIZES, Recorder, assert_same, draw_request, engine_of, solo
+from batches import CACHES, PROMPTS, SIZES, Recorder, assert_same, draw_request, engine_of, small_request, solo
 from compare import relative_l2
 
 from skylapse import Engine, VideoRequest
@@ -107,9 +107,8 @@ def test_a_one_frame_request_behind_a_50_step_one_finishes_first(folders: dict[s
 @pytest.mark.parametrize("cache", ["easy:0", "first_block:0", "teacache:0", "magcache:0", "taylorseer:1", "budget:1"])
 def test_a_cache_that_may_not_skip_equals_no_cache_to_the_bit(cache: str, folders: dict[str, Path]) -> None:
     engine = engine_of(folders["wan2.1-t2v"])
-    asked = dict(prompt="a star", width=64, height=64, num_frames=5, num_inference_steps=CALIBRATED_STEPS)
-    plain = engine.generate_latents(VideoRequest(**asked))
-    assert torch.equal(engine.generate_latents(VideoRequest(**asked, cache=cache)), plain)
+    plain = engine.generate_latents(small_request())
+    assert torch.equal(engine.generate_latents(small_request(cache)), plain)
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -117,17 +116,7 @@ def test_a_replayed_composition_is_bit_identical(cache: str, folders: dict[str, 
     def run() -> list[torch.Tensor]:
         together = Recorder(engine_of(folders["wan2.1-t2v"]))
         for k in range(3):
-            together.engine.submit(
-                VideoRequest(
-                    prompt=PROMPTS[k],
-                    width=64,
-                    height=64,
-                    num_frames=5,
-                    num_inference_steps=CALIBRATED_STEPS,
-                    cache=cache,
-                    seed=k,
-                )
-            )
+            together.engine.submit(small_request(cache, k, prompt=PROMPTS[k]))
             together.step()
         together.run()
         return [together.latents(ticket) for ticket in (1, 2, 3)]
@@ -150,17 +139,7 @@ def test_experts_never_share_a_pack_or_a_cache(folders: dict[str, Path], monkeyp
     monkeypatch.setattr("skylapse.runtime.batch.evaluate", watched)
     together = Recorder(engine_of(folders["wan2.2-t2v-a14b"]))
     for k, cache in enumerate(CACHES):
-        together.engine.submit(
-            VideoRequest(
-                prompt="a star",
-                width=64,
-                height=64,
-                num_frames=5,
-                num_inference_steps=CALIBRATED_STEPS,
-                cache=cache,
-                seed=k,
-            )
-        )
+        together.engine.submit(small_request(cache, k))
         together.step()
     together.run()
     assert all(len(experts) == 1 for experts in seen) and {*seen[0], *seen[-1]} == {0, 1}
@@ -169,10 +148,7 @@ def test_experts_never_share_a_pack_or_a_cache(folders: dict[str, Path], monkeyp
 def test_bf16_differs_from_its_solo_run_by_rounding_alone(folders: dict[str, Path]) -> None:
     """The floor that packs leave in bf16: products of another shape round otherwise, and nothing else may differ."""
     folder = str(folders["wan2.1-t2v"])
-    asked = [
-        VideoRequest(prompt=PROMPTS[k], width=64, height=64, num_frames=5, num_inference_steps=8, seed=k)
-        for k in range(3)
-    ]
+    asked = [small_request(seed=k, prompt=PROMPTS[k], num_inference_steps=8) for k in range(3)]
     together = Recorder(Engine.from_pretrained(folder, device="cpu", dtype="bf16"))
     tickets = [together.engine.submit(request) for request in asked]
     together.run()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from batches import CACHES, CALIBRATED_STEPS, Recorder, assert_same, draw_request, engine_of, solo
+from batches import CACHES, Recorder, assert_same, draw_request, engine_of, small_request, solo
 
 from skylapse import VideoRequest
 from skylapse.runtime import denoise
@@ -17,10 +17,9 @@ from skylapse.runtime.events import Failed, Finished, NotFinite, OutOfMemory
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_poisoned_request_reaches_no_neighbour(cache: str, folders: dict[str, Path]) -> None:
     """NaN in one request's latents spreads through anything that is shared; its neighbour must not notice."""
-    asked = dict(width=64, height=64, num_frames=5, num_inference_steps=CALIBRATED_STEPS, cache=cache)
     together = Recorder(engine_of(folders["wan2.1-t2v"]))
-    poisoned = together.engine.submit(VideoRequest(prompt="a box", seed=1, **asked))
-    request = VideoRequest(prompt="a star", seed=2, **asked)
+    poisoned = together.engine.submit(small_request(cache, 1, prompt="a box"))
+    request = small_request(cache, 2)
     healthy = together.engine.submit(request)
     while healthy not in together.trajectories or together.trajectories[healthy].steps_done < 1:
         together.step()
@@ -37,18 +36,7 @@ def test_cached_state_of_a_request_is_its_own_memory(folders: dict[str, Path]) -
     """A view into a pack would keep every neighbour's tokens alive, and show them to whoever reads past it."""
     together = Recorder(engine_of(folders["wan2.1-t2v"]))
     for k, cache in enumerate(CACHES * 2):
-        together.engine.submit(
-            VideoRequest(
-                prompt="a star",
-                width=64,
-                height=64,
-                num_frames=5,
-                num_inference_steps=CALIBRATED_STEPS,
-                cache=cache,
-                seed=k,
-                guidance_scale=1.0 + 2 * (k % 2),
-            )
-        )
+        together.engine.submit(small_request(cache, k, guidance_scale=1.0 + 2 * (k % 2)))
     checked = 0
     while together.engine.has_work():
         together.step()

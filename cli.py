@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from . import __version__
 from .runtime.config import Settings, load_settings
-from .runtime.request import SOLVERS, VideoRequest
+from .runtime.request import SOLVERS, VideoRequest, frames_for
 
 if TYPE_CHECKING:  # whatever is heavy is imported by the command that needs it: --help takes a tenth of a second
     from rich.progress import Progress as RichProgress
@@ -134,8 +134,7 @@ def _frames_of(seconds: float, fps: int | None, defaults: ModelDefaults, limits:
     if not (isfinite(seconds) and 0 < seconds <= longest_s):
         allowed = f"above 0 and at most {longest_s:g} at {fps} fps for this model"
         raise ValueError(f"seconds must be {allowed}, got {seconds:g}")
-    wanted = ceil(round(seconds * fps, 6))  # 1.1 s at 10 fps is 11.000000000000002 frames
-    return ceil((wanted - 1) / limits.temporal_multiple) * limits.temporal_multiple + 1
+    return frames_for(ceil(round(seconds * fps, 6)), limits)  # 1.1 s at 10 fps is 11.000000000000002 frames
 
 
 def _summary(

@@ -132,6 +132,11 @@ class ModelLimits:
     max_prompt_tokens: int = 512
 
 
+def frames_for(wanted: int, limits: ModelLimits) -> int:
+    """The smallest number of frames that a model can make and that is at least `wanted`."""
+    return -(-(wanted - 1) // limits.temporal_multiple) * limits.temporal_multiple + 1
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoMetadata:
     """How a video was made: enough to make it again."""

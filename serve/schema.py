@@ -1,0 +1,122 @@
+"""The bodies of the Videos API: what a client may ask for, and what it is shown of a job.
+
+Source: OpenAI's OpenAPI document (2026-08-21) and its SDKs as they behave. All 13 keys of a video are always there;
+ours come on top, which the SDKs keep. Numbers may come as text, since forms have nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
+
+from ..runtime.cache.spec import check_cache
+from .store.jobs import Job
+from .store.tables import COMPLETED, FAILED
+
+MAX_PROMPT_CHARACTERS = 10_000  # OpenAI's bound is 32,000; a text encoder reads 512 tokens
+MAX_SIDE, MAX_SECONDS = 4096, 120.0
+
+
+def _text(value: Any) -> Any:
+    """A number as the text that the SDKs' types ask for: seconds=4 as "4"."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
+Size = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{1,3}x[1-9][0-9]{1,3}$")]
+Seconds = Annotated[str, BeforeValidator(_text), StringConstraints(pattern=r"^[0-9]{1,3}(\.[0-9]{1,3})?$")]
+
+
+class CreateVideo(BaseModel):
+    """POST /v1/videos. What is None is the model's own; unknown fields are refused, since a typing error costs a job."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: Prompt
+    model: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
+    seconds: Seconds | None = None
+    size: Size | None = None
+    # extensions
+    negative_prompt: Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARACTERS)] = ""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None  # None: drawn when the job is made, and told
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    guidance_scale: Annotated[Real, Field(ge=0, le=100)] | None = None
+    cache: Annotated[str, StringConstraints(max_length=200)] | None = None
+    num_frames: Annotated[int, Field(ge=1, le=1025)] | None = None
+    fps: Annotated[int, Field(ge=1, le=120)] | None = None
+    resize: bool = True  # False: refuse a size that is not the model's own
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    partial_images: Annotated[int, Field(ge=0, le=20)] = 0  # previews on the way
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _is_text(cls, value: str, info: Any) -> str:
+        if "\0" in value:
+            raise ValueError("must not contain null characters")
+        if info.field_name == "prompt" and not value.strip():
+            raise ValueError("must not be empty")
+        return value
+
+    @field_validator("size")
+    @classmethod
+    def _is_a_size(cls, value: str | None) -> str | None:
+        if value is not None and not all(16 <= int(side) <= MAX_SIDE for side in value.split("x")):
+            raise ValueError(f"width and height must be from 16 to {MAX_SIDE}")
+        return value
+
+    @field_validator("seconds")
+    @classmethod
+    def _is_a_length(cls, value: str | None) -> str | None:
+        if value is not None and not 0 < float(value) <= MAX_SECONDS:
+            raise ValueError(f"must be above 0 and at most {MAX_SECONDS:g}")
+        return value
+
+    @field_validator("cache")
+    @classmethod
+    def _is_a_cache(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_cache(value)
+        return value
+
+
+def show_video(job: Job, expires_after_s: float | None = None) -> dict[str, Any]:
+    """A job as a Video object; expires_after_s: how long artifacts are kept once it has completed."""
+    request, has_completed = job.request, job.state == COMPLETED
+    ended_at = int(job.ended_at) if has_completed and job.ended_at is not None else None
+    error = {"code": job.error_code, "message": job.error_message or job.error_code} if job.state == FAILED else None
+    return {
+        "id": job.id,
+        "object": "video",
+        "model": request["model"],
+        "status": job.state,
+        "progress": percent(job),
+        "created_at": int(job.created_at),
+        "completed_at": ended_at,
+        "expires_at": None if ended_at is None or expires_after_s is None else ended_at + int(expires_after_s),
+        "prompt": request["prompt"],
+        "size": request["size"],
+        "seconds": request["seconds"],
+        "remixed_from_video_id": request.get("remixed_from_video_id"),
+        "error": error,
+        "seed": request["seed"],
+        "attempts": job.attempts,
+        "resumed_from_step": job.resumed_from_step,
+        "native_size": request.get("native_size"),
+        "native_frames": request.get("native_frames"),
+    }
+
+
+def percent(job: Job) -> int:
+    """Of the steps that are done; 100 only once the file is there."""
+    if job.state == COMPLETED:
+        return 100
+    return min(99, 100 * job.step // job.num_steps) if job.num_steps else 0
+
+
+def show_page(videos: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
+    """A list; without `last_id` the SDKs' pagination would end behind the first page."""
+    first, last = (videos[0]["id"], videos[-1]["id"]) if videos else (None, None)
+    return {"object": "list", "data": list(videos), "first_id": first, "last_id": last, "has_more": has_more}

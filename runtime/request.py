@@ -178,9 +178,9 @@ class Video:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write .mp4, or lossless .webp and .png, or .gif, whole or not at all; returns the path."""
-        from .video_file import write_video
+        from .finish import finish
 
-        return write_video(path, self.frames, self.fps)
+        return finish(self.frames, self.fps, path).video
 
 
 def _check_text(name: str, text: object) -> None:

@@ -45,7 +45,7 @@ def write_video(path: PathLike, frames: Frames, fps: int) -> Path:
     """Write uint8 `frames` [frames, height, width, 3] in the format of the suffix, whole or not at all."""
     path = check_writable(path)
     kind = path.suffix.lower()
-    with _replaced_when_complete(path) as unfinished:
+    with replaced_when_complete(path) as unfinished:
         if kind == ".mp4":
             _write_mp4(unfinished, frames, fps)
         else:
@@ -72,7 +72,7 @@ def check_writable(path: PathLike, suffixes: tuple[str, ...] = VIDEO_SUFFIXES, n
 
 
 @contextmanager
-def _replaced_when_complete(path: Path) -> Iterator[Path]:
+def replaced_when_complete(path: Path) -> Iterator[Path]:
     """A name beside `path` that becomes `path` if the block succeeds and is gone if it does not, Ctrl-C included."""
     unfinished = path.with_name(f".skylapse-{secrets.token_hex(8)}.tmp")
     try:
@@ -173,7 +173,7 @@ def contact_sheet(frames: Frames, columns: int | None = None) -> Image.Image:
 def save_sheet(path: PathLike, frames: Frames, columns: int | None = None) -> Path:
     """Write `contact_sheet(frames)` as a PNG, whole or not at all."""
     path = check_writable(path, SHEET_SUFFIXES, "sheet")
-    with _replaced_when_complete(path) as unfinished:
+    with replaced_when_complete(path) as unfinished:
         contact_sheet(frames, columns).save(unfinished, format="png")
     return path
 

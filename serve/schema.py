@@ -31,7 +31,7 @@ Seconds = Annotated[str, BeforeValidator(_text), StringConstraints(pattern=r"^[0
 
 
 class CreateVideo(BaseModel):
-    """POST /v1/videos. What is None is the model's own; unknown fields are refused, since a typing error costs a job."""
+    """POST /v1/videos. What is None is the model's own. Unknown fields are refused: a mistyped one costs a job."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -63,8 +63,10 @@ class CreateVideo(BaseModel):
     @field_validator("size")
     @classmethod
     def _is_a_size(cls, value: str | None) -> str | None:
-        if value is not None and not all(16 <= int(side) <= MAX_SIDE for side in value.split("x")):
-            raise ValueError(f"width and height must be from 16 to {MAX_SIDE}")
+        if value is not None and not all(
+            16 <= int(side) <= MAX_SIDE and not int(side) % 2 for side in value.split("x")
+        ):
+            raise ValueError(f"width and height must be even and from 16 to {MAX_SIDE}")
         return value
 
     @field_validator("seconds")

@@ -1,0 +1,50 @@
+"""Sessions of browsers, which exchange a key for a cookie: EventSource and <video> cannot send a header.
+
+A session ends when it expires, when it is closed, and when its key expires or is revoked. As with keys, the cookie's
+value is 256 random bits of which only the digest is kept.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+from sqlalchemy import delete, insert, select
+
+from .database import Database, now
+from .keys import ApiKey, _digest, _is_valid, _key
+from .tables import api_keys, sessions
+
+
+class Sessions:
+    """Every method is one transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    def open(self, key: ApiKey, valid_s: float) -> str:
+        """A new session's token, which is kept nowhere here. ValueError for a life that is over before it began."""
+        if not valid_s > 0:
+            raise ValueError(f"valid_s must be above 0, got {valid_s}")
+        token = secrets.token_urlsafe(32)
+        row = dict(digest=_digest(token), key_id=key.id, created_at=now(), expires_at=now() + valid_s)
+        with self.database.write() as connection:
+            connection.execute(insert(sessions).values(**row))
+        return token
+
+    def find(self, token: str) -> ApiKey | None:
+        """The key that was exchanged for this token, while the session and the key are both valid."""
+        lives = sessions.c.expires_at > now()
+        found = select(api_keys).join(sessions).where(sessions.c.digest == _digest(token), lives, _is_valid())
+        with self.database.read() as connection:
+            row = connection.execute(found).one_or_none()
+        return None if row is None else _key(row)
+
+    def close(self, token: str) -> bool:
+        """Whether there was such a session; from now on there is none."""
+        with self.database.write() as connection:
+            return connection.execute(delete(sessions).where(sessions.c.digest == _digest(token))).rowcount == 1
+
+    def remove_expired(self) -> int:
+        """Forget sessions that have ended by themselves; returns how many."""
+        with self.database.write() as connection:
+            return connection.execute(delete(sessions).where(sessions.c.expires_at <= now())).rowcount

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -50,6 +50,7 @@ class Batch:
         self.active: dict[Ticket, Trajectory] = {}
         self.layouts = Layouts(model)
         self._finite = FiniteWatch(model.device)
+        self._told: list[Event] = []  # of the tick that is running
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.active)
@@ -67,17 +68,29 @@ class Batch:
     def tick(self) -> list[Event]:
         """A chunk of encoding, a chunk of decoding, and a step of as many requests as fit; whose caches carry them
         further without the model take several."""
-        events = self._expire()
-        self._activate()
-        for stage in ("encode", "decode"):
-            events += self._work(stage)
-        events += self._denoise()
+        for event in self._stages():
+            self._told.append(event)
         self.scheduler.forget_idle_tenants({t.terms.tenant for t in (*self.active.values(), *self.waiting.values())})
-        return events
+        return self._tell()
 
     def fail_all(self, error: Exception) -> list[Event]:
-        """After an error that is nobody's own, a bug of ours: everyone who was under way fails, who waits goes on."""
-        return [self._fail(t, _typed(error)) for t in list(self.active.values())]
+        """After an error that is nobody's own, a bug of ours: everyone who was under way fails, who waits goes on.
+
+        What the broken tick had done before is told too: who has finished in it is gone, and would be waited for.
+        """
+        return self._tell() + [self._fail(t, _typed(error)) for t in list(self.active.values())]
+
+    def _tell(self) -> list[Event]:
+        told, self._told = self._told, []
+        return told
+
+    def _stages(self) -> Iterator[Event]:
+        """A tick's events as they come about."""
+        yield from self._expire()
+        self._activate()
+        for stage in ("encode", "decode"):
+            yield from self._work(stage)
+        yield from self._denoise()
 
     # --- who is in ------------------------------------------------------------------------------------------------
 
@@ -130,10 +143,11 @@ class Batch:
 
     # --- denoising ------------------------------------------------------------------------------------------------
 
-    def _denoise(self) -> list[Event]:
+    def _denoise(self) -> Iterator[Event]:
         ready = [t for t in self.active.values() if t.stage == "denoise"]
         stepped, failed = skip_ahead(ready)
-        events = [self._fail_or_raise(self.active[ticket], error) for ticket, error in failed.items()]
+        for ticket, error in failed.items():
+            yield self._fail_or_raise(self.active[ticket], error)
         paused = {t.ticket for t, _ in stepped if t.is_due}  # for a preview or a checkpoint of the step just taken
         ready = [t for t in ready if t.stage == "denoise" and t.ticket not in {*paused, *failed}]
         if ready:
@@ -141,16 +155,16 @@ class Batch:
             chosen = self.scheduler.pick(list(works.values()), self._room())
             for t, outcome in self._evaluate([self.active[ticket] for ticket in chosen]):
                 if isinstance(outcome, Exception):
-                    events.append(self._fail(t, outcome))
+                    yield self._fail(t, outcome)
                     continue
                 try:
                     take(t, outcome)
                 except Exception as error:
-                    events.append(self._fail_or_raise(t, error))
+                    yield self._fail_or_raise(t, error)
                 else:
                     stepped.append((t, t.steps_done))
             self.scheduler.served([works[ticket] for ticket in chosen])
-        return events + self._report([(t, step) for t, step in stepped if t.ticket in self.active])
+        yield from self._report([(t, step) for t, step in stepped if t.ticket in self.active])
 
     def _evaluate(self, members: Sequence[Trajectory]) -> list[tuple[Trajectory, Outcome | Exception]]:
         """Outcomes of a pack; one that fails is split and tried again, until who is to blame fails alone."""
@@ -175,36 +189,31 @@ class Batch:
         left = memory.available_bytes - held - memory.profile.step_bytes
         return max(1, min(self.scheduler.config.max_batch_tokens, int(left / max(1.0, memory.profile.token_bytes))))
 
-    def _report(self, stepped: Sequence[tuple[Trajectory, int]]) -> list[Event]:
+    def _report(self, stepped: Sequence[tuple[Trajectory, int]]) -> Iterator[Event]:
         """Progress, previews and checkpoints of the steps taken, and failure of whose latents are not finite."""
-        events: list[Event] = []
         for t, step in stepped:
-            events.append(t.progress(step))
+            yield t.progress(step)
         last = list({t.ticket: t for t, _ in stepped}.values())
         self._finite.watch(last)
         for ticket, step in self._finite.poll(wait=any(t.stage == "decode" for t in last)):
             if ticket in self.active:
-                error = NotFinite(f"latents are not finite after step {step}")
-                events.append(self._fail(self.active[ticket], error))
+                yield self._fail(self.active[ticket], NotFinite(f"latents are not finite after step {step}"))
         for t in (t for t in last if t.ticket in self.active):
             try:
-                events += self._deliver(t)
-            except OSError as error:
-                events.append(self._fail(t, error))
-        return events
+                yield from self._deliver(t)
+            except Exception as error:  # a full disk, a preview without memory: nobody else's
+                yield self._fail_or_raise(t, error)
 
-    def _deliver(self, t: Trajectory) -> list[Event]:
+    def _deliver(self, t: Trajectory) -> Iterator[Event]:
         """The preview and the checkpoint that are due after the step just taken."""
-        events: list[Event] = []
         step, terms = t.steps_done, t.terms
         if t.clean is not None:
-            events.append(Preview(t.ticket, step, self.previewer()(t.clean)))
+            yield Preview(t.ticket, step, self.previewer()(t.clean))
             t.clean = None
         if terms.checkpoint_every and step % terms.checkpoint_every == 0 and step < t.num_steps:
             assert terms.checkpoint_dir is not None
             save_trajectory(t, terms.checkpoint_dir)
-            events.append(Checkpointed(t.ticket, step, terms.checkpoint_dir))
-        return events
+            yield Checkpointed(t.ticket, step, terms.checkpoint_dir)
 
 
 def _work(t: Trajectory) -> Work:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .vae.codec import VideoCodec
@@ -61,7 +61,7 @@ def load_previewer(folder: Path, codec: VideoCodec) -> Previewer:
 def store(previewer: Previewer, folder: Path) -> Path:
     """Write the map beside the model, whole or not at all."""
     part = folder / f"{FILE}.part"
-    save_file({"weight": previewer.weight.cpu(), "bias": previewer.bias.cpu()}, part)
+    part.write_bytes(save({"weight": previewer.weight.cpu(), "bias": previewer.bias.cpu()}))  # `save_file`: mode 0600
     return part.replace(folder / FILE)
 
 

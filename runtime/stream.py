@@ -34,15 +34,23 @@ class StepLoop:
             except RuntimeError:  # that event loop has been closed: nobody listens any more
                 self.engine.abort(ticket)
 
+        left = threading.Event()
+
+        def submit() -> None:
+            join()
+            if left.is_set():  # a thread cannot be cancelled: the stream may have been left meanwhile
+                self.engine.abort(ticket)
+
         event = None
         with self.engine.listening(ticket, hand_on):
             try:
-                await asyncio.to_thread(join)
+                await asyncio.to_thread(submit)
                 while not isinstance(event, Finished | Failed):
                     event = await queue.get()
                     yield event
             finally:
                 if not isinstance(event, Finished | Failed):
+                    left.set()
                     self.engine.abort(ticket)
 
     @property

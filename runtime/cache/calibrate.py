@@ -121,8 +121,7 @@ def choose_masks(
     """For each budget the warm-up whose clips come nearest to the uncached ones, by PSNR in dB, on average."""
     num_steps = engine.prepare(requests[0]).num_steps
     masks: dict[str, str] = {}
-    for share in SHARES:
-        num_computed = budgeted_steps(share, num_steps)
+    for num_computed, share in {budgeted_steps(share, num_steps): share for share in SHARES}.items():
         nearness_db = {}
         for warmup in (w for w in WARMUPS if w <= num_computed):
             cache = policy_spec(Budget(share, ORDER, warmup))

@@ -79,8 +79,8 @@ class Model:
 
     @property
     def num_bytes(self) -> int:
-        modules = (*self.experts, self.codec.vae, self.text_encoder.model)
-        return sum(p.nbytes for module in modules for p in module.parameters())
+        encoders = [part.model for part in (self.text_encoder, self.image_encoder) if part is not None]
+        return sum(p.nbytes for module in (*self.experts, self.codec.vae, *encoders) for p in module.parameters())
 
 
 def load_model(

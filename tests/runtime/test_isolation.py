@@ -12,6 +12,7 @@ from batches import CACHES, Recorder, assert_same, draw_request, engine_of, smal
 from skylapse import VideoRequest
 from skylapse.runtime import denoise
 from skylapse.runtime.events import Failed, Finished, NotFinite, OutOfMemory
+from skylapse.runtime.scheduler import Work
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -130,3 +131,43 @@ def test_the_engine_survives_an_error_of_its_own(folders: dict[str, Path], monke
     together.run()
     ends = [(type(event), event.ticket) for event in together.events if isinstance(event, Failed | Finished)]
     assert ends == [(Failed, first), (Finished, second)]
+
+
+def test_who_finishes_in_a_tick_that_breaks_is_told_so(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = Recorder(engine_of(folders["wan2.1-t2v"]))
+    first = together.engine.submit(small_request(num_inference_steps=2))
+    second = together.engine.submit(small_request(prompt="a box"))
+    scheduler = together.engine._batch.scheduler
+    pick = scheduler.pick
+
+    def fails_beside_the_end(works: list[Work], room: int) -> list[int]:
+        if first not in together.engine._batch.active:
+            raise KeyError("a bug")
+        return pick(works, room)
+
+    monkeypatch.setattr(scheduler, "pick", fails_beside_the_end)
+    together.run()
+    ends = [(type(event), event.ticket) for event in together.events if isinstance(event, Failed | Finished)]
+    assert ends == [(Finished, first), (Failed, second)]
+
+
+@pytest.mark.parametrize("broken", ["preview", "checkpoint"])
+def test_a_preview_or_checkpoint_that_cannot_be_made_fails_its_request_alone(
+    broken: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    together = Recorder(engine_of(folders["wan2.1-t2v"]))
+    terms = dict(preview_every=2) if broken == "preview" else dict(checkpoint_every=2, checkpoint_dir=tmp_path)
+    bad = together.engine.submit(small_request(), **terms)
+    good = together.engine.submit(small_request(prompt="a box"))
+
+    def fails(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(together.engine, "previewer", fails)
+    monkeypatch.setattr("skylapse.runtime.batch.save_trajectory", fails)
+    together.run()
+    failed = {event.ticket: event.error for event in together.events if isinstance(event, Failed)}
+    assert set(failed) == {bad} and isinstance(failed[bad], OutOfMemory)
+    assert [event.ticket for event in together.events if isinstance(event, Finished)] == [good]

@@ -12,6 +12,7 @@ from tiny import save_checkpoint
 
 from skylapse import Engine, VideoRequest
 from skylapse.runtime.events import DeviceLost, Event, Failed, Finished, Progress
+from skylapse.runtime.trajectory import Trajectory
 
 SMALL = dict(width=64, height=64, num_frames=5, num_inference_steps=4)
 
@@ -99,6 +100,32 @@ def test_events_of_a_step_during_which_a_stream_is_left_are_not_kept(
         await anext(stream)
         assert await asyncio.to_thread(stepped.wait, 20)
         await stream.aclose()
+        left.set()
+
+    asyncio.run(main())
+    engine.close()
+    assert not engine.has_work() and not engine._listeners
+
+
+def test_a_stream_that_is_left_while_it_submits_leaves_no_request(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Submission is held in its thread until the stream is gone; nobody would ever ask for what it submits."""
+    joining, left = threading.Event(), threading.Event()
+    whole = engine._join
+
+    def held(trajectory: Trajectory) -> int:
+        joining.set()
+        assert left.wait(20)
+        return whole(trajectory)
+
+    monkeypatch.setattr(engine, "_join", held)
+
+    async def main() -> None:
+        task = asyncio.create_task(collect(engine, VideoRequest(prompt="a star", **SMALL)))
+        assert await asyncio.to_thread(joining.wait, 20)
+        task.cancel()
+        assert isinstance(*await asyncio.gather(task, return_exceptions=True), asyncio.CancelledError)
         left.set()
 
     asyncio.run(main())

@@ -1,0 +1,95 @@
+"""Webhook events to their receivers, signed as OpenAI and Standard Webhooks sign: at least once, under a stable id."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import Callable
+
+from . import outbound
+from .config import ServeConfig
+from .store.outbox import Delivery, Outbox
+
+ATTEMPT_S = 10.0  # from the lookup of the name to the answer's status
+CLAIM_S = 3 * ATTEMPT_S  # after this an attempt whose dispatcher died is made by another one
+BATCH = 64  # attempts at once; a receiver that answers nothing holds up the others' next batch by ATTEMPT_S at most
+
+log = logging.getLogger(__name__)
+
+
+def make_secret() -> str:
+    """A secret for `SKYLAPSE_WEBHOOK_SECRET`."""
+    return f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
+
+
+def sign(secret: str, event_id: str, timestamp: int, body: str) -> dict[str, str]:
+    """The three headers of an event.
+
+    secret: "whsec_<base64>", or several with blanks between them while one takes the place of another: the event then
+    has a signature by each, and receivers with either accept it. ValueError for what is no secret.
+    """
+    signed = f"{event_id}.{timestamp}.{body}".encode()
+    keys = [_key(text) for text in secret.split()]
+    if not keys:
+        raise ValueError("webhooks cannot be signed without a secret")
+    signatures = (base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode() for key in keys)
+    return {
+        "webhook-id": event_id,
+        "webhook-timestamp": str(timestamp),
+        "webhook-signature": " ".join(f"v1,{signature}" for signature in signatures),
+    }
+
+
+async def deliver(
+    delivery: Delivery, secret: str, *, allow_private: bool = False, clock: Callable[[], float] = time.time
+) -> outbound.Answer:
+    """One attempt; outbound.Unreachable. `clock` must be right: receivers refuse what is 5 minutes off."""
+    headers = {"content-type": "application/json", "user-agent": "skylapse"}
+    headers |= sign(secret, delivery.id, int(clock()), delivery.body)
+    body = delivery.body.encode()
+    return await outbound.post(delivery.url, headers, body, allow_private=allow_private, timeout_s=ATTEMPT_S)
+
+
+async def deliver_due(outbox: Outbox, secret: str, config: ServeConfig, clock: Callable[[], float] = time.time) -> int:
+    """Attempt what is due, up to `BATCH` events at once; how many there were, so that 0 means: look again later.
+
+    Raises what the store raises, once all attempts have ended; what could not be written down is attempted again.
+    """
+    due = await asyncio.to_thread(outbox.claim, BATCH, CLAIM_S)
+    attempts = (_attempt(outbox, delivery, secret, config.webhook_private, clock) for delivery in due)
+    for result in await asyncio.gather(*attempts, return_exceptions=True):
+        if result is not None:
+            raise result
+    return len(due)
+
+
+async def _attempt(
+    outbox: Outbox, delivery: Delivery, secret: str, allow_private: bool, clock: Callable[[], float]
+) -> None:
+    retry_after_s = None
+    try:
+        answer = await deliver(delivery, secret, allow_private=allow_private, clock=clock)
+    except outbound.Unreachable as error:
+        problem = str(error)
+    else:
+        if 200 <= answer.status < 300:
+            return await asyncio.to_thread(outbox.delivered, delivery)
+        problem, retry_after_s = f"answered {answer.status}", answer.retry_after_s
+    if await asyncio.to_thread(outbox.failed, delivery, problem, retry_after_s):
+        log.warning("gave up webhook %s of %s: %s", delivery.id, delivery.job_id, problem)  # an URL may hold a token
+
+
+def _key(secret: str) -> bytes:
+    try:
+        key = base64.b64decode(secret.removeprefix("whsec_"), validate=True) if secret.startswith("whsec_") else b""
+    except binascii.Error:
+        key = b""
+    if len(key) < 24:  # the least that Standard Webhooks allows
+        raise ValueError("a webhook secret must be like whsec_<base64 of 24 bytes or more>")
+    return key

@@ -8,9 +8,13 @@ import binascii
 import hashlib
 import hmac
 import logging
+import os
 import secrets
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 from . import outbound
 from .config import ServeConfig
@@ -26,6 +30,31 @@ log = logging.getLogger(__name__)
 def make_secret() -> str:
     """A secret for `SKYLAPSE_WEBHOOK_SECRET`."""
     return f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
+
+
+def open_secret(config: ServeConfig) -> str:
+    """The configured secret, or the one in the data folder, which is made at the first start. ValueError if it is none.
+
+    Dispatchers of a cluster share no folder, and receivers could not know all their secrets: there it is configured.
+    """
+    if not config.webhook_secret:
+        path = config.folder / "webhook_secret"
+        if not path.exists():
+            config.folder.mkdir(parents=True, exist_ok=True)
+            _create(path, make_secret())
+            log.info("made a webhook secret, which is in the data folder")
+        config = config.model_copy(update={"webhook_secret": path.read_text().strip()})
+    sign(config.webhook_secret, "evt_0", 0, "")
+    return config.webhook_secret
+
+
+def _create(path: Path, text: str) -> None:
+    """Whole or not at all, for this user alone; what another process has created meanwhile stays."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".") as file:  # mode 600
+        file.write(text)
+        file.flush()
+        with suppress(FileExistsError):
+            os.link(file.name, path)
 
 
 def sign(secret: str, event_id: str, timestamp: int, body: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from skylapse.serve.config import ServeConfig
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.outbox import Delivery, Outbox, enqueue
 from skylapse.serve.store.tables import outbox as table
-from skylapse.serve.webhooks import deliver_due, make_secret, sign
+from skylapse.serve.webhooks import deliver_due, make_secret, open_secret, sign
 
 openai = pytest.importorskip("openai")
 SECRET = make_secret()
@@ -97,6 +98,22 @@ def test_what_is_no_secret_signs_nothing(secret: str) -> None:
     with pytest.raises(ValueError, match="secret") as caught:
         sign(secret, "evt_1", 1, BODY)
     assert "c2hvcnQ" not in str(caught.value) and "plain" not in str(caught.value)
+
+
+def test_a_secret_is_made_at_the_first_start_and_kept(tmp_path: Path) -> None:
+    config = ServeConfig(data=str(tmp_path / "data"))
+    with ThreadPoolExecutor(8) as pool:
+        (secret,) = {*pool.map(lambda _: open_secret(config), range(8))}
+    sign(secret, "evt_1", 1, BODY)
+    (file,) = (tmp_path / "data").iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600 and open_secret(config) == secret
+
+
+def test_a_configured_secret_is_the_one_and_is_checked_at_the_start(tmp_path: Path) -> None:
+    assert open_secret(ServeConfig(data=str(tmp_path), webhook_secret=SECRET)) == SECRET
+    with pytest.raises(ValueError, match="a webhook secret must be like"):
+        open_secret(ServeConfig(data=str(tmp_path), webhook_secret="hunter2"))
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_an_event_arrives_as_openais_client_reads_it_and_once(outbox: Outbox) -> None:

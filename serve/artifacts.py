@@ -7,9 +7,12 @@ written, and the job's row decides which attempt's files are the job's.
 from __future__ import annotations
 
 import hashlib
+import mimetypes
 import os
 import re
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,11 @@ import fsspec
 
 KEY = re.compile(r"[a-z0-9][a-z0-9_-]*(/[a-z0-9][a-z0-9_.-]*)+")
 CHUNK_BYTES = 1 << 20
+S3_OPTIONS = {
+    "use_listings_cache": False,  # others write, too: a file that an older listing lacks must not count as missing
+    "config_kwargs": {"signature_version": "s3v4"},  # botocore signs URLs by its forerunner, which many stores refuse
+}
+READ_AHEAD_BYTES = 4 << 20  # s3fs' own 50 MiB would be fetched for every range that a player asks for
 
 
 @dataclass(frozen=True)
@@ -33,42 +41,38 @@ class ArtifactStore:
     """`url`: a folder ("file:///data" or a path) or a bucket ("s3://bucket/prefix", with fsspec's options)."""
 
     def __init__(self, url: str, **options: Any) -> None:
-        self.files, root = fsspec.core.url_to_fs(url, **options)
+        self.files, root = fsspec.core.url_to_fs(url, **{**(S3_OPTIONS if url.startswith("s3") else {}), **options})
         self.root = root.rstrip("/")
         self.is_local = "file" in self.files.protocol
 
-    def write(self, key: str, source: Path | bytes) -> Artifact:
+    def write(self, key: str, source: Path | bytes, replace: bool = False) -> Artifact:
         """Store a file's or a string's bytes under a new key. FileExistsError for one that is taken.
 
-        On a disk the key appears when all bytes are there and synced; buckets do that by themselves.
+        replace: put it in the place of what an earlier try of the same caller may have left.
+        The key appears when all bytes are there, and on a disk when they are synced.
         """
         path = self._path(key)
-        if self.files.exists(path):
+        if not replace and self.files.exists(path):
             raise FileExistsError(f"the artifact {key} is there already")
-        self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
-        target = f"{path}.part" if self.is_local else path
         digest, num_bytes = hashlib.sha256(), 0
-        try:
-            with self.files.open(target, "wb") as file:
-                for chunk in _chunks(source):
-                    digest.update(chunk)
-                    num_bytes += len(chunk)
-                    file.write(chunk)
-                if self.is_local:
-                    file.flush()
-                    os.fsync(file.fileno())
-            if self.is_local:
-                self.files.mv(target, path)
-        except BaseException:
-            if self.is_local and self.files.exists(target):
-                self.files.rm(target)
-            raise
+        with self._new_file(path) as file:
+            for chunk in _chunks(source):
+                digest.update(chunk)
+                num_bytes += len(chunk)
+                file.write(chunk)
         return Artifact(key, num_bytes, digest.hexdigest())
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """Bytes [start, end) in pieces. FileNotFoundError at once, not at the first piece."""
-        file = self.files.open(self._path(key), "rb")
+        file = self.files.open(self._path(key), "rb", block_size=READ_AHEAD_BYTES)
         return _pieces(file, start, end)
+
+    def sign(self, key: str, seconds: float) -> str | None:
+        """An URL that reads a file for so long without a key of ours; None where the store has none: a folder."""
+        try:
+            return str(self.files.sign(self._path(key), expiration=int(seconds)))
+        except NotImplementedError:
+            return None
 
     def size(self, key: str) -> int:
         """Bytes of a file; FileNotFoundError."""
@@ -79,6 +83,19 @@ class ArtifactStore:
         self.files.invalidate_cache()
         return sorted(path.removeprefix(f"{self.root}/") for path in self.files.find(self._path(f"{prefix}/x")[:-2]))
 
+    def folders(self, prefix: str, older_than_s: float = 0.0) -> list[str]:
+        """Names of the folders of keys in a folder, of those that can tell their age the ones that are so old."""
+        self.files.invalidate_cache()
+        path = f"{self.root}/{prefix}"
+        found = self.files.ls(path, detail=True) if self.files.exists(path) else []
+        latest_s = time.time() - older_than_s
+        return [entry["name"].rpartition("/")[2] for entry in found if float(entry.get("mtime") or 0) < latest_s]
+
+    def remove_one(self, key: str) -> None:
+        """Remove a file, if it is there."""
+        with suppress(FileNotFoundError):
+            self.files.rm_file(self._path(key))
+
     def remove(self, prefix: str) -> int:
         """Remove a folder of keys with everything in it; returns how many files went."""
         found = self.keys(prefix)
@@ -86,6 +103,36 @@ class ArtifactStore:
         if self.files.exists(path):
             self.files.rm(path, recursive=True)
         return len(found)
+
+    @contextmanager
+    def _new_file(self, path: str) -> Iterator[Any]:
+        """A file that is there once it is complete; if writing it fails, it is not there at all."""
+        self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
+        if self.is_local:
+            try:
+                with self.files.open(f"{path}.part", "wb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                self.files.mv(f"{path}.part", path)
+            except BaseException:
+                if self.files.exists(f"{path}.part"):
+                    self.files.rm(f"{path}.part")
+                raise
+            return
+        file = self.files.open(path, "wb", autocommit=False, **self._told(path))
+        try:
+            with file:
+                yield file
+        except BaseException:
+            file.discard()  # what was uploaded so far; closing alone would keep it under the key
+            raise
+        file.commit()
+
+    def _told(self, path: str) -> dict[str, str]:
+        """What a bucket says of a file to those who read it by a signed URL."""
+        media_type = mimetypes.guess_type(path)[0] if "s3" in self.files.protocol else None
+        return {"ContentType": media_type} if media_type else {}
 
     def _path(self, key: str) -> str:
         if not KEY.fullmatch(key):

@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+from urllib.request import Request, urlopen
 
 import pytest
+from bucket import bucket_server, new_bucket
 
 from skylapse.serve import artifacts
 from skylapse.serve.artifacts import ArtifactStore
@@ -15,10 +19,25 @@ KEY = "jobs/video_1/1/video.mp4"
 DATA = bytes(range(256)) * 20
 
 
-@pytest.fixture(params=["folder", "memory"])
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    with bucket_server() as url:
+        yield url
+
+
+@pytest.fixture
+def bucket(endpoint: str) -> ArtifactStore:
+    url, options = new_bucket(endpoint)
+    return ArtifactStore(url, **options)
+
+
+@pytest.fixture(params=["folder", "memory", "bucket"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ArtifactStore]:
-    """A folder, and fsspec's file system in memory, which has no rename and no folders, as buckets have none."""
-    store = ArtifactStore(str(tmp_path) if request.param == "folder" else f"memory://{tmp_path}")
+    """A folder, fsspec's file system in memory, which has no rename and no folders, and a bucket behind S3's API."""
+    if request.param == "bucket":
+        store = request.getfixturevalue("bucket")
+    else:
+        store = ArtifactStore(str(tmp_path) if request.param == "folder" else f"memory://{tmp_path}")
     yield store
     store.remove("jobs")
 
@@ -61,9 +80,8 @@ def test_a_jobs_files_are_listed_and_removed_and_nobody_elses(store: ArtifactSto
     assert store.keys("jobs") == ["jobs/video_12/1/c"]
 
 
-def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = ArtifactStore(str(tmp_path))
-
+@pytest.mark.parametrize("store", ["folder", "bucket"], indirect=True)  # the memory's forgets nothing
+def test_a_failed_write_leaves_no_file(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks(source: object) -> Iterator[bytes]:
         yield b"half"
         raise OSError(28, "No space left on device")
@@ -71,7 +89,7 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(artifacts, "_chunks", breaks)
     with pytest.raises(OSError, match="No space left"):
         store.write(KEY, b"")
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert store.files.find(store.root) == []
     monkeypatch.undo()
     store.write(KEY, b"now")
     assert b"".join(store.read(KEY)) == b"now"
@@ -86,3 +104,76 @@ def test_keys_that_lead_elsewhere_are_refused(key: str, tmp_path: Path) -> None:
     for call in (store.read, store.size, lambda key: store.write(key, b"x")):
         with pytest.raises(ValueError, match="an artifact's key must be like"):
             call(key)
+
+
+def test_a_folder_signs_no_urls(tmp_path: Path) -> None:
+    store = ArtifactStore(str(tmp_path))
+    store.write(KEY, DATA)
+    assert store.sign(KEY, 60) is None
+
+
+def test_a_signed_url_reads_a_clip_and_its_ranges_without_a_key(bucket: ArtifactStore) -> None:
+    bucket.write(KEY, DATA)
+    url = bucket.sign(KEY, 60)
+    assert url is not None and "a-secret" not in url
+    with urlopen(url) as answer:
+        assert (answer.read(), answer.headers["content-type"]) == (DATA, "video/mp4")
+        assert answer.headers["accept-ranges"] == "bytes"
+    with urlopen(Request(url, headers={"range": "bytes=100-299"})) as answer:
+        assert (answer.status, answer.read()) == (206, DATA[100:300])
+        assert answer.headers["content-range"] == "bytes 100-299/5120"
+
+
+def test_what_is_signed_is_one_key_for_a_time(bucket: ArtifactStore) -> None:
+    """The stand-in checks no signature, so this reads what is signed: AWS refuses anything else by it."""
+    bucket.write(KEY, DATA)
+    parsed = urlsplit(bucket.sign(KEY, 60) or "")
+    query = parse_qs(parsed.query)
+    assert parsed.path.endswith(f"/clips/{KEY}")
+    assert query["X-Amz-Algorithm"] == ["AWS4-HMAC-SHA256"] and query["X-Amz-Expires"] == ["60"]
+    assert len(query["X-Amz-Signature"][0]) == 64
+
+
+def test_a_file_that_another_process_wrote_is_seen_at_once(endpoint: str) -> None:
+    url, options = new_bucket(endpoint)
+    here, there = (ArtifactStore(url, **options, skip_instance_cache=True) for _ in range(2))
+    here.write("jobs/video_1/1/preview", b"x")
+    assert here.keys("jobs/video_1") == ["jobs/video_1/1/preview"] and here.size("jobs/video_1/1/preview") == 1
+    there.write("jobs/video_1/1/video.mp4", DATA)
+    assert b"".join(here.read("jobs/video_1/1/video.mp4")) == DATA and here.size("jobs/video_1/1/video.mp4") == 5120
+    there.remove("jobs/video_1")
+    with pytest.raises(FileNotFoundError):
+        here.read("jobs/video_1/1/video.mp4")
+
+
+def test_large_files_go_up_in_parts_and_a_range_fetches_little_more(
+    bucket: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    large = tmp_path / "clip"
+    large.write_bytes(b"0123456789abcdef" * (4 << 20))  # 64 MiB: above s3fs' parts of 50
+    artifact = bucket.write(KEY, large)
+    assert artifact.num_bytes == bucket.size(KEY) == 64 << 20
+    fetched: list[int] = []
+    fetch = s3fs.core._fetch_range
+
+    def counted(files: Any, bucket: str, key: str, version: Any, start: int, end: int, **options: Any) -> bytes:
+        fetched.append(end - start)
+        return fetch(files, bucket, key, version, start, end, **options)
+
+    monkeypatch.setattr(s3fs.core, "_fetch_range", counted)
+    assert b"".join(bucket.read(KEY, (8 << 20) + 3, (8 << 20) + 9)) == b"345678"
+    assert 6 <= sum(fetched) <= 5 << 20
+
+
+def test_a_large_write_that_fails_leaves_no_parts(bucket: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(source: object) -> Iterator[bytes]:
+        yield b"x" * (51 << 20)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(artifacts, "_chunks", breaks)
+    with pytest.raises(OSError, match="Input/output"):
+        bucket.write(KEY, b"")
+    name = bucket.root.split("/")[0]
+    assert bucket.keys("jobs") == [] and bucket.files.list_multipart_uploads(name) == []

@@ -76,9 +76,10 @@ class Batch:
     def fail_all(self, error: Exception) -> list[Event]:
         """After an error that is nobody's own, a bug of ours: everyone who was under way fails, who waits goes on.
 
+        With nobody under way it is they who fail, or the next tick would break as this one did, and the next, for ever.
         What the broken tick had done before is told too: who has finished in it is gone, and would be waited for.
         """
-        return self._tell() + [self._fail(t, _typed(error)) for t in list(self.active.values())]
+        return self._tell() + [self._fail(t, _typed(error)) for t in list((self.active or self.waiting).values())]
 
     def _tell(self) -> list[Event]:
         told, self._told = self._told, []

@@ -87,11 +87,25 @@ def test_a_passed_deadline_fails_the_request_and_nobody_else(folder: Path) -> No
         (dict(deadline_s=0), "deadline_s must be above 0, got 0"),
         (dict(preview_every=-1), "preview_every must not be negative, got -1"),
         (dict(checkpoint_every=2), "checkpoint_every needs a checkpoint_dir"),
+        (dict(deadline_s="5"), "deadline_s must be above 0, got '5'"),
+        (dict(deadline_s=float("nan")), "deadline_s must be above 0, got nan"),
+        (dict(preview_every=1.5), r"preview_every must be a whole number, got 1\.5"),
+        (dict(priority="high"), "priority must be a whole number, got 'high'"),
+        (dict(tenant=["a"]), r"tenant must be a string, got \['a'\]"),
+        (dict(checkpoint_dir=3), "checkpoint_dir must be a folder, got 3"),
     ],
 )
 def test_wrong_terms_are_refused_at_submit(terms: dict, message: str, folder: Path) -> None:
     with pytest.raises(ValueError, match=message):
         engine_of(folder).submit(VideoRequest(prompt="a star", **SMALL), **terms)
+
+
+def test_a_checkpoint_folder_may_be_text(folder: Path, tmp_path: Path) -> None:
+    engine = engine_of(folder)
+    engine.submit(VideoRequest(prompt="a star", **SMALL), checkpoint_every=4, checkpoint_dir=str(tmp_path / "state"))
+    while engine.has_work():
+        engine.step()
+    assert (tmp_path / "state" / "state.json").exists()
 
 
 @pytest.mark.parametrize("cache", ["teacache", "magcache"])

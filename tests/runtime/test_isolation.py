@@ -153,6 +153,26 @@ def test_who_finishes_in_a_tick_that_breaks_is_told_so(
     assert ends == [(Finished, first), (Failed, second)]
 
 
+def test_an_error_that_comes_back_at_every_tick_ends_in_failures(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = Recorder(engine_of(folders["wan2.1-t2v"]))
+
+    def fails(*arguments: object) -> None:
+        raise KeyError("a bug")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(together.engine._batch.scheduler, "rank", fails)
+        tickets = [together.engine.submit(small_request(seed=k)) for k in range(2)]
+        for _ in range(3):
+            together.step()
+    assert not together.engine.has_work()
+    assert [(type(event), event.ticket) for event in together.events] == [(Failed, ticket) for ticket in tickets]
+    healthy = together.engine.submit(small_request())
+    together.run()
+    assert any(isinstance(event, Finished) and event.ticket == healthy for event in together.events)
+
+
 @pytest.mark.parametrize("broken", ["preview", "checkpoint"])
 def test_a_preview_or_checkpoint_that_cannot_be_made_fails_its_request_alone(
     broken: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -172,3 +172,5 @@ class Checked:
             low, high = self.ranges[name]
             if not low <= value <= high:
                 raise ValueError(f"{name} of cache policy {self.name} must be from {low:g} to {high:g}, got {value:g}")
+            if name == "warmup" and isinstance(value, float) and value >= 1:
+                raise ValueError(f"warmup of cache policy {self.name} must be whole, or a share below 1, got {value}")

@@ -56,6 +56,8 @@ def parse_policy(text: str) -> CachePolicy:
             raise ValueError(
                 f"cache policy {name} has no parameter {key[:40]!r} (it has: {', '.join(fields) or 'none'})"
             )
+        if key in given:
+            raise ValueError(f"{key} of cache policy {name} is given twice")
         given[key] = _number(f"{key} of cache policy {name}", value, whole=fields[key].type == "int")
     return policy(**given)
 

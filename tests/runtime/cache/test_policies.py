@@ -166,6 +166,20 @@ def test_the_first_parameter_needs_no_name() -> None:
         parse_policy("easy:0.2,3")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("easy:0.1,threshold=0.2", "threshold of cache policy easy is given twice"),
+        ("easy:warmup=1.0", r"warmup of cache policy easy must be whole, or a share below 1, got 1\.0"),
+        ("easy:11", "threshold of cache policy easy must be from 0 to 10, got 11"),
+        ("first_block:nan", "threshold of cache policy first_block must be from 0 to 10, got nan"),
+    ],
+)
+def test_parameters_out_of_range_or_in_doubt_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_policy(text)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_none_where_it_would_do_harm_and_says_why(preset: str) -> None:
     assert choose(preset, 9, WAN_PRESETS, False).policy.name != "none"

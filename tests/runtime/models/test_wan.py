@@ -15,7 +15,7 @@ from torch import nn
 from skylapse.runtime.models.checkpoint import check_keys, load_weights, slots
 from skylapse.runtime.models.wan import WanConfig, WanDenoiser
 from skylapse.runtime.pack import Sequence, build_pack
-from skylapse.runtime.vae.wan import WanVAE, WanVAEConfig
+from skylapse.runtime.vae.wan import WanVAE, WanVAEConfig, checkpoint_name
 
 CPU = torch.device("cpu")
 SHAPES = ((3, 8, 12), (1, 6, 4), (5, 4, 4))
@@ -189,5 +189,5 @@ def test_published_vaes_map_every_key(name: str) -> None:
     config = PUBLISHED_VAES[name]
     with torch.device("meta"):
         shapes = published_shapes(AutoencoderKLWan(**config))
-        places = slots(WanVAE(WanVAEConfig(**config)), lambda key: key.replace(".resample.", ".resample.1."))
+        places = slots(WanVAE(WanVAEConfig(**config)), checkpoint_name)
     check_keys(places, shapes, Path(name), ())

@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
@@ -34,6 +35,7 @@ SMALL_PIXELS = (
     256 * 256
 )  # a frame up to this size is kept (nearly) lossless: it is watched enlarged and costs kilobytes
 MIN_IMAGE_SIDE, MAX_IMAGE_SIDE, MAX_IMAGE_PIXELS, MAX_IMAGE_BYTES = 16, 8192, 40_000_000, 64 * 2**20
+MAX_VIDEO_FRAMES, MAX_VIDEO_PIXELS, MAX_VIDEO_S, MAX_VIDEO_BYTES = 1025, 4096 * 2304, 600, 512 * 2**20
 
 logger = logging.getLogger(__name__)
 
@@ -181,32 +183,39 @@ def save_sheet(path: PathLike, frames: Frames, columns: int | None = None) -> Pa
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def read_image(source: PathLike | Image.Image | Pixels, width: int, height: int) -> Pixels:
-    """Uint8 [height, width, 3]: the image upright, aspect kept, cropped at the centre, black where transparent."""
-    label = "image"
+def read_image(source: PathLike | Image.Image | Pixels, width: int, height: int, name: str = "image") -> Pixels:
+    """Uint8 [height, width, 3]: the image upright, aspect kept, cropped at the centre, black where transparent.
+
+    name: the field of the request that errors speak of.
+    """
+    label = name
     if isinstance(source, np.ndarray):
         image = Image.fromarray(source)
     elif isinstance(source, Image.Image):
         image = source
     else:
-        image, label = _open_image(source), f"image {Path(source).name!r}"
+        image, label = _open_image(source, name), f"{name} {Path(source).name!r}"
     _check_image_size(label, image.width, image.height)
     with _decoding(label):
         image = _to_rgb(ImageOps.exif_transpose(image))
+    return _fitted(image, width, height)
+
+
+def check_image(path: PathLike, name: str = "image") -> None:
+    """Refuse an image file by its header: kind, bytes, width and height. Nothing is decoded."""
+    image = _open_image(path, name)
+    _check_image_size(f"{name} {Path(path).name!r}", image.width, image.height)
+
+
+def _fitted(image: Image.Image, width: int, height: int) -> Pixels:
     return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 
 
-def check_image(path: PathLike) -> None:
-    """Refuse an image file by its header: kind, bytes, width and height. Nothing is decoded."""
-    image = _open_image(path)
-    _check_image_size(f"image {Path(path).name!r}", image.width, image.height)
-
-
-def _open_image(path: PathLike) -> Image.Image:
+def _open_image(path: PathLike, name: str) -> Image.Image:
     """The image with its header read and its pixels not."""
     if not os.path.isfile(path):  # which a pipe is not either: reading one could wait forever
-        raise ValueError(f"image must be an existing file, got {str(path)!r}")
-    label = f"image {Path(path).name!r}"
+        raise ValueError(f"{name} must be an existing file, got {str(path)!r}")
+    label = f"{name} {Path(path).name!r}"
     if (num_bytes := os.path.getsize(path)) > MAX_IMAGE_BYTES:
         raise ValueError(f"{label} must have at most {MAX_IMAGE_BYTES} bytes, got {num_bytes}")
     data = Path(path).read_bytes()
@@ -254,9 +263,57 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def read_video(path: PathLike, max_frames: int, max_pixels: int) -> tuple[Frames, float]:
     """Frames, uint8 [frames, height, width, 3] and upright, and frames per second of a file within the given bounds."""
+    with _open_video(path, max_pixels) as (container, stream):
+        if stream.frames > max_frames:
+            raise ValueError(f"{_label(path)} must have at most {max_frames} frames, got {stream.frames}")
+        fps = float(stream.average_rate or stream.guessed_rate or 0)
+        frames = list(_decoded(path, container, stream, max_frames, max_pixels))
+    if not fps:
+        raise ValueError(f"{_label(path)} must have a frame rate")
+    return np.stack(frames), fps
+
+
+def read_frames(source: PathLike | Frames, width: int, height: int, max_frames: int) -> Iterator[Pixels]:
+    """Uint8 [height, width, 3]: each frame of a file or an array, fitted as `read_image` fits an image."""
+    if isinstance(source, np.ndarray):
+        yield from (_fitted(Image.fromarray(frame), width, height) for frame in source)
+        return
+    with _open_video(source, MAX_VIDEO_PIXELS) as (container, stream):
+        for frame in _decoded(source, container, stream, max_frames, MAX_VIDEO_PIXELS):
+            yield _fitted(Image.fromarray(frame), width, height)
+
+
+def count_frames(source: PathLike | Frames) -> int:
+    """How many frames a video has, by its packets: nothing is decoded. Refuses what `read_frames` could not read."""
+    if isinstance(source, np.ndarray):
+        label, num_frames = "video", len(source)
+        _check_image_size(label, source.shape[2], source.shape[1])
+    else:
+        label, num_frames = _label(source), 0
+        with _open_video(source, MAX_VIDEO_PIXELS) as (container, stream):
+            _check_image_size(label, stream.width, stream.height)
+            for packet in islice(container.demux(stream), MAX_VIDEO_FRAMES + 2):  # the last one is empty
+                if packet.is_corrupt:
+                    raise ValueError(f"{label} must be an intact mp4, mov, mkv or webm file (it is cut short)")
+                num_frames += packet.size > 0 and not packet.is_discard  # an edit list discards frames of the file
+    if not 1 <= num_frames <= MAX_VIDEO_FRAMES:
+        got = "more" if num_frames else "none"
+        raise ValueError(f"{label} must have from 1 to {MAX_VIDEO_FRAMES} frames, got {got}")
+    return num_frames
+
+
+def _label(path: PathLike) -> str:
+    return f"video {Path(path).name!r}"
+
+
+@contextmanager
+def _open_video(path: PathLike, max_pixels: int) -> Iterator[tuple[InputContainer, av.VideoStream]]:
+    """The file and its picture, its header checked; what FFmpeg raises becomes a ValueError that names the file."""
     if not os.path.isfile(path):
         raise ValueError(f"video must be an existing file, got {str(path)!r}")
-    label = f"video {Path(path).name!r}"
+    label = _label(path)
+    if (num_bytes := os.path.getsize(path)) > MAX_VIDEO_BYTES:
+        raise ValueError(f"{label} must have at most {MAX_VIDEO_BYTES} bytes, got {num_bytes}")
     # Only containers that hold the video themselves: a playlist could name other files or addresses in our network.
     only = {"format_whitelist": "mov,matroska", "protocol_whitelist": "file"}
     try:
@@ -268,19 +325,29 @@ def read_video(path: PathLike, max_frames: int, max_pixels: int) -> tuple[Frames
                 raise ValueError(
                     f"{label} must have at most {max_pixels} pixels a frame, got {stream.width}x{stream.height}"
                 )
-            if stream.frames > max_frames:
-                raise ValueError(f"{label} must have at most {max_frames} frames, got {stream.frames}")
+            if (seconds := (container.duration or 0) / av.time_base) > MAX_VIDEO_S:
+                raise ValueError(f"{label} must last at most {MAX_VIDEO_S} s, got {seconds:.0f}")
             # Later frames may be larger than the header says. Decoders pad, so the codec's own bound is a loose one.
             stream.codec_context.options = {"max_pixels": str(4 * max_pixels + 2**20)}
-            fps = float(stream.average_rate or stream.guessed_rate or 0)
-            frames = [_upright(frame) for frame in islice(container.decode(stream), max_frames + 1)]
+            yield container, stream
     except av.error.FFmpegError as error:
         raise ValueError(f"{label} must be an intact mp4, mov, mkv or webm file ({error.strerror})") from error
-    if not 1 <= len(frames) <= max_frames:
-        raise ValueError(f"{label} must have from 1 to {max_frames} frames, got {len(frames) or 'none'}")
-    if any(frame.shape != frames[0].shape or frame.size > 3 * max_pixels for frame in frames) or not fps:
-        raise ValueError(f"{label} must keep to the size of its header and have a frame rate")
-    return np.stack(frames), fps
+
+
+def _decoded(
+    path: PathLike, container: InputContainer, stream: av.VideoStream, max_frames: int, max_pixels: int
+) -> Iterator[Pixels]:
+    """From 1 to `max_frames` upright frames [height, width, 3] of one size."""
+    num_frames, shape = 0, None
+    for frame in islice(container.decode(stream), max_frames + 1):
+        pixels, num_frames = _upright(frame), num_frames + 1
+        shape = shape or pixels.shape
+        if pixels.shape != shape or pixels.size > 3 * max_pixels:
+            raise ValueError(f"{_label(path)} must keep to the size of its header")
+        yield pixels
+    if not 1 <= num_frames <= max_frames:
+        got = "more" if num_frames else "none"
+        raise ValueError(f"{_label(path)} must have from 1 to {max_frames} frames, got {got}")
 
 
 def _upright(frame: av.VideoFrame) -> Pixels:

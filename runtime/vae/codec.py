@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -48,17 +49,17 @@ class VideoCodec:
 
     def encode_chunks(self, frames: Frames | Tensor) -> Iterator[Tensor]:
         """The same latents [C, n, H, W] as soon as each chunk is encoded; the first chunk is the first frame's."""
-        pixels = self._pixels(frames)
-        if (pixels.shape[2] - 1) % self.temporal_factor:
-            raise ValueError(f"num_frames must be {self.temporal_factor}k+1 to be encoded, got {pixels.shape[2]}")
+        num_frames = self._num_frames(frames)
+        if (num_frames - 1) % self.temporal_factor:
+            raise ValueError(f"num_frames must be {self.temporal_factor}k+1 to be encoded, got {num_frames}")
         states = None
-        rest = pixels[:, :, 1:].split(self.chunk * self.temporal_factor, dim=2)
-        for chunk in (pixels[:, :, :1], *rest):
-            if chunk.shape[2]:
-                with torch.inference_mode():  # never across a yield: the caller would inherit it
-                    moments, states = encode_tiled(self.vae, chunk.to(self.dtype), states, self.tiling)
-                    latents = (moments.float().chunk(2, dim=1)[0] - self._mean) / self._std
-                yield latents[0]
+        starts = (0, *range(1, num_frames, self.chunk * self.temporal_factor), num_frames)
+        for start, stop in pairwise(starts):
+            with torch.inference_mode():  # never across a yield: the caller would inherit it
+                chunk = self._pixels(frames, start, stop).to(self.dtype)
+                moments, states = encode_tiled(self.vae, chunk, states, self.tiling)
+                latents = (moments.float().chunk(2, dim=1)[0] - self._mean) / self._std
+            yield latents[0]
 
     def decode(self, latents: Tensor) -> Iterator[Frames]:
         """uint8 frames [n, H, W, 3] of normalised latents [C, T, H, W], as soon as each chunk is decoded."""
@@ -78,11 +79,19 @@ class VideoCodec:
                     frames, states = decode_tiled(self.vae, chunk, states, self.tiling)
                 yield frames[0]
 
-    def _pixels(self, frames: Frames | Tensor) -> Tensor:
+    def _num_frames(self, frames: Frames | Tensor) -> int:
         if isinstance(frames, np.ndarray):
             if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
                 raise ValueError(f"frames must be uint8 [frames, height, width, 3], got {frames.dtype} {frames.shape}")
-            frames = torch.tensor(frames).permute(3, 0, 1, 2) / 127.5 - 1
+            return len(frames)
         if frames.ndim != 4 or frames.shape[0] != 3:
             raise ValueError(f"frames must be [3, frames, height, width], got {tuple(frames.shape)}")
-        return frames.to(self.device, torch.float32)[None]
+        return frames.shape[1]
+
+    def _pixels(self, frames: Frames | Tensor, start: int, stop: int) -> Tensor:
+        """[1, 3, n, H, W] fp32 in [-1, 1] of these frames alone: a whole clip would be four times its bytes."""
+        if isinstance(frames, np.ndarray):
+            chunk = torch.tensor(frames[start:stop]).permute(3, 0, 1, 2) / 127.5 - 1
+        else:
+            chunk = frames[:, start:stop]
+        return chunk.to(self.device, torch.float32)[None]

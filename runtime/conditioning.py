@@ -8,17 +8,16 @@ Shape letters: C latent channels, T latent frames, H, W latent rows and columns,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .given import Given
 from .request import VideoRequest
 from .vae.codec import VideoCodec
-
-Image = np.ndarray  # uint8 [height, width, 3]
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,18 @@ class Conditioning:
     given: Tensor | None = None  # [C, T, H, W], clean where `mask` is set
     mask: Tensor | None = None  # [1, T, 1, 1] bool, `frame_is_given` on the device
     channels: Tensor | None = None  # [4 + C, T, H, W], concatenated to the latents
-    pixels: tuple[tuple[int, Image], ...] = ()  # (frame, given pixels), pasted back after decoding
+    pixels: tuple[Given, ...] = ()  # pasted back after decoding
+
+    @property
+    def num_pasted(self) -> int:
+        """Frames whose pixels are kept."""
+        return sum(len(piece.frames) for piece in self.pixels)
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.given, self.mask, self.channels)
+        held = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return held + sum(piece.frames.nbytes for piece in self.pixels)
 
     def model_input(self, latents: Tensor) -> Tensor:
         """Latents [C, T, H, W] -> the denoiser's input [C_in, T, H, W]."""
@@ -45,9 +55,10 @@ class Conditioning:
 
     def paste(self, frames: np.ndarray, start: int) -> np.ndarray:
         """Decoded frames [n, H, W, 3] that begin at frame `start`, with the given pixels in their places."""
-        for index, image in self.pixels:
-            if start <= index < start + len(frames):
-                frames[index - start] = image
+        for piece in self.pixels:
+            first, stop = max(start, piece.start), min(start + len(frames), piece.start + len(piece.frames))
+            if first < stop:
+                frames[first - start : stop - start] = piece.frames[first - piece.start : stop - piece.start]
         return frames
 
 
@@ -63,37 +74,38 @@ def encode_given(codec: VideoCodec, pixels: np.ndarray | Tensor) -> Iterator[Ten
     return codec.encode_chunks(pixels)
 
 
-def give_frames(
-    codec: VideoCodec, request: VideoRequest, first: Image, last: Image | None
-) -> Iterator[Conditioning | None]:
-    """The first latent frame is given, clean, at timestep 0. None after each work item, the conditioning at the end."""
-    assert last is None, "refused at submission"
+def give_frames(codec: VideoCodec, request: VideoRequest, pieces: Sequence[Given]) -> Iterator[Conditioning | None]:
+    """Their latent frames are given, clean, at timestep 0. None after each work item, the conditioning at the end."""
     width, height, num_frames = request.size
-    shape = codec.latent_shape(num_frames, height, width)
-    flags = tuple(index == 0 for index in range(shape[1]))
-    given = torch.zeros(shape, device=codec.device)
-    for chunk in encode_given(codec, first[None]):
-        given[:, : chunk.shape[1]] = chunk
-        yield None
+    given = torch.zeros(codec.latent_shape(num_frames, height, width), device=codec.device)
+    flags = [False] * given.shape[1]
+    for piece in pieces:
+        at = piece.start // codec.temporal_factor
+        for chunk in encode_given(codec, piece.frames):
+            stop = at + chunk.shape[1]
+            given[:, at:stop], flags[at:stop] = chunk, [True] * (stop - at)
+            at = stop
+            yield None
     mask = torch.tensor(flags, device=codec.device).view(1, -1, 1, 1)
-    yield Conditioning(flags, given=given, mask=mask, pixels=((0, first),))
+    yield Conditioning(tuple(flags), given=given, mask=mask, pixels=tuple(pieces))
 
 
-def concatenate_image(
-    codec: VideoCodec, request: VideoRequest, first: Image, last: Image | None
+def concatenate_frames(
+    codec: VideoCodec, request: VideoRequest, pieces: Sequence[Given]
 ) -> Iterator[Conditioning | None]:
     """Wan's I2V input: 4 mask channels (a latent frame's four frames), and the clip encoded with mid-grey elsewhere.
 
-    None after each work item, the conditioning at the end.
+    None after each work item, the conditioning at the end. As in diffusers, images come out as the model remakes them;
+    a video that goes on is pasted back.
     """
     width, height, num_frames = request.size
     _, length, rows, columns = codec.latent_shape(num_frames, height, width)
     pixels = torch.zeros(3, num_frames, height, width)
     shown = torch.zeros(num_frames)
-    for index, image in ((0, first), (-1, last)):
-        if image is not None:
-            pixels[:, index] = torch.tensor(image).permute(2, 0, 1) / 127.5 - 1
-            shown[index] = 1
+    for piece in pieces:
+        stop = piece.start + len(piece.frames)
+        pixels[:, piece.start : stop] = torch.tensor(piece.frames).permute(3, 0, 1, 2) / 127.5 - 1
+        shown[piece.start : stop] = 1
     factor = codec.temporal_factor
     mask = torch.cat((shown[:1].repeat(factor), shown[1:])).view(length, factor).T  # frame 0 fills its latent frame
     channels = mask[:, :, None, None].expand(factor, length, rows, columns).to(codec.device)
@@ -101,4 +113,5 @@ def concatenate_image(
     for chunk in encode_given(codec, pixels):
         parts.append(chunk)
         yield None
-    yield Conditioning((False,) * length, channels=torch.cat((channels, torch.cat(parts, dim=1))))
+    pasted = tuple(pieces[:1]) if request.continues_video else ()
+    yield Conditioning((False,) * length, channels=torch.cat((channels, torch.cat(parts, dim=1))), pixels=pasted)

@@ -201,6 +201,17 @@ class Engine:
             async for event in events:
                 yield event
 
+    async def stream_resumed(self, folder: str | Path, deadline_s: float | None = None) -> AsyncGenerator[Event, None]:
+        """As `stream`, of a request that goes on from its checkpoint. Raises at once what `resume` raises."""
+        ticket = next(self._tickets)
+
+        def join() -> None:
+            self._join(load_trajectory(Path(folder), ticket, self.model, self.text_cache, deadline_s))
+
+        async with aclosing(self._loop.events(ticket, join)) as events:
+            async for event in events:
+                yield event
+
     def close(self) -> None:
         """Stop the thread that streams have started, if any; their requests stay where they are."""
         if "_loop" in self.__dict__:

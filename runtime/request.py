@@ -30,7 +30,19 @@ SOLVERS = ("unipc", "euler", "dpmpp")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoRequest:
-    """One video to make; None means the checkpoint's own default. ValueError names the first field out of bounds."""
+    """One video to make; None means the checkpoint's own default. ValueError names the first field out of bounds.
+
+    image, last_image: become the first and the last frame, to the pixel where the model takes clean frames.
+    video: a path (mp4, mov, mkv, webm) or uint8 [4k+1, height, width, 3]. Alone it is the beginning of the clip, kept
+        and continued: num_frames counts its frames in and must be above their number.
+    strength: the clip is made from `video` instead (SDEdit, arXiv 2108.01073): all of its num_frames frames (None: as
+        many as it has) are noised to where the last int(strength * num_inference_steps) steps begin, and only these,
+        one at least, are taken. At 1 it differs from a clip without `video` by (1 - sigma) of it in the initial noise:
+        1e-6 with UniPC, nothing with Euler.
+
+    All of them are scaled until they cover width x height and cropped at the centre. Every frame of a video counts as
+    one, whatever its rate.
+    """
 
     prompt: str
     negative_prompt: str = ""
@@ -45,7 +57,7 @@ class VideoRequest:
     solver: str | None = None
     shift: float | None = None
     seed: int = 0
-    image: ImageSource | None = None  # becomes the first frame
+    image: ImageSource | None = None
     last_image: ImageSource | None = None
     video: str | os.PathLike[str] | Frames | None = None
     strength: float | None = None
@@ -85,8 +97,12 @@ class VideoRequest:
 
     def resolved(self, defaults: ModelDefaults, limits: ModelLimits) -> VideoRequest:
         """The same request with the model's defaults in place of None; ValueError if the model cannot make it."""
-        names = [f.name for f in fields(defaults) if getattr(self, f.name) is None]
-        request = replace(self, **{name: getattr(defaults, name) for name in names})
+        missing = {f.name: getattr(defaults, f.name) for f in fields(defaults) if getattr(self, f.name) is None}
+        if "num_frames" in missing and self.video is not None and self.strength is not None:
+            from .given import count_video
+
+            missing["num_frames"] = count_video(self)
+        request = replace(self, **missing)
         width, height, num_frames = request.size
         _check_multiple("width", width, limits.size_multiple, " for this model")
         _check_multiple("height", height, limits.size_multiple, " for this model")
@@ -97,6 +113,11 @@ class VideoRequest:
             asked = f"{width}x{height} ({width * height})"
             raise ValueError(f"width x height must be at most {limits.max_pixels} pixels for this model, got {asked}")
         return request
+
+    @property
+    def continues_video(self) -> bool:
+        """Whether `video` is the beginning of the clip, rather than what it is made from."""
+        return self.video is not None and self.strength is None
 
     @property
     def size(self) -> tuple[int, int, int]:

@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from .conditioning import Conditioning
+from .given import Given
 from .models.model import Model
 from .models.text_cache import TextCache
 from .request import VideoRequest
@@ -29,7 +30,7 @@ from .sampler.state import state_tensors
 from .terms import Terms
 from .trajectory import Trajectory
 
-VERSION = 1
+VERSION = 2
 INDEX = "state.json"
 
 
@@ -40,7 +41,7 @@ def save_trajectory(t: Trajectory, folder: Path) -> None:
     tensors = {"latents": t.latents, "generator": t.generator.get_state(), **state_tensors(t.solver_state)}
     optional = {"given": given.given, "channels": given.channels, "image_rows": t.image_rows}
     tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
-    tensors |= {f"pixels_{frame}": torch.tensor(image) for frame, image in given.pixels}
+    tensors |= {f"pixels_{piece.start}": torch.tensor(piece.frames) for piece in given.pixels}
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     folder.mkdir(parents=True, exist_ok=True)
     name = f"state-{t.steps_done}.safetensors"
@@ -81,7 +82,7 @@ def load_trajectory(
             "generator": tensors["generator"]
         }
         t.solver_state = restore_state(record["solver"], tensors)
-        if t.solver_state.schedule != t.schedule:
+        if (t.solver_state.schedule, t.solver_state.first_step) != (t.schedule, t.first_step):
             raise ValueError("its noise schedule is not the one that this engine makes for the request")
         t.latents = tensors["latents"]
         t.generator.set_state(tensors["generator"])
@@ -122,21 +123,25 @@ def _belongs_to(model: Model) -> dict[str, str]:
 
 
 def _request_record(request: VideoRequest) -> dict[str, Any]:
-    """Without the images: what they became is among the tensors."""
+    """Without images and video: what they became is among the tensors."""
     bare = replace(request, image=None, last_image=None, video=None)
     return {name: getattr(bare, name) for name in VideoRequest.__slots__}
 
 
 def _conditioning(record: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> Conditioning:
     flags = tuple(bool(flag) for flag in record["frame_is_given"])
-    pixels = {int(name[7:]): tensor.cpu().numpy() for name, tensor in tensors.items() if name.startswith("pixels_")}
+    pieces = [
+        Given(int(name.removeprefix("pixels_")), tensor.cpu().numpy())
+        for name, tensor in tensors.items()
+        if name.startswith("pixels_")
+    ]
     given = tensors.get("given")
     return Conditioning(
         frame_is_given=flags,
         given=given,
         mask=None if given is None else torch.tensor(flags, device=device).view(1, -1, 1, 1),
         channels=tensors.get("channels"),
-        pixels=tuple(sorted(pixels.items())),
+        pixels=tuple(sorted(pieces, key=lambda piece: piece.start)),
     )
 
 

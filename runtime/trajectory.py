@@ -19,19 +19,19 @@ from torch import Tensor
 from .cache.policy import Run, relative_l1
 from .cache.spec import Choice, choose
 from .cache.step_cache import StepCache
-from .conditioning import Conditioning, concatenate_image, give_frames
+from .conditioning import Conditioning, concatenate_frames, give_frames
 from .events import Progress
+from .given import count_given, read_given, read_video_of
 from .models.model import Model
 from .models.text_cache import TextCache
 from .pack import Grid, TextContext
 from .request import Video, VideoMetadata, VideoRequest
 from .sampler.guidance import combine
-from .sampler.schedule import make_schedule
+from .sampler.schedule import first_step_of, make_schedule
 from .sampler.solver import get_solver
-from .sampler.state import state_bytes
+from .sampler.state import add_noise, predict_clean, state_bytes
 from .step_plan import StepPlan, plan_steps
 from .terms import Terms
-from .video_file import read_image
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,10 @@ class Trajectory:
         self.generator = torch.Generator().manual_seed(request.seed)  # on the CPU: the same picture on every device
         self.schedule = make_schedule(model.solver, request.num_inference_steps, request.shift, request.solver)
         self.solver = get_solver(self.schedule.config.solver)
-        self.solver_state = self.solver.start(self.schedule)
-        self.plans = plan_steps(model, request, self.schedule.sigmas, self.schedule.timesteps)
+        self.first_step = first_step_of(self.schedule.num_steps, request.strength)  # of the schedule
+        self.solver_state = self.solver.start(self.schedule, self.first_step)
+        self.sigmas = self.schedule.sigmas[self.first_step :]  # of the steps that are taken, and the final 0
+        self.plans = plan_steps(model, request, self.sigmas, self.schedule.timesteps[self.first_step :])
         choice = choose(request.cache or "none", self.num_steps, model.cache_presets, model.is_distilled)
         self.cache = StepCache(choice, self._run(choice))
         p, q, r = model.experts[0].config.patch_size
@@ -82,17 +84,18 @@ class Trajectory:
         self._items: Iterator[None] | None = None
         self._frames: list[np.ndarray] = []
         self._denoising_since_s = self.submitted_s
-        self._first_step: tuple[int, float] | None = None  # (steps done, time) when denoising began here
+        self._pace_from: tuple[int, float] | None = None  # (steps done, time) when denoising began here
 
     # --- where it stands ------------------------------------------------------------------------------------------
 
     @property
     def num_steps(self) -> int:
-        return self.schedule.num_steps
+        """How many are taken: fewer than the schedule has where the clip starts from a noised source."""
+        return self.schedule.num_steps - self.first_step
 
     @property
     def steps_done(self) -> int:
-        return self.solver_state.step_index
+        return self.solver_state.step_index - self.first_step
 
     @property
     def stage(self) -> str:
@@ -124,9 +127,9 @@ class Trajectory:
     def progress(self, step: int) -> Progress:
         """What to tell after a step."""
         now_s = time.monotonic()
-        if self._first_step is None:
-            self._first_step = (step - 1, self._denoising_since_s)
-        first, since_s = self._first_step
+        if self._pace_from is None:
+            self._pace_from = (step - 1, self._denoising_since_s)
+        first, since_s = self._pace_from
         step_s = (now_s - since_s) / (step - first)
         num_skipped = self.cache.trace[:step].count("0")
         return Progress(self.ticket, step, self.num_steps, step_s, step_s * (self.num_steps - step), num_skipped)
@@ -175,16 +178,18 @@ class Trajectory:
         rows = sum(min(512, len(prompt) + 2) for prompt in (self.request.prompt, self.request.negative_prompt))
         text_bytes = 2 * 2 * config.num_layers * rows * config.dim * self.model.dtype.itemsize  # and once in a pack
         num_latents = 4 + self.schedule.config.solver_order + math.ceil(config.in_channels / config.out_channels)
-        frame_bytes = 2 * 3 * num_frames * height * width
+        # The clip twice at its end, or while channels are made of it in fp32, and the given pixels all the while.
+        num_held = num_frames * (4 if self.model.folder.concatenates_image else 2)
+        num_given = self.conditioning.num_pasted if self.conditioning else sum(count_given(self.request))
+        frame_bytes = 3 * (num_held + num_given) * height * width
         return (num_latents + latents) * latent_bytes + hidden * token_bytes + text_bytes + frame_bytes
 
     @property
     def num_bytes(self) -> int:
-        """Of the tensors that it holds between two steps."""
-        given = self.conditioning
-        tensors = [self.latents, self.clean, self.image_rows]
-        tensors += [given.given, given.channels] if given else []
+        """Of the tensors and pixels that it holds between two steps."""
+        tensors = (self.latents, self.clean, self.image_rows)
         held = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        held += self.conditioning.num_bytes if self.conditioning else 0
         return held + state_bytes(self.solver_state) + self.cache.num_bytes + sum(f.nbytes for f in self._frames)
 
     # --- work items -----------------------------------------------------------------------------------------------
@@ -204,21 +209,18 @@ class Trajectory:
                 self.video = self._finish()
 
     def _encode(self) -> Iterator[None]:
-        """Prompts to rows, images to latents, the seed to noise."""
+        """Prompts to rows, given frames and a source to latents, the seed to noise."""
         model, request = self.model, self.request
         self._branches_of(self.plans[0])  # the text encoder's work; the text cache keeps it
-        width, height, _ = request.size
-        first, last = (
-            None if image is None else read_image(image, width, height) for image in (request.image, request.last_image)
-        )
+        given = yield from read_given(request)
         conditioning = Conditioning((False,) * self.shape[1])
-        if first is not None:
+        if given:
             if model.image_encoder is not None:
                 yield
-                self.image_rows = model.image_encoder.encode([first] if last is None else [first, last])
+                self.image_rows = model.image_encoder.encode([piece.frames[0] for piece in given])
             yield
-            encode = concatenate_image if model.folder.concatenates_image else give_frames
-            for item in encode(model.codec, request, first, last):
+            encode = concatenate_frames if model.folder.concatenates_image else give_frames
+            for item in encode(model.codec, request, given):
                 if item is None:
                     yield
                 else:
@@ -226,6 +228,12 @@ class Trajectory:
         if self.latents is None:
             self.latents = torch.randn((1, *self.shape), generator=self.generator)[0]
         self.latents = self.latents.to(model.device, torch.float32)
+        if request.strength is not None:
+            source, chunks = (yield from read_video_of(request)), []
+            for chunk in model.codec.encode_chunks(source):
+                chunks.append(chunk)
+                yield
+            self.latents = add_noise(torch.cat(chunks, dim=1), self.latents, self.sigmas[0])
         self._branches = None  # they were made without the image
         self.conditioning = conditioning
 
@@ -268,9 +276,11 @@ class Trajectory:
 
     def advance(self, velocity: Tensor) -> None:
         """Take the step with this guided velocity [C, T, H, W] fp32."""
-        assert self.latents is not None
+        assert self.latents is not None and self.conditioning is not None
         wants_preview = self.terms.preview_every and (self.steps_done + 1) % self.terms.preview_every == 0
-        self.clean = torch.add(self.latents, velocity, alpha=-self.plan.sigma) if wants_preview else None
+        self.clean = None
+        if wants_preview:
+            self.clean = self.conditioning.apply(predict_clean(self.latents, velocity, self.plan.sigma))
         self.latents, self.solver_state = self.solver.step(self.solver_state, velocity, self.latents)
         if self.steps_done == self.num_steps:  # beside others, so this is how long it took, not how long it worked
             self.timings_s["denoise"] += time.monotonic() - self._denoising_since_s
@@ -315,9 +325,10 @@ class Trajectory:
         keys = [(plan.expert, plan.guidance_scale) for plan in self.plans]
         every = self.terms.checkpoint_every
         solver, shift = self.schedule.config.solver, self.schedule.config.shift
-        calibrations = self.model.calibrations
+        calibrations, num_steps = self.model.calibrations, self.schedule.num_steps
+        calibration = calibrations.find(solver, num_steps, shift)
         return Run(
-            sigmas=self.schedule.sigmas,
+            sigmas=self.sigmas,
             num_blocks=self.model.experts[0].config.num_layers,
             guidance_scale=self.request.guidance_scale or 0.0,
             restarts=frozenset(
@@ -325,8 +336,8 @@ class Trajectory:
                 for step in range(self.num_steps)
                 if step == 0 or keys[step] != keys[step - 1] or (every and step % every == 0)
             ),
-            calibration=calibrations.find(solver, self.num_steps, shift),
-            missing=calibrations.missing(solver, self.num_steps, shift, self.model.name),
+            calibration=calibration and calibration.after(self.first_step),
+            missing=calibrations.missing(solver, num_steps, shift, self.model.name),
             embedding_distances=self.embedding_distances() if choice.policy.name == "teacache" else (),
             coefficients=self.model.teacache_coefficients,
         )

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from compare import relative_l2
 
@@ -45,7 +46,12 @@ def draw_request(rng: random.Random, multiple: int = 16) -> VideoRequest:
     width, height, num_frames = rng.choice(
         [size for size in SIZES if not size[0] % multiple and not size[1] % multiple]
     )
+    source = {}
+    if rng.random() < 0.25:
+        pixels = np.random.default_rng(num_frames).integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8)
+        source = dict(video=pixels, strength=rng.choice([0.3, 0.6, 0.8]))
     return VideoRequest(
+        **source,
         prompt=rng.choice(PROMPTS),
         negative_prompt=rng.choice(["", "a box"]),
         width=width,

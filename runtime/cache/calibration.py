@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,16 @@ class Calibration:
         for name, length in rows.items():
             if length not in (0, self.num_inference_steps):
                 raise ValueError(f"{name} must have {self.num_inference_steps} values, got {length}")
+
+    def after(self, first_step: int) -> Calibration:
+        """Of a trajectory that begins there: the same rows from it on. Masks, chosen for whole trajectories, are none.
+
+        A noised source at a noise level is about what a trajectory is there, so its residuals change alike.
+        """
+        if first_step == 0:
+            return self
+        rows = self.magnitudes[first_step:]
+        return replace(self, num_inference_steps=self.num_inference_steps - first_step, magnitudes=rows, masks={})
 
     def mask(self, num_computed: int, order: int) -> tuple[bool, ...] | None:
         found = self.masks.get(f"{order},{num_computed}")

@@ -40,7 +40,7 @@ class CacheReport:
 class StepCache:
     """Decides each step once; a step may be tried again (out of memory) until `computed` or `skipped` ends it."""
 
-    def __init__(self, choice: Choice, run: Run, first_step: int = 0) -> None:
+    def __init__(self, choice: Choice, run: Run) -> None:
         """ValueError where the policy needs a calibration that is not there."""
         self.choice = choice
         self.policy: CachePolicy = choice.policy
@@ -48,7 +48,6 @@ class StepCache:
         self.mask = self.policy.plan(run)
         self.state: State = None
         self.trace = ""
-        self.first_step = first_step
         self.close_calls: tuple[int, ...] = ()
         self.peak_state_bytes = 0
         self._skips = 0
@@ -58,7 +57,7 @@ class StepCache:
 
     @property
     def step(self) -> int:
-        return self.first_step + len(self.trace)
+        return len(self.trace)
 
     @property
     def num_evaluations_planned(self) -> int:

@@ -86,15 +86,22 @@ class ModelFolder:
     @property
     def takes_last_image(self) -> bool:
         config = self.transformer
-        return self.concatenates_image and (config.get("image_dim") is None or bool(config.get("pos_embed_seq_len")))
+        shows_one = config.get("image_dim") is not None and not config.get("pos_embed_seq_len")
+        return self.gives_frames or (self.concatenates_image and not shows_one)
+
+    @property
+    def requires_last_image(self) -> bool:
+        """Wan2.1-FLF2V's position embedding is of two images' rows, and fits no other number."""
+        return self.concatenates_image and bool(self.transformer.get("pos_embed_seq_len"))
 
     @property
     def tasks(self) -> list[str]:
         image = self.concatenates_image or self.gives_frames
         return [
-            *([] if self.concatenates_image else ["text-to-video"]),
+            *([] if self.concatenates_image else ["text-to-video", "video-to-video"]),
             *(["image-to-video"] if image else []),
             *(["first-and-last-frame-to-video"] if self.takes_last_image else []),
+            *(["video-extension"] if image else []),
         ]
 
     @property

@@ -1,9 +1,9 @@
 """Noise schedules and solvers: pure functions of tensors, with one explicit state a request."""
 
 from .guidance import combine, guidance_is_on
-from .schedule import SOLVERS, NoiseSchedule, SolverConfig, make_schedule
+from .schedule import SOLVERS, NoiseSchedule, SolverConfig, first_step_of, make_schedule
 from .solver import Solver, get_solver, restore_state, state_record
-from .state import SolverState, predict_clean, state_bytes, state_tensors
+from .state import SolverState, add_noise, predict_clean, state_bytes, state_tensors
 
 __all__ = [
     "SOLVERS",
@@ -11,7 +11,9 @@ __all__ = [
     "Solver",
     "SolverConfig",
     "SolverState",
+    "add_noise",
     "combine",
+    "first_step_of",
     "get_solver",
     "guidance_is_on",
     "make_schedule",

@@ -194,6 +194,14 @@ def make_schedule(
     return NoiseSchedule(sigmas=levels, timesteps=tuple(float(t) for t in timesteps.tolist()), config=config)
 
 
+def first_step_of(num_steps: int, strength: float | None) -> int:
+    """The step that a trajectory begins with; with a strength it takes the last int(strength * num_steps), at least 1.
+
+    Source: SDEdit (arXiv 2108.01073), rounded down as diffusers' WanVideoToVideoPipeline.get_timesteps does.
+    """
+    return 0 if strength is None else num_steps - max(1, int(strength * num_steps))
+
+
 _Levels = tuple[npt.NDArray[np.float64], npt.NDArray[np.number]]  # sigmas without the final 0, timesteps
 
 

@@ -76,6 +76,11 @@ def predict_clean(latents: Tensor, velocity: Tensor, sigma: float) -> Tensor:
     return torch.add(latents, velocity, alpha=-sigma)
 
 
+def add_noise(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """Clean latents brought to a noise level: `(1 - sigma) * clean + sigma * noise`, all [C, T, H, W]."""
+    return (1 - sigma) * clean + sigma * noise
+
+
 def half_log_snr(sigma: float) -> float:
     """Half the log signal-to-noise ratio, lambda = log((1 - sigma) / sigma); infinite at sigma 0."""
     return math.log1p(-sigma) - math.log(sigma) if sigma > 0 else math.inf

@@ -57,21 +57,32 @@ def test_results_equal_solo_runs_under_random_join_leave_and_resume(
     assert len(together.engine._batch) == 0 and len(together.engine._batch.layouts) == 0
 
 
-def test_a_given_frame_shares_packs_with_requests_that_give_none(folders: dict[str, Path]) -> None:
+def test_given_frames_and_noised_sources_share_packs_with_requests_of_text_alone(folders: dict[str, Path]) -> None:
     folder = folders["wan2.2-ti2v-5b"]
-    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    clip = np.random.default_rng(0).integers(0, 256, (13, 64, 64, 3), dtype=np.uint8)
+    shown = [
+        (dict(), "none"),
+        (dict(image=clip[0]), CACHES[1]),
+        (dict(), CACHES[2]),
+        (dict(image=clip[0]), "none"),
+        (dict(video=clip[:9]), "none"),
+        (dict(video=clip[:5], last_image=clip[12]), CACHES[3]),
+        (dict(last_image=clip[12]), CACHES[4]),
+        (dict(video=clip, strength=0.7), CACHES[1]),
+        (dict(video=clip, strength=0.4, image=clip[3]), "none"),
+    ]
     asked = [
         VideoRequest(
-            prompt=PROMPTS[k],
+            prompt=PROMPTS[k % len(PROMPTS)],
             width=64,
             height=64,
-            num_frames=5,
+            num_frames=13,
             num_inference_steps=6,
-            image=given,
             cache=cache,
             seed=k,
+            **given,
         )
-        for k, (given, cache) in enumerate([(None, "none"), (image, CACHES[1]), (None, CACHES[2]), (image, "none")])
+        for k, (given, cache) in enumerate(shown)
     ]
     together = Recorder(engine_of(folder))
     tickets = [together.engine.submit(request) for request in asked]

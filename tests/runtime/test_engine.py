@@ -109,9 +109,8 @@ def test_a_given_frame_changes_the_rest_of_the_clip(ti2v: Engine) -> None:
     [
         ("t2v", dict(image=picture()), "image is not supported by model"),
         ("i2v", dict(), "image is required by model"),
-        ("ti2v", dict(image=picture(), last_image=picture()), "last_image is not supported by model"),
+        ("i2v", dict(image=picture(), last_image=picture()), "last_image is not supported by model"),
         ("t2v", dict(guidance_scale_2=2.0), "guidance_scale_2 is only for models with two experts"),
-        ("t2v", dict(strength=0.5), "strength is not supported yet"),
         ("t2v", dict(width=72), "width must be a multiple of 16 for this model, got 72"),
         ("t2v", dict(num_frames=1025, num_inference_steps=10**6), "num_inference_steps"),
         ("ti2v", dict(height=48), "height must be a multiple of 32 for this model, got 48"),

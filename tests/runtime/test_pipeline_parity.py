@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from compare import relative_l2
-from diffusers import WanImageToVideoPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanVideoToVideoPipeline
 from PIL import Image
 from tiny import VARIANTS, build_pipeline
 
@@ -75,9 +75,29 @@ def test_a_given_first_frame_equals_diffusers_ti2v(tmp_path: Path) -> None:
     assert relative_l2(latents, expected) < 3e-5
 
 
-def test_solvers_and_shift_of_a_request_override_the_checkpoint(tmp_path: Path) -> None:
-    from diffusers import FlowMatchEulerDiscreteScheduler
+@pytest.mark.parametrize(("solver", "strength"), [("unipc", 0.7), ("unipc", 1.0), ("euler", 0.55)])
+def test_a_noised_source_equals_diffusers_video_to_video(solver: str, strength: float, tmp_path: Path) -> None:
+    source = build_pipeline("wan2.1-t2v")
+    source.save_pretrained(tmp_path)
+    pipeline = WanVideoToVideoPipeline(**{name: part for name, part in source.components.items() if part is not None})
+    pipeline.set_progress_bar_config(disable=True)
+    if solver == "euler":
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    video = np.random.default_rng(2).integers(0, 256, (NUM_FRAMES, HEIGHT, WIDTH, 3), dtype=np.uint8)
+    asked = dict(prompt=PROMPT, negative_prompt=NEGATIVE, width=WIDTH, height=HEIGHT)
+    asked |= dict(num_inference_steps=10, guidance_scale=3.0, strength=strength)
+    expected = pipeline(
+        **asked,
+        video=[Image.fromarray(frame) for frame in video],
+        generator=torch.Generator().manual_seed(8),
+        output_type="latent",
+    ).frames[0]
+    engine = Engine.from_pretrained(str(tmp_path), device="cpu", dtype="fp32")
+    latents = engine.generate_latents(VideoRequest(**asked, video=video, solver=solver, seed=8))
+    assert relative_l2(latents, expected) < 3e-5
 
+
+def test_solvers_and_shift_of_a_request_override_the_checkpoint(tmp_path: Path) -> None:
     pipeline = build_pipeline("wan2.1-t2v")
     pipeline.save_pretrained(tmp_path)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)

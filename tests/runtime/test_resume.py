@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from tiny import save_checkpoint
 
 from skylapse import Engine, VideoRequest
-from skylapse.runtime.events import Checkpointed, Finished
+from skylapse.runtime.events import Checkpointed, Event, Finished, Progress
 
 SMALL = dict(width=64, height=64, num_frames=5, num_inference_steps=9)
+CLIP = np.random.default_rng(2).integers(0, 256, (13, 64, 64, 3), dtype=np.uint8)
 CACHES = ["none", "easy:threshold=2,warmup=1", "first_block:threshold=1.2,order=1,warmup=1", "budget:0.5"]
 
 
@@ -66,6 +68,52 @@ def test_a_resumed_request_is_bit_identical(cache: str, solver: str, folder: Pat
     other.resume(tmp_path / "cut")
     frames, _ = run(other)
     assert frames is not None and np.array_equal(frames, expected) and np.array_equal(frames[0], image)
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        dict(video=CLIP[:5]),
+        dict(video=CLIP[:5], last_image=CLIP[12]),
+        dict(video=CLIP, strength=0.8),
+        dict(video=CLIP, strength=0.8, image=CLIP[4], cache=CACHES[1]),
+    ],
+    ids=["extension", "extension to a last frame", "source", "source and first frame"],
+)
+def test_a_resumed_request_needs_none_of_the_files_that_it_was_shown(shown: dict, folder: Path, tmp_path: Path) -> None:
+    request = VideoRequest(**(dict(prompt="a star", seed=3) | SMALL | dict(num_frames=13) | shown))
+    whole = engine_of(folder)
+    whole.submit(request, checkpoint_every=3, checkpoint_dir=tmp_path / "whole")
+    expected, _ = run(whole)
+    interrupted = engine_of(folder)
+    interrupted.submit(request, checkpoint_every=3, checkpoint_dir=tmp_path / "cut")
+    run(interrupted, until=6)
+    other = engine_of(folder)
+    other.resume(tmp_path / "cut")
+    (t,) = other._joining
+    assert t.request.video is None and t.num_bytes <= t.resident_bytes
+    frames, _ = run(other)
+    assert frames is not None and np.array_equal(frames, expected)
+
+
+def test_a_stream_goes_on_from_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    state = saved_state(folder, tmp_path)
+    engine = engine_of(folder)
+
+    async def collect(state: Path, deadline_s: float | None = None) -> list[Event]:
+        return [event async for event in engine.stream_resumed(state, deadline_s)]
+
+    events = asyncio.run(collect(state))
+    with pytest.raises(ValueError, match="cannot be read: FileNotFoundError"):
+        asyncio.run(collect(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="deadline_s must be above 0, got 0"):
+        asyncio.run(collect(state, deadline_s=0))
+    engine.close()
+    assert [event.step for event in events if isinstance(event, Progress)] == [4, 5, 6, 7, 8, 9]
+    alone = engine_of(folder)
+    alone.resume(state)  # step 6 by now: a resumed request saves where it came from
+    expected, _ = run(alone)
+    assert isinstance(events[-1], Finished) and np.array_equal(events[-1].video.frames, expected)
 
 
 def test_another_process_goes_on_to_the_bit(folder: Path, tmp_path: Path) -> None:
@@ -151,6 +199,7 @@ def test_a_tampered_record_is_refused(folder: Path, tmp_path: Path) -> None:
     for change, message in (
         ({"trace": "11"}, "it has decided 2 steps and taken 3"),
         ({"request": {**record["request"], "shift": 1.0}}, "its noise schedule is not the one"),
+        ({"request": {**record["request"], "strength": 0.5}}, "its noise schedule is not the one"),
         ({"request": {**record["request"], "colour": "red"}}, "is incomplete: TypeError"),
         ({"request": {**record["request"], "width": 96}}, "latents must be"),
     ):

@@ -157,7 +157,7 @@ def test_inspect_counts_parameters_and_names_tasks(complete: Path) -> None:
     (transformer,) = (part for part in report.components if part.name == "transformer")
     assert transformer.num_parameters == sum(p.numel() for p in load(complete / "transformer").parameters())
     assert transformer.dtypes == ("F32",) and transformer.num_bytes == 4 * transformer.num_parameters
-    assert report.tasks == ["text-to-video"] and report.native_sizes == [(832, 480)]
+    assert report.tasks == ["text-to-video", "video-to-video"] and report.native_sizes == [(832, 480)]
     assert report.defaults.num_inference_steps == 50 and report.defaults.guidance_scale == 5.0  # WanPipeline.__call__'s
     assert report.limits.size_multiple == 16
 
@@ -165,10 +165,19 @@ def test_inspect_counts_parameters_and_names_tasks(complete: Path) -> None:
 @pytest.mark.parametrize(
     ("variant", "tasks"),
     [
-        ("wan2.1-i2v", ["image-to-video"]),
-        ("wan2.1-flf2v", ["image-to-video", "first-and-last-frame-to-video"]),
-        ("wan2.2-i2v-a14b", ["image-to-video", "first-and-last-frame-to-video"]),
-        ("wan2.2-ti2v-5b", ["text-to-video", "image-to-video"]),
+        ("wan2.1-i2v", ["image-to-video", "video-extension"]),
+        ("wan2.1-flf2v", ["image-to-video", "first-and-last-frame-to-video", "video-extension"]),
+        ("wan2.2-i2v-a14b", ["image-to-video", "first-and-last-frame-to-video", "video-extension"]),
+        (
+            "wan2.2-ti2v-5b",
+            [
+                "text-to-video",
+                "video-to-video",
+                "image-to-video",
+                "first-and-last-frame-to-video",
+                "video-extension",
+            ],
+        ),
     ],
 )
 def test_tasks_follow_from_the_configs(variant: str, tasks: list[str], tmp_path: Path) -> None:

@@ -67,17 +67,23 @@ def _generate(options: argparse.Namespace, settings: Settings) -> int:
         fps=options.fps,
         seed=options.seed,
         image=options.image,
+        last_image=options.last_image,
+        video=options.video,
+        strength=options.strength,
         cache=options.cache,
         **_sampling(options),
     )
-    from .runtime.video_file import SHEET_SUFFIXES, check_image, check_writable, save_sheet
+    from .runtime.video_file import SHEET_SUFFIXES, check_image, check_writable, count_frames, save_sheet
 
     output = check_writable(options.output)
     sheet = check_writable(options.sheet, SHEET_SUFFIXES, "sheet") if options.sheet is not None else None
     if sheet and sheet.resolve() == output.resolve():
         raise ValueError(f"sheet must not be the output itself, got {options.sheet!r}")
-    if options.image is not None:
-        check_image(options.image)
+    for name in ("image", "last_image"):
+        if (path := getattr(options, name)) is not None:
+            check_image(path, name)
+    if options.video is not None:
+        count_frames(options.video)
 
     with _display() as display:
         display.stage(f"loading {options.model}")
@@ -148,7 +154,7 @@ def _summary(
         "dtype": str(engine.dtype).removeprefix("torch."),
         **{name: getattr(request, name) for name in (*asked, "solver", "shift", "cache")},
         "caching": video.metadata.cache and asdict(video.metadata.cache),
-        "image": request.image and str(request.image),
+        **{name: getattr(request, name) for name in ("image", "last_image", "video", "strength")},
         "width": video.width,
         "height": video.height,
         "num_frames": video.num_frames,
@@ -334,6 +340,9 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     option("--model", default="demo", help="demo (the default), a diffusers folder, or a Hugging Face id")
     _add_device(command)
     option("--image", metavar="FILE", help="the first frame, a PNG, JPEG or WebP file")
+    option("--last-image", metavar="FILE", help="the last frame")
+    option("--video", metavar="FILE", help="4k+1 frames that the clip begins with: an mp4, mov, mkv or webm file")
+    option("--strength", type=float, metavar="S", help="make the clip of --video instead; 1 keeps nothing of it")
     option("--fps", type=int, metavar="N", help="frames per second")
     option("--negative", default="", metavar="TEXT", help="what not to show")
     option("--cache", default="none", help="high, balanced or fast, or a policy such as easy:0.1 (default: none)")

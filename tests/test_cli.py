@@ -2,97 +2,24 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from command import Command, FakeEngine, command_in
 from PIL import Image
 
 import skylapse
-from skylapse.cli import main
-from skylapse.runtime.events import Failed, Finished, Progress
-from skylapse.runtime.request import ModelDefaults, ModelLimits, Video, VideoMetadata, VideoRequest
-
-
-class FakeEngine:
-    """Counts to `num_inference_steps` and returns black frames; `failure`, if any, comes instead of the second step."""
-
-    failure: BaseException | None = None
-    loaded: list[dict[str, Any]]
-    requests: list[VideoRequest]
-
-    device = "cpu"
-    dtype = "torch.float32"
-    defaults = ModelDefaults(
-        width=64, height=48, num_frames=9, fps=8, num_inference_steps=3, guidance_scale=4.0, solver="unipc", shift=3.0
-    )
-    limits = ModelLimits(size_multiple=16, max_num_frames=81, max_pixels=256 * 256)
-
-    @classmethod
-    def from_pretrained(cls, name: str, **options: Any) -> "FakeEngine":
-        cls.loaded.append({"name": name, **options})
-        return cls()
-
-    def submit(self, request: VideoRequest) -> int:
-        self.requests.append(request)
-        self._events = self._run(request.resolved(self.defaults, self.limits))
-        return 0
-
-    def has_work(self) -> bool:
-        return True
-
-    def step(self) -> list[Progress | Finished | Failed]:
-        return [next(self._events)]
-
-    def _run(self, request: VideoRequest) -> Iterator[Progress | Finished | Failed]:
-        width, height, num_frames = request.size
-        num_steps = request.num_inference_steps or 0
-        for step in range(1, num_steps + 1):
-            if step == 2 and isinstance(self.failure, KeyboardInterrupt):
-                raise self.failure
-            if step == 2 and isinstance(self.failure, Exception):
-                yield Failed(0, self.failure)
-            yield Progress(0, step, num_steps)
-        metadata = VideoMetadata(request=request, timings_s={"denoise": 1.25, "decode": 0.5})
-        yield Finished(0, Video(np.zeros((num_frames, height, width, 3), np.uint8), request.fps or 0, metadata))
-
-
-@dataclass
-class Result:
-    status: int
-    stdout: str
-    stderr: str
-    files: list[str] = field(default_factory=list)
-
-
-class Command:
-    """`skylapse` in a folder of its own, with FakeEngine behind it."""
-
-    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str], engine: type[FakeEngine]) -> None:
-        self.folder, self.engine, self._capsys = folder, engine, capsys
-
-    def __call__(self, *arguments: str) -> Result:
-        try:
-            status = main(arguments)
-        except SystemExit as exit:  # --help, --version
-            status = int(exit.code or 0)
-        stdout, stderr = self._capsys.readouterr()
-        return Result(status, stdout, stderr, sorted(path.name for path in self.folder.iterdir()))
+from skylapse.runtime.request import ModelDefaults, ModelLimits, VideoRequest
+from skylapse.runtime.video_file import write_video
 
 
 @pytest.fixture
 def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    engine = type("Engine", (FakeEngine,), {"loaded": [], "requests": []})
-    module = ModuleType("skylapse.runtime.engine")
-    module.__dict__.update(Engine=engine)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.delenv("SKYLAPSE_DEBUG", raising=False)
-    monkeypatch.chdir(tmp_path)
-    return Command(tmp_path, capsys, engine)
+    return command_in(tmp_path, capsys, monkeypatch)
 
 
 # --------------------------------------------------------------------------------------------------------- generate
@@ -107,19 +34,22 @@ def test_prompt_becomes_out_mp4(command: Command) -> None:
 
 def test_every_option_reaches_the_engine(command: Command) -> None:
     Image.new("RGB", (32, 32)).save("first.png")
+    write_video("in.mp4", np.zeros((13, 64, 96, 3), np.uint8), fps=8)
     result = command(
         *("generate", "a red circle", "-o", "a.webp", "--sheet", "b.png", "--model", "org/model", "--size", "96x64"),
         *("--frames", "13", "--fps", "10", "--steps", "5", "--guidance", "3.5", "--guidance-2", "2", "--seed", "7"),
         *("--negative", "blur", "--solver", "euler", "--shift", "5", "--image", "first.png"),
-        *("--device", "cpu", "--dtype", "bf16", "--cache", "easy:0.1"),
+        *("--device", "cpu", "--dtype", "bf16", "--cache", "easy:0.1", "--last-image", "first.png"),
+        *("--video", "in.mp4", "--strength", "0.6"),
     )
-    assert (result.status, result.stdout, result.files) == (0, "a.webp\nb.png\n", ["a.webp", "b.png", "first.png"])
+    assert (result.status, result.stdout) == (0, "a.webp\nb.png\n")
+    assert result.files == ["a.webp", "b.png", "first.png", "in.mp4"]
     assert command.engine.loaded == [{"name": "org/model", "device": "cpu", "dtype": "bf16", "cache_dir": None}]
     assert command.engine.requests == [
         VideoRequest(
             prompt="a red circle", negative_prompt="blur", width=96, height=64, num_frames=13, fps=10, seed=7,
             num_inference_steps=5, guidance_scale=3.5, guidance_scale_2=2, solver="euler", shift=5, image="first.png",
-            cache="easy:0.1",
+            cache="easy:0.1", last_image="first.png", video="in.mp4", strength=0.6,
         )
     ]  # fmt: skip
 
@@ -145,6 +75,9 @@ def test_json_is_one_object_with_what_was_made_and_what_it_cost(command: Command
         "cache": "none",
         "caching": None,
         "image": None,
+        "last_image": None,
+        "video": None,
+        "strength": None,
         "width": 64,
         "height": 48,
         "num_frames": 9,
@@ -194,6 +127,13 @@ def test_seconds_count_at_the_asked_frame_rate(command: Command) -> None:
     assert command.engine.requests[0].num_frames == 13
 
 
+def test_a_clip_made_of_a_video_is_as_long_as_it(command: Command) -> None:
+    write_video("in.mp4", np.zeros((13, 48, 64, 3), np.uint8), fps=8)
+    command("generate", "a red circle", "--video", "in.mp4", "--strength", "0.6")
+    command("generate", "a red circle", "--video", "in.mp4")  # goes on from it: as long as the model's clips are
+    assert [request.num_frames for request in command.engine.requests] == [13, 9]
+
+
 # ------------------------------------------------------------------------------------------------ mistakes, failures
 
 BEFORE_LOADING = {
@@ -220,6 +160,11 @@ BEFORE_LOADING = {
     "output folder": (["a", "-o", "no/a.mp4"], "output must be in an existing folder, got 'no/a.mp4'"),
     "sheet suffix": (["a", "--sheet", "b.gif"], "sheet must end in .png, got 'b.gif'"),
     "sheet is output": (["a", "-o", "a.png", "--sheet", "./a.png"], "sheet must not be the output itself"),
+    "strength": (["a", "--strength", "0"], "strength must be above 0 and at most 1, got 0.0"),
+    "video absent": (["a", "--video", "no.mp4"], "video must be an existing file, got 'no.mp4'"),
+    "video unreadable": (["a", "--video", "text.png"], "video 'text.png' must be an intact mp4, mov, mkv or webm file"),
+    "last image absent": (["a", "--last-image", "no.png"], "last_image must be an existing file, got 'no.png'"),
+    "last image tiny": (["a", "--last-image", "tiny.png"], "last_image 'tiny.png' must be at least 16x16 pixels"),
     "image absent": (["a", "--image", "no.png"], "image must be an existing file, got 'no.png'"),
     "image unreadable": (["a", "--image", "text.png"], "image 'text.png' must be a PNG, JPEG or WebP file"),
     "image tiny": (["a", "--image", "tiny.png"], "image 'tiny.png' must be at least 16x16 pixels, got 8x8"),

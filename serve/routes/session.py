@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from ..errors import ApiError, refusal
 from ..store.keys import ApiKey
-from ..store.sessions import Sessions
 
 COOKIE = "skylapse_session"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -93,10 +92,10 @@ async def log_in(request: Request) -> Response:
     if key is None:
         failures.count(address)
         raise ApiError(401, "This key is not known here, or is no longer valid.", code="invalid_api_key", param="key")
-    sessions, valid_s = Sessions(context.database), context.config.session_s
     if old := request.cookies.get(COOKIE):
-        await asyncio.to_thread(sessions.close, old)
-    token = await asyncio.to_thread(sessions.open, key, valid_s)
+        await asyncio.to_thread(context.sessions.close, old)
+    valid_s = context.config.session_s
+    token = await asyncio.to_thread(context.sessions.open, key, valid_s)
     response = _answer(key)
     response.set_cookie(COOKIE, token, max_age=int(valid_s), **_attributes(request))
     return response
@@ -107,7 +106,7 @@ def log_out(request: Request) -> Response:
     """End the session, if there is one."""
     check_origin(request)
     if token := request.cookies.get(COOKIE):
-        Sessions(request.app.state.context.database).close(token)
+        request.app.state.context.sessions.close(token)
     response = Response(status_code=204, headers={"cache-control": "no-store"})
     response.delete_cookie(COOKIE, **_attributes(request))
     return response
@@ -117,7 +116,7 @@ def log_out(request: Request) -> Response:
 def current(request: Request) -> Response:
     """Who is logged in; tenant null where nobody is, which is no error to ask."""
     token = request.cookies.get(COOKIE)
-    return _answer(Sessions(request.app.state.context.database).find(token) if token else None)
+    return _answer(request.app.state.context.sessions.find(token) if token else None)
 
 
 async def _read_login(request: Request) -> Login:

@@ -102,7 +102,9 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClie
     database = Database(f"sqlite:///{tmp_path}/jobs.db")
     database.migrate()
     app = FastAPI()
-    app.state.context = SimpleNamespace(database=database, keys=KeyStore(database), config=ServeConfig(session_s=600))
+    app.state.context = SimpleNamespace(
+        keys=KeyStore(database), sessions=Sessions(database), config=ServeConfig(session_s=600)
+    )
     app.include_router(session.router)
     app.add_exception_handler(ApiError, lambda _, error: JSONResponse(error.body, error.status, error.headers))
 
@@ -129,7 +131,7 @@ def test_a_key_is_exchanged_for_a_cookie(client: TestClient) -> None:
         assert part in attributes
     assert "secure" not in attributes and text not in answer.text + attributes
     assert client.get("/session").json() == {"object": "session", "tenant": "team-a", "scopes": ["read", "write"]}
-    assert Sessions(context(client).database).find(client.cookies[COOKIE]) == key
+    assert context(client).sessions.find(client.cookies[COOKIE]) == key
 
 
 def test_the_cookie_is_secure_on_https(client: TestClient) -> None:
@@ -145,7 +147,7 @@ def test_logging_out_ends_the_session(client: TestClient) -> None:
     token = client.cookies[COOKIE]
     answer = client.delete("/session", headers=HOST)
     assert answer.status_code == 204 and COOKIE not in client.cookies
-    assert Sessions(context(client).database).find(token) is None
+    assert context(client).sessions.find(token) is None
     assert client.delete("/session", headers=HOST).status_code == 204
 
 
@@ -155,7 +157,7 @@ def test_logging_in_again_ends_the_older_session(client: TestClient) -> None:
     for _ in range(2):
         client.post("/session", json={"key": text}, headers=HOST)
         tokens.append(client.cookies[COOKIE])
-    found = [Sessions(context(client).database).find(token) for token in tokens]
+    found = [context(client).sessions.find(token) for token in tokens]
     assert found[0] is None and found[1] is not None
 
 

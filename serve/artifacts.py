@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,14 @@ class ArtifactStore:
         return sorted(path.removeprefix(f"{self.root}/") for path in self.files.find(self._path(f"{prefix}/x")[:-2]))
 
     def folders(self, prefix: str, older_than_s: float = 0.0) -> list[str]:
-        """Names of the folders of keys in a folder, of those that can tell their age the ones that are so old."""
+        """Names of the folders of keys in a folder in which nothing has been written for so long."""
         self.files.invalidate_cache()
-        path = f"{self.root}/{prefix}"
-        found = self.files.ls(path, detail=True) if self.files.exists(path) else []
-        latest_s = time.time() - older_than_s
-        return [entry["name"].rpartition("/")[2] for entry in found if float(entry.get("mtime") or 0) < latest_s]
+        written_s: dict[str, float] = {}  # of the newest file: a bucket's folders have no times of their own
+        root = f"{self.root}/{prefix}"
+        for path, entry in self.files.find(root, withdirs=True, detail=True).items():
+            if name := path.removeprefix(root).strip("/").partition("/")[0]:
+                written_s[name] = max(written_s.get(name, 0.0), _written_s(entry))
+        return sorted(name for name, latest_s in written_s.items() if latest_s < time.time() - older_than_s)
 
     def remove_one(self, key: str) -> None:
         """Remove a file, if it is there."""
@@ -138,6 +141,12 @@ class ArtifactStore:
         if not KEY.fullmatch(key):
             raise ValueError(f"an artifact's key must be like jobs/ID/EPOCH/NAME, got {key[:80]!r}")
         return f"{self.root}/{key}"
+
+
+def _written_s(entry: dict[str, Any]) -> float:
+    """When a file was written, which disks, buckets and memory each say in their own words; 0 where one does not."""
+    told = entry.get("mtime") or entry.get("LastModified") or entry.get("created") or 0.0
+    return told.timestamp() if isinstance(told, datetime) else float(told)
 
 
 def _chunks(source: Path | bytes) -> Iterator[bytes]:

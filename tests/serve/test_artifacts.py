@@ -80,6 +80,15 @@ def test_a_jobs_files_are_listed_and_removed_and_nobody_elses(store: ArtifactSto
     assert store.keys("jobs") == ["jobs/video_12/1/c"]
 
 
+def test_folders_tell_when_something_was_written_in_them_last(store: ArtifactStore) -> None:
+    """An upload is there before its job's row, and must not look like what a job that is gone has left."""
+    assert store.folders("jobs") == []
+    for key in ("jobs/video_1/1/a", "jobs/video_1/input/b", "jobs/video_2/1/c"):
+        store.write(key, b"x")
+    assert store.folders("jobs", older_than_s=-60.0) == ["video_1", "video_2"]
+    assert store.folders("jobs", older_than_s=3600.0) == []
+
+
 @pytest.mark.parametrize("store", ["folder", "bucket"], indirect=True)  # the memory's forgets nothing
 def test_a_failed_write_leaves_no_file(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks(source: object) -> Iterator[bytes]:

@@ -29,6 +29,16 @@ class Settings:
         default_factory=lambda: Path.home() / ".cache" / "skylapse"
     )  # SKYLAPSE_PROFILE_DIR: measured memory profiles
     compile: bool = False  # SKYLAPSE_COMPILE: torch.compile the blocks
+    # secrets of the service, which belong into no file that a dashboard shows
+    api_key: str | None = field(default=None, repr=False)  # SKYLAPSE_API_KEY: the local service's key
+    database_url: str | None = field(default=None, repr=False)  # SKYLAPSE_DATABASE_URL: SQLAlchemy's, with a password
+    webhook_secret: str | None = field(default=None, repr=False)  # SKYLAPSE_WEBHOOK_SECRET: whsec_...
+
+
+def export(variables: Mapping[str, str]) -> None:
+    """Set variables for the processes that this one starts, but where the operator has set them."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
 
 
 def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
@@ -48,6 +58,9 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         "tenant_weights": _weights(given, "SKYLAPSE_TENANT_WEIGHTS"),
         "profile_dir": _folder(given, "SKYLAPSE_PROFILE_DIR"),
         "compile": _switch(given, "SKYLAPSE_COMPILE"),
+        "api_key": given.get("SKYLAPSE_API_KEY"),
+        "database_url": given.get("SKYLAPSE_DATABASE_URL"),
+        "webhook_secret": given.get("SKYLAPSE_WEBHOOK_SECRET"),
         "decode_chunk": _whole(given, "SKYLAPSE_DECODE_CHUNK", 1, 64),
     }
     return Settings(**{name: value for name, value in found.items() if value is not None})

@@ -37,6 +37,11 @@ class Artifact:
     num_frames: int
     fps: int
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """What there is, by what it is."""
+        return {"video": self.video} | ({} if self.thumbnail is None else {"thumbnail": self.thumbnail})
+
 
 def finish(
     frames: Frames, fps: int, video: PathLike, thumbnail: Path | None = None, to: Finish | None = None

@@ -6,8 +6,9 @@ ours come on top, which the SDKs keep. Numbers may come as text, since forms hav
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
 
@@ -27,29 +28,30 @@ def _text(value: Any) -> Any:
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 Size = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{1,3}x[1-9][0-9]{1,3}$")]
+VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
+VideoId = Annotated[str, StringConstraints(pattern=rf"^{VIDEO_ID.pattern}$")]
+Strength = Annotated[Real, Field(gt=0, le=1)]
 Seconds = Annotated[str, BeforeValidator(_text), StringConstraints(pattern=r"^[0-9]{1,3}(\.[0-9]{1,3})?$")]
 
 
-class CreateVideo(BaseModel):
-    """POST /v1/videos. What is None is the model's own. Unknown fields are refused: a mistyped one costs a job."""
+class Sampling(BaseModel):
+    """What every request that makes a clip may say beside OpenAI's fields; None: the model's own, or the source's.
+
+    Unknown fields are refused: a mistyped one costs a job.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt: Prompt
     model: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
-    seconds: Seconds | None = None
-    size: Size | None = None
-    # extensions
     negative_prompt: Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARACTERS)] = ""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None  # None: drawn when the job is made, and told
+    seed: Annotated[int, Field(ge=0, lt=2**53)] | None = None  # None: drawn when the job is made
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     guidance_scale: Annotated[Real, Field(ge=0, le=100)] | None = None
     cache: Annotated[str, StringConstraints(max_length=200)] | None = None
-    num_frames: Annotated[int, Field(ge=1, le=1025)] | None = None
-    fps: Annotated[int, Field(ge=1, le=120)] | None = None
-    resize: bool = True  # False: refuse a size that is not the model's own
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     partial_images: Annotated[int, Field(ge=0, le=20)] = 0  # previews on the way
+    webhook_url: Annotated[str, StringConstraints(min_length=1, max_length=2048)] | None = None
 
     @field_validator("prompt", "negative_prompt")
     @classmethod
@@ -59,6 +61,23 @@ class CreateVideo(BaseModel):
         if info.field_name == "prompt" and not value.strip():
             raise ValueError("must not be empty")
         return value
+
+    @field_validator("cache")
+    @classmethod
+    def _is_a_cache(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_cache(value)
+        return value
+
+
+class CreateVideo(Sampling):
+    """POST /v1/videos, with the first frame as the file `input_reference` where there is one."""
+
+    seconds: Seconds | None = None
+    size: Size | None = None
+    num_frames: Annotated[int, Field(ge=1, le=1025)] | None = None
+    fps: Annotated[int, Field(ge=1, le=120)] | None = None
+    resize: bool = True  # False: refuse a size that is not the model's own
 
     @field_validator("size")
     @classmethod
@@ -76,12 +95,59 @@ class CreateVideo(BaseModel):
             raise ValueError(f"must be above 0 and at most {MAX_SECONDS:g}")
         return value
 
-    @field_validator("cache")
+
+class VideoReference(BaseModel):
+    """A finished video of the same tenant."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: VideoId
+
+
+class RemixVideo(Sampling):
+    """POST /v1/videos/{id}/remix: the clip again, by another prompt; strength: how much of it is made anew."""
+
+    strength: Strength = 0.8
+
+
+class EditVideo(RemixVideo):
+    """POST /v1/videos/edits: the same for a clip that is named or sent, as the file `video`."""
+
+    video: VideoReference | None = None
+
+
+class ExtendVideo(Sampling):
+    """POST /v1/videos/extensions: `seconds` more of a clip that is named or sent, as the file `video`."""
+
+    seconds: Seconds
+    video: VideoReference | None = None
+
+    @field_validator("seconds")
     @classmethod
-    def _is_a_cache(cls, value: str | None) -> str | None:
-        if value is not None:
-            check_cache(value)
+    def _is_a_length(cls, value: str | None) -> str | None:
+        if value is not None and not 0 < float(value) <= MAX_SECONDS:
+            raise ValueError(f"must be above 0 and at most {MAX_SECONDS:g}")
         return value
+
+
+class Generation(Sampling):
+    """POST /v1/videos/generations, as TensorRT-LLM and MLPerf's load generator speak it: the client waits."""
+
+    size: Size | None = None
+    seconds: Seconds | None = None
+    fps: Annotated[int, Field(ge=1, le=120)] | None = None
+    num_frames: Annotated[int, Field(ge=1, le=1025)] | None = None
+    guidance_scale_2: Annotated[Real, Field(ge=0, le=100)] | None = None
+    boundary_ratio: Annotated[Real, Field(ge=0, le=1)] | None = None  # only the checkpoint's own
+    latent_path: Annotated[str, StringConstraints(max_length=1024)] | None = None
+    output_format: Literal["mp4", "auto"] = "auto"
+    response_format: Literal["video_bytes", "video_path", "raw"] = "video_bytes"
+
+    @property
+    def video(self) -> CreateVideo:
+        """The same as a request for POST /v1/videos."""
+        mine = {"guidance_scale_2", "boundary_ratio", "latent_path", "output_format", "response_format"}
+        return CreateVideo(**self.model_dump(exclude=mine))
 
 
 def show_video(job: Job, expires_after_s: float | None = None) -> dict[str, Any]:

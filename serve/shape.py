@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, log
+from typing import Any
 
 from ..runtime.request import ModelDefaults, ModelLimits, frames_for
 from .errors import ApiError
@@ -37,6 +38,17 @@ class Shape:
     @property
     def seconds(self) -> str:
         return f"{self.num_frames / self.fps:g}"
+
+    def describe(self) -> dict[str, Any]:
+        """What a job's row says of it."""
+        return {
+            "size": self.size,
+            "seconds": self.seconds,
+            "num_frames": self.num_frames,
+            "fps": self.fps,
+            "native_size": self.native_size,
+            "native_frames": self.native_frames,
+        }
 
 
 def shape_of(

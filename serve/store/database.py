@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Engine, Float, create_engine, event, make_url
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-from .tables import metadata
+from .migrations import migrate
 
 MIGRATION_LOCK = 0x5C71A95E  # of Postgres' advisory locks: any number that nobody else takes
 SQLITE_WAIT_S = 10
@@ -50,11 +50,11 @@ class Database:
             event.listen(self.engine, "begin", _begin_immediate)
 
     def migrate(self) -> None:
-        """Create what is missing, under one lock for all processes that start at once."""
+        """Bring the tables up to date, under one lock for all processes that start at once."""
         with self.write() as connection:  # SQLite: the write lock itself
             if not self.is_sqlite:
                 connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
-            metadata.create_all(connection)
+            migrate(connection)
 
     @contextmanager
     def write(self) -> Iterator[Connection]:

@@ -1,7 +1,6 @@
-"""Jobs and their leases: claims are atomic, and whoever lost a lease can change nothing any more.
+"""Jobs as their clients see them: made, read, listed, cancelled, deleted.
 
-States: queued -> in_progress -> completed | failed. A claim increments the job's `epoch` and sets `lease_until` by the
-database's clock; every later write names the epoch that it was claimed with, and one of an older epoch changes no row.
+States: queued -> in_progress -> completed | failed. Who works on a job holds a lease (leases.py).
 """
 
 from __future__ import annotations
@@ -11,18 +10,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, case, func, insert, literal, or_, select, update
+from sqlalchemy import Connection, Integer, Row, and_, cast, func, insert, or_, select, update
 from sqlalchemy import delete as delete_rows
 from sqlalchemy.sql.elements import ColumnElement
 
 from .database import Database, now
-from .tables import COMPLETED, FAILED, IN_PROGRESS, QUEUED, idempotency, jobs
+from .outbox import enqueue
+from .tables import COMPLETED, FAILED, IN_PROGRESS, QUEUED, idempotency, jobs, rates
 
 UNFINISHED = (QUEUED, IN_PROGRESS)
 
 
 class QuotaExceeded(RuntimeError):
     """The tenant has as many unfinished jobs as it may."""
+
+
+class RateExceeded(RuntimeError):
+    """The tenant has made as many jobs in this minute as it may."""
+
+
+class StoreFull(RuntimeError):
+    """All tenants together have as many unfinished jobs as the service takes."""
 
 
 class IdempotencyConflict(ValueError):
@@ -52,64 +60,80 @@ class Job:
     owner: str | None
     attempts: int
     is_suspect: bool
-    cancel_requested: bool
     stage: str | None
     step: int
     num_steps: int
     checkpoint: str | None
     checkpoint_step: int
     resumed_from_step: int | None
+    eta_s: float | None
+    version: int
+    preview: dict[str, Any] | None
     artifacts: dict[str, Any] | None
+    has_expired: bool
     error_code: str | None
     error_message: str | None
+    webhook_url: str | None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state not in UNFINISHED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """How many unfinished jobs a tenant and all of them may have, and how many a tenant may make in a minute."""
+
+    quota: int | None = None
+    per_minute: int | None = None
+    max_queued: int | None = None
 
 
 class JobStore:
     """Every method is one transaction."""
 
-    def __init__(self, database: Database, max_attempts: int = 3) -> None:
+    def __init__(self, database: Database) -> None:
         self.database = database
-        self.max_attempts = max_attempts
-
-    # --- clients --------------------------------------------------------------------------------------------------
 
     def create(
         self,
         tenant: str,
         request: Mapping[str, Any],
         *,
+        job_id: str | None = None,
         priority: int = 0,
         work: float = 1.0,
-        quota: int | None = None,
+        bounds: Bounds = Bounds(),
         idempotency_key: tuple[str, str, str] | None = None,
+        webhook_url: str | None = None,
     ) -> Job:
         """A queued job, or the one that the same idempotency key made before.
 
-        quota: most unfinished jobs of the tenant; QuotaExceeded. idempotency_key: (route, key, digest of the request);
-        IdempotencyConflict where the key was used with another digest. Once this returns, the job is not lost.
+        work: estimated seconds of one engine. idempotency_key: (route, key, digest of the request). Raises
+        QuotaExceeded, RateExceeded or StoreFull, and IdempotencyConflict where the key was used with another digest.
+        Once this returns, the job is not lost.
         """
         with self.database.write() as connection:
             self._lock(connection, f"create {tenant}")  # creates of a tenant are counted and numbered one by one
             if idempotency_key is not None and (job := self._made_before(connection, tenant, *idempotency_key)):
                 return job
-            mine = and_(jobs.c.tenant == tenant, jobs.c.state.in_(UNFINISHED))
-            if quota is not None and connection.scalar(select(func.count()).where(mine)) >= quota:  # type: ignore[operator]
-                raise QuotaExceeded(f"{quota} jobs are queued or in progress, which is all that this tenant may have")
+            self._check(connection, tenant, bounds)
             self._lock(connection, "sequence")
             sequence = (connection.scalar(select(func.max(jobs.c.sequence))) or 0) + 1
-            job_id = f"video_{secrets.token_hex(16)}"
+            job_id = job_id or new_job_id()
             values = dict(id=job_id, sequence=sequence, tenant=tenant, request=dict(request), created_at=now())
-            connection.execute(insert(jobs).values(**values, priority=priority, work=work))
+            values |= dict(priority=priority, work=work, webhook_url=webhook_url)
+            connection.execute(insert(jobs).values(**values))
             if idempotency_key is not None:
                 route, key, digest = idempotency_key
                 row = dict(tenant=tenant, route=route, key=key, digest=digest, job_id=job_id, created_at=now())
                 connection.execute(insert(idempotency).values(**row))
-            return self._one(connection, jobs.c.id == job_id)
+            return one(connection, jobs.c.id == job_id)
 
     def get(self, tenant: str, job_id: str) -> Job:
         """NotFound for another tenant's job as for none."""
         with self.database.read() as connection:
-            return self._one(connection, and_(jobs.c.id == job_id, jobs.c.tenant == tenant))
+            return one(connection, and_(jobs.c.id == job_id, jobs.c.tenant == tenant))
 
     def page(
         self, tenant: str, limit: int, after: str | None = None, ascending: bool = False
@@ -118,128 +142,76 @@ class JobStore:
         with self.database.read() as connection:
             where = [jobs.c.tenant == tenant]
             if after is not None:
-                last = self._one(connection, and_(jobs.c.id == after, jobs.c.tenant == tenant)).sequence
+                last = one(connection, and_(jobs.c.id == after, jobs.c.tenant == tenant)).sequence
                 where.append(jobs.c.sequence > last if ascending else jobs.c.sequence < last)
             order = jobs.c.sequence.asc() if ascending else jobs.c.sequence.desc()
             found = connection.execute(select(jobs).where(*where).order_by(order).limit(limit + 1)).all()
-        return [_job(row) for row in found[:limit]], len(found) > limit
+        return [to_job(row) for row in found[:limit]], len(found) > limit
 
-    def request_cancel(self, tenant: str, job_id: str) -> Job:
-        """A queued job fails with `cancelled` at once, one in progress when its engine sees the request."""
+    def changed(self, seen: Mapping[str, int]) -> tuple[list[Job], set[str]]:
+        """Of jobs whose `version` was seen: those that have a newer one, and the ids that are gone."""
+        with self.database.read() as connection:
+            rows = connection.execute(select(jobs.c.id, jobs.c.version).where(jobs.c.id.in_(seen))).all()
+            newer = [row.id for row in rows if row.version > seen[row.id]]
+            found = connection.execute(select(jobs).where(jobs.c.id.in_(newer))).all() if newer else []
+        return [to_job(row) for row in found], set(seen) - {row.id for row in rows}
+
+    def position(self, job: Job) -> int:
+        """How many queued jobs are before this one, roughly: by priority and age, whatever the tenants' shares are."""
+        before = or_(
+            jobs.c.priority > job.priority, and_(jobs.c.priority == job.priority, jobs.c.sequence < job.sequence)
+        )
+        with self.database.read() as connection:
+            return connection.scalar(select(func.count()).where(jobs.c.state == QUEUED, before)) or 0
+
+    def cancel(self, tenant: str, job_id: str) -> Job:
+        """End a job with `cancelled`, unless it has ended; whoever works on it has lost the lease, and stops."""
         with self.database.write() as connection:
             mine = and_(jobs.c.id == job_id, jobs.c.tenant == tenant)
-            connection.execute(
-                update(jobs).where(mine, jobs.c.state == QUEUED).values(**_ended(FAILED), error_code="cancelled")
-            )
-            connection.execute(update(jobs).where(mine, jobs.c.state == IN_PROGRESS).values(cancel_requested=True))
-            return self._one(connection, mine)
+            unfinished = update(jobs).where(mine, jobs.c.state.in_(UNFINISHED))
+            if connection.execute(unfinished.values(**ended(FAILED), **CANCELLED)).rowcount:
+                tell(connection, job_id)
+            return one(connection, mine)
 
     def delete(self, tenant: str, job_id: str) -> Job:
         """Forget a job, and with it the lease of whoever works on it; returns what it was, for its artifacts' sake."""
         with self.database.write() as connection:
-            job = self._one(connection, and_(jobs.c.id == job_id, jobs.c.tenant == tenant))
+            job = one(connection, and_(jobs.c.id == job_id, jobs.c.tenant == tenant))
             connection.execute(delete_rows(idempotency).where(idempotency.c.job_id == job_id))
             connection.execute(delete_rows(jobs).where(jobs.c.id == job_id))
             return job
 
-    # --- workers --------------------------------------------------------------------------------------------------
-
-    def claim(self, owner: str, count: int, lease_s: float, is_idle: bool = True) -> list[Job]:
-        """Up to `count` jobs for `owner`: by priority, then between tenants by how many each has running, then by age.
-
-        A suspect (its engine died under it) is handed out alone, and only to an engine that does nothing else.
-        """
+    def forget_idempotency(self, older_than_s: float) -> int:
+        """Keys older than this may be used for something else."""
         with self.database.write() as connection:
-            running = (
-                select(jobs.c.tenant, func.count().label("running"))
-                .where(jobs.c.state == IN_PROGRESS)
-                .group_by(jobs.c.tenant)
-                .subquery()
-            )
-            waiting = (
-                select(jobs.c.id, jobs.c.is_suspect)
-                .outerjoin(running, running.c.tenant == jobs.c.tenant)
-                .where(jobs.c.state == QUEUED, or_(jobs.c.is_suspect.is_(False), literal(is_idle)))
-                .order_by(jobs.c.priority.desc(), func.coalesce(running.c.running, 0), jobs.c.sequence)
-                .limit(count)
-                .with_for_update(of=jobs, skip_locked=True)
-            )
-            found = connection.execute(waiting).all()
-            alone = [row.id for row in found if row.is_suspect][:1]
-            chosen = alone or [row.id for row in found]
-            if not chosen:
-                return []
-            connection.execute(
-                update(jobs)
-                .where(jobs.c.id.in_(chosen), jobs.c.state == QUEUED)
-                .values(
-                    state=IN_PROGRESS,
-                    epoch=jobs.c.epoch + 1,
-                    owner=owner,
-                    lease_until=now() + lease_s,
-                    started_at=func.coalesce(jobs.c.started_at, now()),
-                    resumed_from_step=case((jobs.c.checkpoint.is_not(None), jobs.c.checkpoint_step)),
-                )
-            )
-            rows = connection.execute(select(jobs).where(jobs.c.id.in_(chosen)).order_by(jobs.c.sequence))
-            return [_job(row) for row in rows]
-
-    def renew(self, job: Job, lease_s: float) -> bool | None:
-        """Whether the job is still the worker's; None: it is, and its client wants it cancelled."""
-        with self.database.write() as connection:
-            kept = connection.execute(update(jobs).where(_held(job)).values(lease_until=now() + lease_s)).rowcount
-            if not kept:
-                return False
-            return None if self._one(connection, jobs.c.id == job.id).cancel_requested else True
-
-    def progress(self, job: Job, stage: str, step: int, num_steps: int) -> bool:
-        """Whether it counted. A step never falls: what a resumed job does again is not told again."""
-        values = dict(stage=stage, num_steps=num_steps, step=case((jobs.c.step < step, step), else_=jobs.c.step))
-        return self._write(job, values)
-
-    def checkpoint(self, job: Job, key: str, step: int) -> bool:
-        """Whether it counted: from now on the job resumes here. An attempt that got further is no crash of its own."""
-        return self._write(job, dict(checkpoint=key, checkpoint_step=step, attempts=0, is_suspect=False))
-
-    def complete(self, job: Job, artifacts: Mapping[str, Any]) -> bool:
-        """Whether it counted; artifacts: variant -> key, bytes and sha256, immutable from now on."""
-        return self._write(job, dict(**_ended(COMPLETED), artifacts=dict(artifacts), stage=None))
-
-    def fail(self, job: Job, code: str, message: str) -> bool:
-        """Whether it counted."""
-        return self._write(job, dict(**_ended(FAILED), error_code=code, error_message=message))
-
-    def release(self, job: Job) -> bool:
-        """Give it back unfinished (drain, preemption), which counts against nobody."""
-        return self._write(job, dict(state=QUEUED, lease_until=None, owner=None))
-
-    def expire(self) -> list[Job]:
-        """Take back what nobody renews: a suspect is tried again alone; one that was alone and got nowhere has crashed.
-
-        After `max_attempts` such crashes the job fails. Returns the jobs as they are now.
-        """
-        with self.database.write() as connection:
-            late = and_(jobs.c.state == IN_PROGRESS, jobs.c.lease_until < now())
-            found = connection.execute(select(jobs).where(late).with_for_update(skip_locked=True)).all()
-            for row in found:
-                attempts = row.attempts + int(row.is_suspect)
-                values: dict[str, Any] = dict(
-                    state=QUEUED, lease_until=None, owner=None, is_suspect=True, attempts=attempts
-                )
-                if row.cancel_requested:
-                    values = dict(**_ended(FAILED), error_code="cancelled")
-                elif attempts >= self.max_attempts:
-                    message = f"the engine died {attempts} times while it worked on this job alone"
-                    values = dict(**_ended(FAILED), attempts=attempts, error_code="crashed", error_message=message)
-                connection.execute(update(jobs).where(jobs.c.id == row.id).values(**values))
-            ids = [row.id for row in found]
-            return [_job(row) for row in connection.execute(select(jobs).where(jobs.c.id.in_(ids)))]
+            old = idempotency.c.created_at < now() - older_than_s
+            return connection.execute(delete_rows(idempotency).where(old)).rowcount
 
     # --- what they use --------------------------------------------------------------------------------------------
 
-    def _write(self, job: Job, values: dict[str, Any]) -> bool:
-        with self.database.write() as connection:
-            return connection.execute(update(jobs).where(_held(job)).values(**values)).rowcount == 1
+    def _check(self, connection: Connection, tenant: str, bounds: Bounds) -> None:
+        waiting = select(func.count()).where(jobs.c.state.in_(UNFINISHED))
+        if (
+            bounds.quota is not None
+            and (connection.scalar(waiting.where(jobs.c.tenant == tenant)) or 0) >= bounds.quota
+        ):
+            raise QuotaExceeded(
+                f"{bounds.quota} jobs are queued or in progress, which is all that this tenant may have"
+            )
+        if bounds.max_queued is not None and (connection.scalar(waiting) or 0) >= bounds.max_queued:
+            raise StoreFull("the service has as many jobs as it takes")
+        if bounds.per_minute is None:
+            return
+        minute = connection.scalar(select(cast(now() / 60, Integer))) or 0
+        here = and_(rates.c.tenant == tenant, rates.c.minute == minute)
+        made = connection.scalar(select(rates.c.creates).where(here))
+        if made is None:
+            connection.execute(delete_rows(rates).where(rates.c.tenant == tenant))
+            connection.execute(insert(rates).values(tenant=tenant, minute=minute, creates=1))
+        elif made >= bounds.per_minute:
+            raise RateExceeded(f"{bounds.per_minute} jobs were made in this minute, which is all that this tenant may")
+        else:
+            connection.execute(update(rates).where(here).values(creates=made + 1))
 
     def _lock(self, connection: Connection, name: str) -> None:
         """Wait for others that hold this name; SQLite's writers are alone anyway."""
@@ -255,23 +227,34 @@ class JobStore:
             return None
         if found.digest != digest:
             raise IdempotencyConflict("this Idempotency-Key was used for another request")
-        return self._one(connection, jobs.c.id == found.job_id)
-
-    def _one(self, connection: Connection, where: ColumnElement[bool]) -> Job:
-        row = connection.execute(select(jobs).where(where)).one_or_none()
-        if row is None:
-            raise NotFound("there is no such job")
-        return _job(row)
+        return one(connection, jobs.c.id == found.job_id)
 
 
-def _held(job: Job) -> ColumnElement[bool]:
-    """Whether the lease that `job` was claimed with is the newest, and the job not ended."""
-    return and_(jobs.c.id == job.id, jobs.c.epoch == job.epoch, jobs.c.state == IN_PROGRESS)
+CANCELLED = dict(error_code="cancelled", error_message="The job was cancelled.")
 
 
-def _ended(state: str) -> dict[str, Any]:
-    return dict(state=state, ended_at=now(), lease_until=None, owner=None)
+def new_job_id() -> str:
+    return f"video_{secrets.token_hex(16)}"
 
 
-def _job(row: Row[Any]) -> Job:
+def one(connection: Connection, where: ColumnElement[bool]) -> Job:
+    row = connection.execute(select(jobs).where(where)).one_or_none()
+    if row is None:
+        raise NotFound("there is no such job")
+    return to_job(row)
+
+
+def to_job(row: Row[Any]) -> Job:
     return Job(**{field.name: getattr(row, field.name) for field in fields(Job)})
+
+
+def ended(state: str) -> dict[str, Any]:
+    """What an end changes in every case."""
+    return dict(state=state, ended_at=now(), lease_until=None, owner=None, stage=None, version=jobs.c.version + 1)
+
+
+def tell(connection: Connection, job_id: str) -> None:
+    """Put the event of a job's end into the outbox, in the transaction that ends it."""
+    row = connection.execute(select(jobs.c.state, jobs.c.webhook_url).where(jobs.c.id == job_id)).one()
+    if row.webhook_url is not None:
+        enqueue(connection, job_id, row.webhook_url, "video.completed" if row.state == COMPLETED else "video.failed")

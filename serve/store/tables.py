@@ -20,6 +20,8 @@ from sqlalchemy import (
 
 metadata = MetaData()
 
+versions = Table("schema_version", metadata, Column("version", Integer, primary_key=True))  # migrations that were done
+
 QUEUED, IN_PROGRESS, COMPLETED, FAILED = STATES = ("queued", "in_progress", "completed", "failed")
 
 jobs = Table(
@@ -41,7 +43,6 @@ jobs = Table(
     Column("owner", String(64)),
     Column("attempts", Integer, nullable=False, default=0),  # claims that ended in a crash of the job's own
     Column("is_suspect", Boolean, nullable=False, default=False),  # its engine died: it is tried again alone
-    Column("cancel_requested", Boolean, nullable=False, default=False),
     # how far it is
     Column("stage", String(16)),
     Column("step", Integer, nullable=False, default=0),
@@ -49,10 +50,16 @@ jobs = Table(
     Column("checkpoint", String(255)),  # key of the newest one
     Column("checkpoint_step", Integer, nullable=False, default=0),
     Column("resumed_from_step", Integer),
+    Column("eta_s", Float),  # until the last step, when `version` was written
+    Column("version", Integer, nullable=False, default=0),  # grows with all that a client may see: the id of its events
+    Column("preview", JSON),  # the newest one: key, step, index, bytes
     # what came of it
     Column("artifacts", JSON),  # variant -> key, bytes, sha256
+    Column("is_swept", Boolean, nullable=False, default=False),  # ended, and no file is left but its artifacts
+    Column("has_expired", Boolean, nullable=False, default=False),  # nor those
     Column("error_code", String(64)),
     Column("error_message", Text),
+    Column("webhook_url", Text),  # told once it has ended, beside the operator's own receiver
     CheckConstraint(f"state in {STATES}", name="jobs_state"),
 )
 Index("jobs_waiting", jobs.c.state, jobs.c.lease_until, jobs.c.priority)
@@ -80,4 +87,46 @@ idempotency = Table(
     Column("digest", String(64), nullable=False),  # of the request's canonical fields and files
     Column("job_id", String(64), ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
     Column("created_at", Float, nullable=False),
+)
+
+rates = Table(  # creates of a tenant in a minute; a job that was deleted has still been made
+    "rates",
+    metadata,
+    Column("tenant", String(64), primary_key=True),
+    Column("minute", BigInteger, primary_key=True),
+    Column("creates", Integer, nullable=False),
+)
+
+sessions = Table(  # of browsers, which exchanged a key for a cookie
+    "sessions",
+    metadata,
+    Column("digest", String(64), primary_key=True),  # SHA-256 of the cookie's value
+    Column("key_id", String(64), ForeignKey("api_keys.id", ondelete="CASCADE"), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+)
+
+outbox = Table(  # webhook events: written with the end of their job, delivered at least once
+    "outbox",
+    metadata,
+    Column("id", String(64), primary_key=True),  # the event's `webhook-id`, the same at every attempt
+    Column("job_id", String(64), nullable=False),
+    Column("url", Text, nullable=False),
+    Column("body", Text, nullable=False),  # the event as it is sent, to the byte
+    Column("created_at", Float, nullable=False),
+    Column("next_at", Float, nullable=False),  # not before; a claim moves it past the time that an attempt may take
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("delivered_at", Float),
+    Column("failed_at", Float),  # given up
+    Column("last_error", String(200)),
+)
+Index("outbox_due", outbox.c.delivered_at, outbox.c.failed_at, outbox.c.next_at)
+
+processes = Table(  # who is alive, and what each knows: dispatchers, engines
+    "processes",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("kind", String(16), nullable=False),
+    Column("seen_at", Float, nullable=False),
+    Column("facts", JSON, nullable=False),
 )

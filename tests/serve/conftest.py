@@ -15,6 +15,7 @@ import pytest
 
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.jobs import JobStore
+from skylapse.serve.store.leases import Leases
 
 
 def postgres_programs() -> Path | None:
@@ -72,3 +73,8 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Databas
 @pytest.fixture
 def store(database: Database) -> JobStore:
     return JobStore(database)
+
+
+@pytest.fixture
+def leases(database: Database) -> Leases:
+    return Leases(database, lease_s=60.0)

@@ -14,6 +14,7 @@ from skylapse.serve.schema import CreateVideo, show_page, show_video
 from skylapse.serve.shape import nearest, shape_of
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.jobs import JobStore
+from skylapse.serve.store.leases import Leases, Standing
 from skylapse.serve.store.tables import IN_PROGRESS
 
 # All keys of OpenAI's Video object, every one of which its document requires.
@@ -145,17 +146,17 @@ def test_a_shape_beyond_the_model_is_a_400_that_names_its_bounds(asked: dict[str
 
 
 def test_a_job_is_shown_with_every_key_in_every_state(database: Database) -> None:
-    store = JobStore(database)
+    store, leases = JobStore(database), Leases(database)
     request = {"prompt": "a star", "model": "demo", "size": "64x64", "seconds": "2.125", "seed": 7}
     queued = store.create("a", request)
-    (claimed,) = store.claim("engine", 1, lease_s=60)
-    store.progress(claimed, "denoise", 15, 30)
+    (claimed,) = leases.claim("engine")
+    leases.report([(claimed, Standing("denoise", 15, 30))])
     running = store.get("a", queued.id)
-    store.complete(claimed, {})
+    leases.complete(claimed, {})
     completed = store.get("a", queued.id)
     store.create("a", request)
-    (doomed,) = store.claim("engine", 1, lease_s=60)
-    store.fail(doomed, "crashed", "the engine died")
+    (doomed,) = leases.claim("engine")
+    leases.fail(doomed, "crashed", "the engine died")
     shown = [show_video(job, expires_after_s=3600) for job in (queued, running, completed, store.get("a", doomed.id))]
     assert all(set(video) >= OPENAI_KEYS for video in shown)
     assert [video["status"] for video in shown] == ["queued", IN_PROGRESS, "completed", "failed"]

@@ -1,0 +1,106 @@
+"""Shapes of what is answered, for the OpenAPI document; `show_video` and its like make them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    """OpenAI's envelope, of every error that the application itself answers."""
+
+    error: ErrorDetail
+
+
+class VideoError(BaseModel):
+    code: str
+    message: str
+
+
+class Video(BaseModel):
+    """OpenAI's 13 keys, and ours."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    object: Literal["video"]
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    progress: int
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    prompt: str
+    size: str
+    seconds: str
+    remixed_from_video_id: str | None
+    error: VideoError | None
+    seed: int
+    attempts: int
+    resumed_from_step: int | None
+    native_size: str
+    native_frames: int
+
+
+class VideoList(BaseModel):
+    object: Literal["list"]
+    data: list[Video]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class VideoDeleted(BaseModel):
+    id: str
+    object: Literal["video.deleted"]
+    deleted: Literal[True]
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    tasks: list[str]
+    native_sizes: list[str]
+    default_size: str
+    default_seconds: str
+    max_seconds: float
+    max_frames: int
+    fps: int
+    default_steps: int
+    default_guidance: float
+    cache_presets: list[str]
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Generated(BaseModel):
+    """`video_bytes` is base64; `video_path` a file in the operator's directory."""
+
+    video_id: str
+    video_bytes: str | None = None
+    video_path: str | None = None
+
+
+class Health(BaseModel):
+    status: str
+    store: str
+    dispatchers: int
+    engines: list[dict[str, Any]]
+    models: list[str]
+
+
+class Ready(BaseModel):
+    status: str

@@ -1,0 +1,126 @@
+"""The HTTP application: routes, and what holds for all of them (request ids, OpenAI's error envelope)."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .. import __version__
+from .catalog import Catalog
+from .context import Context
+from .errors import ApiError
+from .openapi import describe_api
+from .routes import content, events, generations, health, models, page, remakes, session, videos
+from .store.jobs import NotFound
+from .watch import Watch
+
+logger = logging.getLogger(__name__)
+REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def create_app(context: Context, behind_proxy: bool = False) -> FastAPI:
+    """Everything that an ingress replica answers; all of it from the store.
+
+    behind_proxy: Ray's proxy gives requests and answers their ids.
+    """
+    app = FastAPI(title="skylapse", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    app.state.context = context
+    app.state.catalog = Catalog(context.config)
+    app.state.watch = Watch(context.jobs)
+    for routes in (remakes, videos, content, events, generations, models, health, session, page):
+        app.include_router(routes.router)
+    app.add_exception_handler(ApiError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(NotFound, _not_found)
+    app.add_exception_handler(SQLAlchemyError, _store_away)
+    app.add_exception_handler(Exception, _broken)
+    app.add_middleware(Labelled, behind_proxy=behind_proxy)
+    describe_api(app)
+    return app
+
+
+class Labelled:
+    """Gives every answer an id, which the logs name, and the time that it took."""
+
+    def __init__(self, app: ASGIApp, behind_proxy: bool = False) -> None:
+        self.app, self.behind_proxy = app, behind_proxy
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        began_s = time.perf_counter()
+        given = Headers(scope=scope).get("x-request-id", "") if self.behind_proxy else ""
+        request_id = given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def labelled(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                if not self.behind_proxy:
+                    headers["x-request-id"] = request_id
+                headers["openai-processing-ms"] = str(round((time.perf_counter() - began_s) * 1000))
+                headers.setdefault("cache-control", "no-store")
+                headers.setdefault("x-content-type-options", "nosniff")
+            await send(message)
+
+        await self.app(scope, receive, labelled)
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+
+
+def _answer(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return _answer(error)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    """A path or query parameter that is not what it should be."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = str(first["loc"][-1])
+    return _answer(ApiError(400, f"Invalid '{param}': {first['msg']}.", code="invalid_value", param=param))
+
+
+async def _no_route(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    codes = {404: ("unknown_url", "There is nothing at this URL."), 405: ("method_not_allowed", "Not by this method.")}
+    code, message = codes.get(error.status_code, ("invalid_request", "The request cannot be answered."))
+    answer = _answer(ApiError(error.status_code, message, code=code))
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _not_found(request: Request, error: Exception) -> JSONResponse:
+    return _answer(no_video())
+
+
+def no_video() -> ApiError:
+    return ApiError(404, "There is no such video.", code="video_not_found", param="video_id")
+
+
+async def _store_away(request: Request, error: Exception) -> JSONResponse:
+    logger.error("the store does not answer: %s (%s)", type(error).__name__, request.state.request_id)
+    message = "The service cannot reach its store; try again in a moment."
+    return _answer(ApiError(503, message, code="store_unavailable", type="server_error", retry_after_s=2))
+
+
+async def _broken(request: Request, error: Exception) -> JSONResponse:
+    logger.error("request %s failed", request.state.request_id, exc_info=error)
+    message = f"The server had an error while it answered request {request.state.request_id}."
+    return _answer(ApiError(500, message, code="internal_error", type="server_error"))

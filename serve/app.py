@@ -1,0 +1,49 @@
+"""The Serve application: ingress, dispatcher, engines. `build` is what `deploy/serve.yaml` imports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from starlette.types import ASGIApp
+
+from .api import create_app
+from .config import ServeConfig
+from .context import open_context
+from .dispatcher import Dispatcher
+from .logs import log_as_json
+from .replica import EngineReplica
+
+CHECKED: dict[str, Any] = dict(health_check_period_s=1, health_check_timeout_s=10)
+STREAMS = 1000  # open event streams and requests of one ingress; Serve's default of 5 would be used up by five watchers
+
+
+def build(arguments: dict[str, Any], engine: type[EngineReplica] = EngineReplica) -> Application:
+    """The application for a `ServeConfig`'s fields; a config file's deployment options come on top."""
+    config = ServeConfig(**arguments)
+    asked = config.model_dump(exclude_defaults=True)
+    engines = serve.deployment(
+        name="Engine",
+        max_ongoing_requests=config.engine_slots,
+        graceful_shutdown_timeout_s=config.drain_s,
+        ray_actor_options={"num_cpus": 0.5},
+        **CHECKED,
+    )(engine).bind(asked)
+    dispatcher = serve.deployment(
+        name="Dispatcher", graceful_shutdown_timeout_s=5, ray_actor_options={"num_cpus": 0.1}, **CHECKED
+    )(Dispatcher).bind(asked, engines)
+
+    def answers() -> ASGIApp:
+        """Made in each ingress replica; the store is all that it needs."""
+        log_as_json()
+        return create_app(open_context(asked), behind_proxy=True)
+
+    ingress = serve.deployment(
+        name="Ingress",
+        max_ongoing_requests=STREAMS,
+        graceful_shutdown_timeout_s=10,
+        ray_actor_options={"num_cpus": 0.1},
+        **CHECKED,
+    )(serve.ingress(answers)())
+    return ingress.bind(dispatcher)  # an application is what hangs together: nothing is asked of the dispatcher

@@ -1,0 +1,37 @@
+"""Work beside a job's main work, for which nobody waits: previews shown, checkpoints stored."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+logger = logging.getLogger(__name__)
+Work = Callable[[], Awaitable[None]]
+
+
+class Aside:
+    """One thing at a time; of a kind of things that wait, only the newest is done."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, Work] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def put(self, kind: str, work: Work) -> None:
+        self._waiting[kind] = work
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def drop(self) -> None:
+        """Nothing of it matters any more; what has begun in a thread comes to its end there."""
+        self._waiting.clear()
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        while self._waiting:
+            work = self._waiting.pop(next(iter(self._waiting)))
+            try:
+                await work()
+            except Exception:  # a preview less, or an older checkpoint to go on from
+                logger.warning("work beside a job failed", exc_info=True)

@@ -1,0 +1,54 @@
+"""Who calls: a key in the Authorization header, or the cookie that a browser got for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from .errors import ApiError
+from .routes.session import COOKIE, check_origin
+from .store.keys import ApiKey
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Jobs, files and quotas are the tenant's; what may be done with them is the key's."""
+
+    tenant: str
+    key: ApiKey
+
+
+def _may(scope: str) -> Callable[[Request], Caller]:
+    def find(request: Request) -> Caller:
+        key = _key(request)
+        if scope not in key.scopes and "admin" not in key.scopes:
+            message = f"This key may not {scope}."
+            raise ApiError(403, message, code="insufficient_permissions", type="permission_error")
+        return Caller(key.tenant, key)
+
+    return find
+
+
+def _key(request: Request) -> ApiKey:
+    """ApiError 401 where there is no valid one; neither what was sent nor why it is wrong is repeated."""
+    context = request.app.state.context
+    kind, _, text = request.headers.get("authorization", "").partition(" ")
+    if kind:
+        key = context.keys.find(text.strip()) if kind.lower() == "bearer" else None
+    elif cookie := request.cookies.get(COOKIE):
+        check_origin(request)
+        key = context.sessions.find(cookie)
+    else:
+        key = None
+    if key is None:
+        message = "Incorrect API key provided, or none: it goes into the header 'Authorization: Bearer ...'."
+        raise ApiError(401, message, code="invalid_api_key", type="authentication_error")
+    assert isinstance(key, ApiKey)
+    return key
+
+
+Reader = Annotated[Caller, Depends(_may("read"))]
+Writer = Annotated[Caller, Depends(_may("write"))]

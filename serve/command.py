@@ -1,0 +1,194 @@
+"""`skylapse serve` and `skylapse keys`: one machine's service, and who may use it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from threading import Event
+from typing import NoReturn
+
+from ..runtime.config import Settings, export
+from .config import ServeConfig
+from .context import Context, open_context
+from .store.keys import PREFIX, SCOPES
+
+TENANT = "local"
+READY_S = 120.0
+# Serve notices a dead proxy after 3 checks, and by default makes one in 10 s: the port would be dead for half a minute.
+RAY = {
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
+    "RAY_SERVE_ENABLE_HA_PROXY": "0",  # it binds all addresses, and ends long requests when it reloads
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+OBJECT_STORE_BYTES = 80 * 2**20  # clips go through the artifact store: Ray carries job ids alone
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)  # one line and exit code 2, as for every other mistake
+
+
+def serve(arguments: Sequence[str], settings: Settings) -> int:
+    """Run the service until it is told to stop."""
+    options = _serve_parser().parse_args(arguments)
+    given = {name: value for name, value in vars(options).items() if name not in ("host", "port") and value is not None}
+    config = ServeConfig(**given)
+    if not 0 < options.port < 65536:
+        raise ValueError(f"port must be from 1 to 65535, got {options.port}")
+    _check_free(options.host, options.port)
+    from .catalog import Catalog
+
+    Catalog(config).find(None)  # an unknown model is told before anything is started
+    context = open_context(config)
+    key = _local_key(context, settings.api_key)
+    stopped = Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    url = f"http://{'127.0.0.1' if options.host in ('0.0.0.0', '::') else options.host}:{options.port}"
+    print(f"starting the service (model {config.model}, data in {config.folder})", file=sys.stderr, flush=True)
+    _start(config, options.host, options.port)
+    try:
+        if _wait_until_ready(context, stopped):
+            _say(url, key, options.host)
+            stopped.wait()
+    finally:
+        _stop()
+    return 0
+
+
+def keys(arguments: Sequence[str], settings: Settings) -> int:
+    """Make, list and revoke API keys."""
+    options = _keys_parser().parse_args(arguments)
+    store = open_context(ServeConfig(data=options.data)).keys
+    if options.command == "create":
+        valid_s = None if options.days is None else options.days * 86400.0
+        key, text = store.create(
+            options.tenant, options.scope or SCOPES[:2], max_priority=options.max_priority, valid_s=valid_s
+        )
+        print(json.dumps({"id": key.id, "tenant": key.tenant, "scopes": key.scopes, "key": text}))
+    elif options.command == "list":
+        for key in store.page():
+            times = {"created_at": key.created_at, "expires_at": key.expires_at, "revoked_at": key.revoked_at}
+            print(json.dumps({"id": key.id, "tenant": key.tenant, "scopes": key.scopes, **times}))
+    elif not store.revoke(options.id):
+        raise ValueError(f"there is no valid key {options.id!r}")
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------- the service
+
+
+def _start(config: ServeConfig, host: str, port: int) -> None:
+    export(RAY)
+    import ray
+    from ray import serve as ray_serve
+
+    from .app import build
+
+    cores = max(2, os.cpu_count() or 2)
+    ray.init(
+        address="local",
+        num_cpus=cores,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        configure_logging=True,
+    )
+    ray_serve.start(http_options={"host": host, "port": port})
+    ray_serve.run(build(config.model_dump(exclude_defaults=True)), name="skylapse", route_prefix="/", blocking=False)
+
+
+def _stop() -> None:
+    import ray
+    from ray import serve as ray_serve
+
+    print("stopping", file=sys.stderr, flush=True)
+    if ray.is_initialized():
+        ray_serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
+
+
+def _wait_until_ready(context: Context, stopped: Event) -> bool:
+    """Whether a dispatcher and an engine have given a sign; False where it was told to stop before."""
+    until_s = time.monotonic() + READY_S
+    while time.monotonic() < until_s:
+        if {process.kind for process in context.processes.alive(3.0)} >= {"dispatcher", "engine"}:
+            return True
+        if stopped.wait(0.2):
+            return False
+    raise RuntimeError(f"the service was not ready within {READY_S:g} s")
+
+
+def _say(url: str, key: str, host: str) -> None:
+    print(f"skylapse serves at {url}")
+    print(f"key:  {key}")
+    print(f'try:  curl {url}/v1/videos -H "Authorization: Bearer {key}" -F prompt="a red circle moving right"')
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"note: {host} is not this machine alone; put TLS in front", file=sys.stderr)
+    sys.stdout.flush()
+
+
+def _local_key(context: Context, wanted: str | None) -> str:
+    """The key of this machine's own tenant: the operator's, or one that is made at the first start and kept."""
+    path = context.config.folder / "api_key"
+    key = wanted or (path.read_text().strip() if path.exists() else PREFIX + secrets.token_urlsafe(32))
+    if context.keys.find(key) is None:
+        context.keys.create(TENANT, SCOPES, max_priority=100, secret=key)
+    if wanted is None:
+        path.touch(mode=0o600)
+        path.write_text(key + "\n")
+    return key
+
+
+def _check_free(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"port {port} of {host} cannot be taken: {error.strerror}") from None
+
+
+# -------------------------------------------------------------------------------------------------------------- options
+
+
+def _serve_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="skylapse serve", description="Serve the OpenAI Videos API on this machine.", allow_abbrev=False
+    )
+    option = parser.add_argument
+    option("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    option("--port", type=int, default=8000, help="default: 8000")
+    option("--data", default="skylapse-data", metavar="DIR", help="jobs, keys and files (default: skylapse-data)")
+    option("--model", default="demo", help="demo (the default), a diffusers folder, or a Hugging Face id")
+    option("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    option("--dtype", choices=("bf16", "fp32"), help="default: what the device is fastest with")
+    return parser
+
+
+def _keys_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="skylapse keys", description="Who may use the service.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    create = commands.add_parser("create", help="a new key, shown this once", allow_abbrev=False)
+    create.add_argument("--tenant", default=TENANT, help="whose jobs and quotas (default: local)")
+    create.add_argument("--scope", action="append", choices=SCOPES, help="default: read and write")
+    create.add_argument("--max-priority", type=int, default=0, metavar="N", help="highest priority of its jobs")
+    create.add_argument("--days", type=float, metavar="N", help="how long it is valid (default: for ever)")
+    listing = commands.add_parser("list", help="every key, without its text", allow_abbrev=False)
+    revoke = commands.add_parser("revoke", help="end a key", allow_abbrev=False)
+    revoke.add_argument("id", metavar="KEY_ID")
+    for command in (create, listing, revoke):
+        command.add_argument("--data", default="skylapse-data", metavar="DIR", help="default: skylapse-data")
+    return parser

@@ -1,0 +1,87 @@
+"""What the operator of a service decides; the arguments of the Serve application, and of `skylapse serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MIB = 2**20
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ServeConfig(BaseModel):
+    """Everything has a default that suits one machine; `deploy/serve.yaml` shows a cluster's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # where things are
+    data: str = "skylapse-data"  # a folder, for whatever has no place of its own below
+    database_url: str = ""  # SQLAlchemy's; "": SQLite in the folder. SKYLAPSE_DATABASE_URL where it holds a password
+    artifacts_url: str = ""  # fsspec's, such as s3://bucket/prefix; "": in the folder
+    artifacts_options: dict[str, Any] = {}  # of that filesystem: endpoint_url, key, secret, ...
+    output_dir: str = ""  # where /v1/videos/generations may leave files for its caller; "": nowhere
+
+    # the model
+    model: str = "demo"
+    device: str | None = None
+    dtype: str | None = None
+    threads: Count | None = None  # of an engine on a CPU; None: as many as there are cores
+    aliases: dict[str, str] = {"sora-2": "", "sora-2-pro": ""}  # name -> model; "": the model above
+    engine_slots: Count = 8  # requests that one engine works on at a time
+
+    # jobs
+    lease_s: Positive = 6.0  # renewed every third of it; a job whose engine vanished is queued again after this long
+    stage_deadline_s: Positive = 900.0  # the longest that a step, an encode, a decode or an upload may take
+    checkpoint_every: Count = 5  # steps
+    max_attempts: Count = 3  # solo crashes without progress after which a job fails
+    retention_s: Positive = 7 * 86400.0  # of a finished job's files
+    drain_s: Positive = 60.0  # an engine that is stopped finishes what fits and gives the rest back
+
+    # what one tenant, and all of them, may ask for
+    quota: Count = 500  # unfinished jobs of a tenant
+    creates_per_minute: Count = 600
+    max_queued: Count = 5000  # unfinished jobs of all
+    max_body_bytes: Count = 64 * MIB
+    max_media_pixels: Count = 4096 * 4096  # of one picture
+    max_media_seconds: Positive = 120.0
+
+    # answers
+    downloads: Literal["proxy", "redirect"] = "proxy"  # redirect: 307 to a presigned URL, on a bucket alone
+    session_s: Positive = 12 * 3600.0  # life of a browser's cookie
+
+    # webhooks
+    webhook_secret: str = ""  # whsec_...; "": made at the first start. SKYLAPSE_WEBHOOK_SECRET
+    webhook_private: bool = False  # let them go to private addresses, for tests and clusters of one's own
+    webhook_attempts: Count = 12
+
+    @model_validator(mode="after")
+    def _fits(self) -> ServeConfig:
+        if self.downloads == "redirect" and "://" not in self.artifacts_url:
+            raise ValueError("downloads can only be redirected where artifacts_url is a bucket")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.data).expanduser().resolve()
+
+    @property
+    def database(self) -> str:
+        return self.database_url or f"sqlite:///{self.folder / 'jobs.db'}"
+
+    @property
+    def artifacts(self) -> str:
+        return self.artifacts_url or str(self.folder / "artifacts")
+
+    @property
+    def scratch(self) -> Path:
+        """For files that nobody needs after a restart."""
+        return self.folder / "scratch"
+
+    def model_of(self, name: str | None) -> str | None:
+        """The model behind a name that a client used, or None where there is none of that name."""
+        if name is None or name == self.model:
+            return self.model
+        return (self.aliases[name] or self.model) if name in self.aliases else None

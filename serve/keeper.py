@@ -1,0 +1,119 @@
+"""Keeps the leases of the jobs that an engine works on and tells how far they are, in a thread of its own.
+
+A step, a compile or a decode may outlast a lease, so whoever works does not renew. The thread stops renewing for a job
+whose work has stood still for longer than any stage may take: then another engine gets it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from .store.jobs import Job
+from .store.leases import Leases, Standing
+
+logger = logging.getLogger(__name__)
+LOOK_S = 0.05  # between two looks for jobs that were cancelled or taken away: they stop within this and a step
+
+LOST, STALLED, DRAINED = "lost", "stalled", "drained"
+
+
+class Held:
+    """A job that is being worked on. `stop` is called once, from the thread, when `reason` is there."""
+
+    def __init__(self, job: Job, stop: Callable[[], None]) -> None:
+        self.job, self._stop = job, stop
+        self.reason: str | None = None
+        self.moved_s = time.monotonic()
+        self.standing = Standing("encode", job.step, job.num_steps)
+        self.is_told = True
+
+    def report(self, standing: Standing) -> None:
+        """Something of it was done just now; of what is told between two looks, the newest counts."""
+        self.moved_s = time.monotonic()
+        self.standing, self.is_told = standing, False
+
+    def end(self, reason: str) -> None:
+        if self.reason is None:
+            self.reason = reason
+            self._stop()
+
+
+class Keeper:
+    """Renews every third of a lease and looks in between."""
+
+    def __init__(self, leases: Leases, stage_deadline_s: float) -> None:
+        self.leases, self.stage_deadline_s = leases, stage_deadline_s
+        self._held: dict[str, Held] = {}
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="skylapse-leases", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def holding(self, job: Job, stop: Callable[[], None]) -> Iterator[Held]:
+        held = Held(job, stop)
+        with self._lock:
+            self._held[job.id] = held
+        try:
+            yield held
+        finally:
+            with self._lock:
+                del self._held[job.id]
+
+    @property
+    def held(self) -> list[Held]:
+        with self._lock:
+            return list(self._held.values())
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        renewed_s = 0.0
+        while not self._closing.wait(LOOK_S):
+            held = [h for h in self.held if h.reason is None]
+            if not held:
+                continue
+            try:
+                if time.monotonic() - renewed_s >= self.leases.lease_s / 3:
+                    self._renew(held)
+                    renewed_s = time.monotonic()
+                self._look(held)
+                self._report(held)
+            except SQLAlchemyError as error:  # the work goes on, and what it comes to is written when the store is back
+                logger.warning("the store does not answer: %s", type(error).__name__)
+
+    def _renew(self, held: list[Held]) -> None:
+        now_s = time.monotonic()
+        for h in held:
+            if now_s - h.moved_s > self.stage_deadline_s:
+                logger.error("job %s has not moved for %.0f s", h.job.id, self.stage_deadline_s)
+                h.end(STALLED)
+        lost = self.leases.renew([h.job for h in held if h.reason is None])
+        for h in held:
+            if h.job.id in lost:
+                h.end(LOST)
+
+    def _report(self, held: list[Held]) -> None:
+        untold = [(h, h.standing) for h in held if not h.is_told and h.reason is None]
+        if untold:
+            self.leases.report([(h.job, standing) for h, standing in untold])
+        for h, standing in untold:
+            h.is_told = h.standing is standing
+
+    def _look(self, held: list[Held]) -> None:
+        lost = self.leases.lost([h.job for h in held if h.reason is None])
+        for h in held:
+            if h.job.id in lost:
+                h.end(LOST)

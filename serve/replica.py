@@ -1,0 +1,120 @@
+"""The deployment that makes clips: one engine a replica, which works on as many claimed jobs as it has slots."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import torch
+from ray import serve
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..runtime.engine import Engine
+from .context import open_context
+from .logs import log_as_json
+from .measures import Measures
+from .store.leases import Leases
+from .store.processes import ENGINE, Processes
+from .worker import Worker
+
+logger = logging.getLogger(__name__)
+BEAT_S = 1.0
+NICE = 5
+UNCHECKED_S = 5.0  # health checks come every second; a replica that is being drained gets none
+
+
+class EngineReplica:
+    """`run_next` is an ongoing Serve request while its job is worked on, so Serve sees the load and lets it end."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        context = open_context(config)
+        log_as_json()
+        self.config = context.config
+        self.id = serve.get_replica_context().replica_id.unique_id
+        self.engine = self.load()
+        self.measures = Measures()
+        self.processes = Processes(context.database)
+        self.config.scratch.mkdir(parents=True, exist_ok=True)
+        self.worker = Worker(
+            self.engine,
+            Leases(context.database, self.config.lease_s, self.config.max_attempts),
+            context.artifacts,
+            self.measures,
+            scratch=self.config.scratch,
+            stage_deadline_s=self.config.stage_deadline_s,
+            checkpoint_every=self.config.checkpoint_every,
+        )
+        self._checked_s = time.monotonic()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closing = threading.Event()
+        self._beating = threading.Thread(target=self._beat, name="skylapse-heartbeat", daemon=True)
+        self._beating.start()
+
+    def load(self) -> Engine:
+        """The engine, and what its first request would otherwise wait for."""
+        torch.set_num_threads(self.config.threads or os.cpu_count() or 1)  # Ray has set one for a fraction of a core
+        engine = Engine.from_pretrained(self.config.model, self.config.device, self.config.dtype)
+        if engine.device.type == "cpu":
+            os.nice(NICE)  # clients who ask where their job stands do not wait for its steps
+        _ = engine.memory, engine.previewer
+        return engine
+
+    async def run_next(self, owner: str) -> str | None:
+        """Work on the next job to its end, as `owner`, by which its lease is found when this replica dies.
+
+        The job goes on when the caller does not: a dispatcher's death is no reason to begin again.
+        """
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            # They wait for store, disk and encoder. Python's default is as many as there are cores, and 4.
+            self._loop.set_default_executor(ThreadPoolExecutor(32, thread_name_prefix="skylapse"))
+        return await asyncio.shield(asyncio.ensure_future(self.worker.run_next(owner)))
+
+    def check_health(self) -> None:
+        """Called by Serve every second, on its own thread; raises where the replica has to be replaced."""
+        self._checked_s = time.monotonic()
+        if self.worker.is_lost:
+            raise RuntimeError("the engine's device is lost, or a stage of it has stalled")
+        if not self.worker.keeper.is_alive:
+            raise RuntimeError("the thread that keeps leases has died")
+
+    async def __del__(self) -> None:
+        """Called by Serve when nothing is ongoing any more."""
+        self._closing.set()
+        await asyncio.to_thread(self.worker.close)
+        with suppress(SQLAlchemyError):
+            await asyncio.to_thread(self.processes.leave, self.id)
+
+    def _beat(self) -> None:
+        """Leave a sign every second, with what is known of this engine; begin to drain when Serve has begun to."""
+        facts = {"model": self.config.model, "device": str(self.engine.device), "slots": self.config.engine_slots}
+        while not self._closing.wait(BEAT_S):
+            try:
+                running = len(self.worker.keeper.held)
+                self.processes.beat(self.id, ENGINE, facts | self.measures.facts | {"running": running})
+            except SQLAlchemyError as error:
+                logger.warning("no sign of life could be left: %s", type(error).__name__)
+            if self._loop is not None and self.is_drained:
+                logger.info("this engine is being stopped: what does not fit is given back")
+                asyncio.run_coroutine_threadsafe(self.worker.drain(0.7 * self.config.drain_s), self._loop)
+                return
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether Serve stops this replica. It does not say so before the end: but it checks its health no more, and
+        counts a replica of this deployment as stopping."""
+        if time.monotonic() - self._checked_s < UNCHECKED_S:
+            return False
+        context = serve.get_replica_context()
+        try:
+            application = serve.status().applications[context.app_name]
+            states: dict[Any, int] = dict(application.deployments[context.deployment].replica_states)
+            return states.get("STOPPING", 0) > 0
+        except Exception:  # the controller is away, which is no reason to stop
+            return False

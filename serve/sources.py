@@ -1,0 +1,96 @@
+"""Clips that requests start from: one of the tenant's finished videos, or one that was sent; an mp4 of our own making
+either way, beside the job that starts from it."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runtime.request import frames_for
+from ..runtime.video_file import write_video
+from .catalog import ServedModel
+from .context import Context
+from .errors import ApiError
+from .media import decode_video
+from .shape import Shape, nearest
+from .store.jobs import Job
+from .store.tables import COMPLETED
+from .uploads import Upload
+
+MAX_DECODED_BYTES = 2**30  # of a clip that was sent: 388 frames at 1280x720
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a request starts from."""
+
+    data: bytes  # mp4
+    sha256: str
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+
+    def shape_for(self, model: ServedModel, whole: bool = True) -> Shape:
+        """The clip's own size and length, and what the model works on; ApiError 400 where the whole is too long."""
+        native = nearest(self.width, self.height, model.native_sizes)
+        frames = frames_for(self.num_frames, model.limits)
+        if whole and frames > model.limits.max_num_frames:
+            longest = f"{model.limits.max_num_frames} frames, {model.limits.max_num_frames / self.fps:.4g} s"
+            message = f"Invalid 'video': it has {self.num_frames} frames, and this model remakes at most {longest}."
+            raise ApiError(400, message, code="invalid_value", param="video")
+        return Shape(self.width, self.height, self.num_frames, self.fps, *native, frames)
+
+
+def finished_source(context: Context, job: Job) -> Source:
+    """ApiError 400 or 404 where there is no file (yet, or any more)."""
+    artifact = video_of(job)
+    data = b"".join(context.artifacts.read(artifact["key"]))
+    width, height = (int(side) for side in job.request["size"].split("x"))
+    return Source(data, artifact["sha256"], width, height, job.request["num_frames"], job.request["fps"])
+
+
+def video_of(job: Job, variant: str = "video") -> dict[str, str]:
+    """Where a finished job's file is; ApiError where there is none (yet, or any more)."""
+    if job.has_expired:
+        raise ApiError(404, "The files of this video have expired.", code="video_expired", param="video_id")
+    if job.state != COMPLETED:
+        if job.has_ended:
+            raise ApiError(400, "This video has failed, so there is no file.", code="video_failed", param="video_id")
+        raise ApiError(400, "This video is not finished yet.", code="video_not_ready", param="video_id")
+    found: dict[str, str] = (job.artifacts or {})[variant]
+    return found
+
+
+async def sent_source(context: Context, upload: Upload, model: ServedModel) -> Source:
+    """A clip that was sent, decoded in a process of its own and written anew, at the model's frame rate.
+
+    ApiError 400 for what is no clip within the bounds.
+    """
+    config, fps = context.config, model.defaults.fps
+    bounds: dict[str, Any] = dict(max_pixels=config.max_media_pixels, max_seconds=config.max_media_seconds)
+    width, height = model.native_sizes[0]
+    seen = await decode_video(upload.path, width, height, max_frames=1, keep="first", **bounds)
+    width, height = seen.source_width // 2 * 2, seen.source_height // 2 * 2  # H.264 has half as many colours a side
+    max_frames = max(1, MAX_DECODED_BYTES // (3 * width * height))
+    decoded = await decode_video(upload.path, width, height, max_frames=max_frames, keep="first", **bounds)
+    if decoded.source_frames > max_frames:
+        message = f"Invalid 'video': at {width}x{height} it may have at most {max_frames} frames."
+        raise ApiError(400, message, code="file_too_large", param="video")
+    return await asyncio.to_thread(_written, decoded.frames_path, decoded.fps, fps, upload.sha256)
+
+
+def _written(frames_path: Path, source_fps: float, fps: int, sha256: str) -> Source:
+    frames = np.load(frames_path, mmap_mode="r")
+    num_frames = max(1, round(len(frames) * fps / source_fps))
+    picks = np.minimum((np.arange(num_frames) * source_fps / fps).round().astype(int), len(frames) - 1)
+    with tempfile.TemporaryDirectory(dir=frames_path.parent) as folder:
+        path = write_video(Path(folder) / "source.mp4", np.asarray(frames[picks]), fps)
+        data = path.read_bytes()
+    _, height, width, _ = frames.shape
+    return Source(data, sha256, width, height, num_frames, fps)

@@ -1,15 +1,10 @@
-"""Stores for tests: SQLite in a folder, and a Postgres of the tests' own where Debian's is installed."""
+"""Stores for tests: SQLite in a folder, a Postgres of their own where Debian's is installed; and whole services."""
 
 from __future__ import annotations
 
-import os
-import pwd
-import shutil
-import socket
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,43 +12,16 @@ from skylapse.serve.store.database import Database
 from skylapse.serve.store.jobs import JobStore
 from skylapse.serve.store.leases import Leases
 
+if TYPE_CHECKING:
+    from skylapse.runtime.engine import Engine
 
-def postgres_programs() -> Path | None:
-    """Debian keeps them out of the PATH, a folder a version."""
-    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
-    return folders[-1] if folders else None
+    from .service import Service
 
 
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
-    """A cluster in a temporary folder, run by a user who is not root, on a free port of the loopback."""
-    programs = postgres_programs()
-    if programs is None:
-        pytest.skip("no Postgres under /usr/lib/postgresql")
-    try:
-        owner = pwd.getpwnam("postgres") if os.getuid() == 0 else pwd.getpwuid(os.getuid())
-    except KeyError:
-        pytest.skip("root cannot run Postgres, and there is no user postgres")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tempfile.mkdtemp(prefix="skylapse-postgres-")
-    os.chown(folder, owner.pw_uid, owner.pw_gid)
-
-    def run(*command: str) -> None:
-        user, group = (owner.pw_uid, owner.pw_gid) if os.getuid() == 0 else (None, None)
-        subprocess.run(command, check=True, capture_output=True, cwd=folder, user=user, group=group)
-
-    try:
-        run(str(programs / "initdb"), "-D", f"{folder}/data", "-U", "skylapse", "--auth=trust", "-N")
-        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-        run(str(programs / "pg_ctl"), "-D", f"{folder}/data", "-l", f"{folder}/log", "-w", "-o", options, "start")
-        try:
-            yield f"postgresql+psycopg://skylapse@127.0.0.1:{port}/postgres"
-        finally:
-            run(str(programs / "pg_ctl"), "-D", f"{folder}/data", "-m", "immediate", "stop")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with own_postgres() as server:
+        yield server.url
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -78,3 +46,23 @@ def store(database: Database) -> JobStore:
 @pytest.fixture
 def leases(database: Database) -> Leases:
     return Leases(database, lease_s=60.0)
+
+
+@pytest.fixture(scope="session")
+def demo_engine(demo_folder: Path) -> Iterator[Engine]:
+    """The embedded model's engine, which all services of a test run share: it takes seconds to load."""
+    from skylapse.runtime.engine import Engine
+
+    engine = Engine.from_pretrained(str(demo_folder))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def service(demo_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service that tests share; each takes a key of its own (`service.key()`), and sees no other test's videos."""
+    pytest.importorskip("ray")  # whose counters a worker counts with; no part of Ray is started
+    from .service import serving
+
+    with serving(tmp_path_factory.mktemp("service"), demo_engine) as service:
+        yield service

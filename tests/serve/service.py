@@ -1,0 +1,194 @@
+"""A whole service in one process, without Ray: ingresses on free ports of the loopback, and a loop that works on jobs.
+
+The application, the store, `Worker`, `Leases`, `Outbox` and `Sweeper` are the service's own. What is played here is
+what Ray does otherwise: `Crew` is the Dispatcher and an EngineReplica, with the calls between them left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import uvicorn
+
+from skylapse.runtime.engine import Engine
+from skylapse.serve.api import create_app
+from skylapse.serve.config import ServeConfig
+from skylapse.serve.context import Context, open_context
+from skylapse.serve.measures import Measures
+from skylapse.serve.store.keys import SCOPES
+from skylapse.serve.store.leases import Leases
+from skylapse.serve.store.outbox import Outbox
+from skylapse.serve.store.processes import DISPATCHER, ENGINE
+from skylapse.serve.sweep import Sweeper
+from skylapse.serve.webhooks import deliver_due, open_secret
+from skylapse.serve.worker import Worker
+
+LOOK_S, BEAT_S = 0.02, 1.0
+START_S = STOP_S = 20.0
+Headers = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Service:
+    """What tests see of it. `urls`: one an ingress, without a path."""
+
+    context: Context
+    urls: list[str]
+    webhook_secret: str
+    working: threading.Event = field(repr=False)  # while it is clear, no job is begun
+
+    @property
+    def url(self) -> str:
+        return self.urls[0]
+
+    def key(self, tenant: str | None = None, scopes: tuple[str, ...] = SCOPES[:2], max_priority: int = 0) -> str:
+        """A new key; of a new tenant, who sees nobody else's videos, unless one is named."""
+        return self.context.keys.create(tenant or f"tenant-{secrets.token_hex(6)}", scopes, max_priority=max_priority)[
+            1
+        ]
+
+    def client(self, key: str | None = None, ingress: int = 0, headers: Headers | None = None) -> httpx.Client:
+        """A plain HTTP client of one ingress, with a new tenant's key unless one is given."""
+        headers = {"authorization": f"Bearer {key or self.key()}", **(headers or {})}
+        return httpx.Client(base_url=self.urls[ingress], headers=headers, timeout=60.0, trust_env=False)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No job is begun meanwhile: what is created stays queued. Jobs that run go on."""
+        self.working.clear()
+        try:
+            yield
+        finally:
+            self.working.set()
+
+
+@contextmanager
+def serving(folder: Path, engine: Engine, ingresses: int = 1, **config: Any) -> Iterator[Service]:
+    """The service with its data in `folder`, until the block is left; `config`: fields of `ServeConfig`.
+
+    Every ingress opens the store for itself, as replicas in processes of their own do.
+    """
+    asked = ServeConfig(data=str(folder), **{"webhook_private": True, **config})
+    contexts = [open_context(asked) for _ in range(ingresses + 1)]
+    asked.scratch.mkdir(exist_ok=True)
+    working, stop = threading.Event(), threading.Event()
+    working.set()
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.callback(context.database.close)
+        sockets = [stack.enter_context(socket.socket()) for _ in range(ingresses)]
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        servers = [
+            uvicorn.Server(uvicorn.Config(create_app(c), log_level="critical", ws="none", timeout_graceful_shutdown=1))
+            for c in contexts[1:]
+        ]
+        crew = Crew(contexts[0], engine, working)
+        ended: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                asyncio.run(_run(servers, sockets, crew, stop))
+            except BaseException as error:  # told to the test below
+                ended.append(error)
+
+        thread = threading.Thread(target=run, name="skylapse-test-service")
+        thread.start()
+        try:
+            until_s = time.monotonic() + START_S
+            while not all(server.started for server in servers):
+                assert not ended and time.monotonic() < until_s, f"the service did not start: {ended}"
+                time.sleep(LOOK_S)
+            urls = [f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in sockets]
+            yield Service(contexts[0], urls, crew.secret, working)
+        finally:
+            stop.set()
+            thread.join(STOP_S)
+            crew.worker.keeper.close()
+        assert not ended and not thread.is_alive(), f"the service did not stop well: {ended}"
+
+
+async def _run(servers: list[uvicorn.Server], sockets: list[socket.socket], crew: Crew, stop: threading.Event) -> None:
+    tasks = [asyncio.create_task(server.serve([s])) for server, s in zip(servers, sockets, strict=True)]
+    tasks.append(asyncio.create_task(crew.work()))
+    while not stop.is_set() and not any(task.done() for task in tasks):
+        await asyncio.sleep(LOOK_S)
+    for server in servers:
+        server.should_exit = True
+    tasks[-1].cancel()
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(result, Exception):
+            raise result
+
+
+class Crew:
+    """Who works on jobs and keeps the store tidy: a Dispatcher and an EngineReplica in one."""
+
+    def __init__(self, context: Context, engine: Engine, working: threading.Event) -> None:
+        config = context.config
+        self.context, self.config, self.working = context, config, working
+        self.id = f"crew-{secrets.token_hex(4)}"
+        self.leases = Leases(context.database, config.lease_s, config.max_attempts)
+        self.outbox = Outbox(context.database, config.webhook_attempts)
+        self.sweeper = Sweeper(context)
+        self.secret = open_secret(config)
+        self.measures = Measures()
+        self.worker = Worker(
+            engine,
+            self.leases,
+            context.artifacts,
+            self.measures,
+            scratch=config.scratch,
+            stage_deadline_s=config.stage_deadline_s,
+            checkpoint_every=config.checkpoint_every,
+        )
+        self._calls: set[asyncio.Task[str | None]] = set()
+
+    async def work(self) -> None:
+        """Until it is cancelled; the first error ends it."""
+        async with asyncio.TaskGroup() as group:
+            for task, seconds in (
+                (self._call, LOOK_S),
+                (self._deliver, LOOK_S),
+                (self._beat, BEAT_S),
+                (self._tidy, BEAT_S),
+            ):
+                group.create_task(self._every(seconds, task))
+
+    async def _every(self, seconds: float, task: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            await task()
+            await asyncio.sleep(seconds)
+
+    async def _call(self) -> None:
+        for call in [call for call in self._calls if call.done()]:
+            self._calls.remove(call)
+            call.result()
+        if not self.working.is_set():
+            return
+        waiting, mine = await asyncio.to_thread(self.leases.load, self.id)
+        for _ in range(min(self.config.engine_slots, waiting + mine) - len(self._calls)):
+            self._calls.add(asyncio.create_task(self.worker.run_next(f"{self.id}-{secrets.token_hex(4)}")))
+
+    async def _deliver(self) -> None:
+        await deliver_due(self.outbox, self.secret, self.config)
+
+    async def _beat(self) -> None:
+        beat = self.context.processes.beat
+        facts = {"model": self.config.model, "slots": self.config.engine_slots, **self.measures.facts}
+        await asyncio.to_thread(beat, f"{self.id}-dispatcher", DISPATCHER, {"calls": len(self._calls)})
+        await asyncio.to_thread(beat, f"{self.id}-engine", ENGINE, facts)
+
+    async def _tidy(self) -> None:
+        await asyncio.to_thread(self.leases.expire)
+        await asyncio.to_thread(self.sweeper.sweep)

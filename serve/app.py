@@ -25,6 +25,7 @@ def build(arguments: dict[str, Any], engine: type[EngineReplica] = EngineReplica
     asked = config.model_dump(exclude_defaults=True)
     engines = serve.deployment(
         name="Engine",
+        num_replicas=config.engines,
         max_ongoing_requests=config.engine_slots,
         graceful_shutdown_timeout_s=config.drain_s,
         ray_actor_options={"num_cpus": 0.5},
@@ -41,6 +42,7 @@ def build(arguments: dict[str, Any], engine: type[EngineReplica] = EngineReplica
 
     ingress = serve.deployment(
         name="Ingress",
+        num_replicas=config.ingresses,
         max_ongoing_requests=STREAMS,
         graceful_shutdown_timeout_s=10,
         ray_actor_options={"num_cpus": 0.1},

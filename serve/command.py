@@ -12,15 +12,17 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from threading import Event
 from typing import NoReturn
 
+from pydantic import ValidationError
+
 from ..runtime.config import Settings, export
 from .config import ServeConfig
-from .context import Context, open_context
+from .context import MAX_PRIORITY, TENANT, Context, open_context
 from .store.keys import PREFIX, SCOPES
 
-TENANT = "local"
 READY_S = 120.0
 # Serve notices a dead proxy after 3 checks, and by default makes one in 10 s: the port would be dead for half a minute.
 RAY = {
@@ -41,8 +43,7 @@ class _Parser(argparse.ArgumentParser):
 def serve(arguments: Sequence[str], settings: Settings) -> int:
     """Run the service until it is told to stop."""
     options = _serve_parser().parse_args(arguments)
-    given = {name: value for name, value in vars(options).items() if name not in ("host", "port") and value is not None}
-    config = ServeConfig(**given)
+    config = _config(options)
     if not 0 < options.port < 65536:
         raise ValueError(f"port must be from 1 to 65535, got {options.port}")
     _check_free(options.host, options.port)
@@ -86,6 +87,24 @@ def keys(arguments: Sequence[str], settings: Settings) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------- the service
+
+
+def _config(options: argparse.Namespace) -> ServeConfig:
+    """From the file, where there is one, and the options on top of it. ValueError names what is wrong."""
+    fields = {}
+    if options.config is not None:
+        try:
+            fields = json.loads(Path(options.config).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"config must be JSON, got {options.config!r}: {error}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"config must be an object of settings, got {options.config!r}")
+    given = {name: getattr(options, name, None) for name in ServeConfig.model_fields}
+    try:
+        return ServeConfig(**fields | {name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def _start(config: ServeConfig, host: str, port: int) -> None:
@@ -141,13 +160,14 @@ def _say(url: str, key: str, host: str) -> None:
 
 def _local_key(context: Context, wanted: str | None) -> str:
     """The key of this machine's own tenant: the operator's, or one that is made at the first start and kept."""
+    if wanted is not None:  # the context has seen to it
+        return wanted
     path = context.config.folder / "api_key"
-    key = wanted or (path.read_text().strip() if path.exists() else PREFIX + secrets.token_urlsafe(32))
-    if context.keys.find(key) is None:
-        context.keys.create(TENANT, SCOPES, max_priority=100, secret=key)
-    if wanted is None:
+    if not path.exists():
         path.touch(mode=0o600)
-        path.write_text(key + "\n")
+        path.write_text(PREFIX + secrets.token_urlsafe(32) + "\n")
+    key = path.read_text().strip()
+    context.keys.ensure(TENANT, key, SCOPES, MAX_PRIORITY)
     return key
 
 
@@ -171,10 +191,13 @@ def _serve_parser() -> argparse.ArgumentParser:
     option = parser.add_argument
     option("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     option("--port", type=int, default=8000, help="default: 8000")
-    option("--data", default="skylapse-data", metavar="DIR", help="jobs, keys and files (default: skylapse-data)")
-    option("--model", default="demo", help="demo (the default), a diffusers folder, or a Hugging Face id")
+    option("--data", metavar="DIR", help="jobs, keys and files (default: skylapse-data)")
+    option("--model", help="demo (the default), a diffusers folder, or a Hugging Face id")
     option("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     option("--dtype", choices=("bf16", "fp32"), help="default: what the device is fastest with")
+    option("--engines", type=int, metavar="N", help="engine replicas, each with the model (default: 1)")
+    option("--ingresses", type=int, metavar="N", help="replicas that answer requests (default: 1)")
+    option("--config", metavar="FILE", help="more settings, as JSON; docs/deploy.md has them all")
     return parser
 
 

@@ -30,6 +30,8 @@ class ServeConfig(BaseModel):
     dtype: str | None = None
     threads: Count | None = None  # of an engine on a CPU; None: as many as there are cores
     aliases: dict[str, str] = {"sora-2": "", "sora-2-pro": ""}  # name -> model; "": the model above
+    engines: Count = 1  # engine and ingress replicas; a Serve config file's own numbers come on top
+    ingresses: Count = 1
     engine_slots: Count = 8  # requests that one engine works on at a time
 
     # jobs

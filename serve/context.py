@@ -11,9 +11,11 @@ from .artifacts import ArtifactStore
 from .config import ServeConfig
 from .store.database import Database
 from .store.jobs import JobStore
-from .store.keys import KeyStore
+from .store.keys import SCOPES, KeyStore
 from .store.processes import Processes
 from .store.sessions import Sessions
+
+TENANT, MAX_PRIORITY = "local", 100  # of the operator's own key, SKYLAPSE_API_KEY
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,15 @@ def open_context(arguments: Mapping[str, Any] | ServeConfig) -> Context:
     config.folder.mkdir(parents=True, exist_ok=True)
     database = Database(config.database)
     database.migrate()
+    keys = KeyStore(database)
+    if settings.api_key:
+        keys.ensure(TENANT, settings.api_key, SCOPES, MAX_PRIORITY)
     artifacts = ArtifactStore(config.artifacts, **config.artifacts_options)
     return Context(
         config,
         database,
         JobStore(database),
-        KeyStore(database),
+        keys,
         Sessions(database),
         Processes(database),
         artifacts,

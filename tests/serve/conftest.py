@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from postgres import own_postgres
+from postgres import own_postgres
 
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.jobs import JobStore

@@ -1,0 +1,37 @@
+"""`skylapse serve` whose engine dies when a prompt says so: run as a script by test_poison.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from functools import partial
+from typing import Any
+
+from skylapse.runtime.config import load_settings
+from skylapse.runtime.engine import Engine
+from skylapse.runtime.events import Progress
+from skylapse.serve import app, command
+from skylapse.serve.replica import EngineReplica
+
+
+class Poisoned(EngineReplica):
+    """Defined in `__main__`, so that Ray ships it by value: its workers need not find the tests."""
+
+    def load(self) -> Engine:
+        engine = super().load()
+        stream = engine.stream
+
+        async def poisoned(request: Any, *rest: Any, **terms: Any) -> Any:
+            async for event in stream(request, *rest, **terms):
+                if "poison" in request.prompt and isinstance(event, Progress) and event.step >= 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield event
+
+        engine.stream = poisoned  # type: ignore[method-assign]
+        return engine
+
+
+if __name__ == "__main__":
+    app.build = partial(app.build, engine=Poisoned)  # type: ignore[assignment]
+    sys.exit(command.serve(sys.argv[1:], load_settings()))

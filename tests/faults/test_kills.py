@@ -1,0 +1,89 @@
+"""kill -9 of any part of a running service: accepted jobs are completed, once, and go on where they were."""
+
+from __future__ import annotations
+
+import io
+import time
+from contextlib import suppress
+from typing import Any
+
+import av
+import httpx2 as httpx
+import pytest
+from running import Running, wait_for
+
+STEPS = 60  # long enough for a kill in the middle, at 20 to 60 ms a step
+
+
+def start_jobs(service: Running, count: int = 3, **fields: Any) -> list[str]:
+    return [service.create(num_inference_steps=STEPS, seed=seed, **fields)["id"] for seed in range(count)]
+
+
+def wait_until_stepping(service: Running, video_ids: list[str], percent: int = 20) -> None:
+    wait_for(
+        lambda: any(service.get(video_id)["progress"] >= percent for video_id in video_ids), 90.0, "jobs to be stepping"
+    )
+
+
+def check_completed(service: Running, videos: list[dict[str, Any]]) -> None:
+    for video in videos:
+        assert video["status"] == "completed", video
+        data = service.content(video["id"])
+        with av.open(io.BytesIO(data)) as container:
+            assert sum(1 for _ in container.decode(video=0)) == 17
+        assert service.content(video["id"]) == data
+
+
+def test_the_service_is_ready_within_a_minute(service: Running) -> None:
+    assert service.ready_s < 60  # type: ignore[attr-defined]
+
+
+def test_a_killed_engines_jobs_go_on_from_their_checkpoints(service: Running) -> None:
+    jobs = start_jobs(service)
+    wait_until_stepping(service, jobs, 30)
+    service.kill("engine")
+    videos = service.ended(jobs)
+    check_completed(service, videos)
+    assert any(video["resumed_from_step"] for video in videos)
+    assert all(video["attempts"] == 0 for video in videos)
+
+
+@pytest.mark.parametrize("part", ["dispatcher", "controller", "ingress"])
+def test_a_killed_part_costs_no_job_anything(part: str, service: Running) -> None:
+    jobs = start_jobs(service)
+    wait_until_stepping(service, jobs)
+    service.kill(part)
+    videos = service.ended(jobs)
+    check_completed(service, videos)
+    assert all(video["resumed_from_step"] is None for video in videos), "their engine was not touched"
+    later = service.ended(start_jobs(service, 1))  # and whatever was killed is back
+    check_completed(service, later)
+
+
+def test_a_killed_proxy_is_back_within_eight_seconds(service: Running) -> None:
+    jobs = start_jobs(service)
+    wait_until_stepping(service, jobs)
+    service.kill("proxy")
+    killed_s = time.monotonic()
+
+    def answers() -> bool:
+        with suppress(httpx.HTTPError):
+            return service.client.get("/healthz", timeout=1.0).status_code == 200
+        return False
+
+    wait_for(lambda: not answers(), 5.0, "the port to be dead", 0.02)
+    wait_for(answers, 30.0, "the port to be back", 0.05)
+    assert time.monotonic() - killed_s < 8
+    check_completed(service, service.ended(jobs))
+
+
+def test_cancel_takes_effect_within_a_step_and_frees_the_slot(service: Running) -> None:
+    (job,) = start_jobs(service, 1, seconds="4")
+    wait_until_stepping(service, [job], 5)
+    cancelled = service.client.post(f"/v1/videos/{job}/cancel").json()
+    assert (cancelled["status"], cancelled["error"]["code"]) == ("failed", "cancelled")
+    assert service.get(job)["progress"] == cancelled["progress"]
+    engine = wait_for(
+        lambda: [e for e in service.client.get("/healthz").json()["engines"] if e["running"] == 0], 5.0, "a free slot"
+    )
+    assert engine and service.get(job)["progress"] == cancelled["progress"]

@@ -1,0 +1,159 @@
+"""Disk, database and machine fail for a while; what was accepted is completed, and once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from postgres import Postgres, own_postgres
+from running import Running, wait_for
+from test_kills import check_completed, start_jobs, wait_until_stepping
+
+OUTAGE_S = 10.0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A data folder whose artifacts lie on a disk of 2 MiB."""
+    data = tmp_path / "data"
+    artifacts = data / "artifacts"
+    artifacts.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(artifacts)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield data
+    subprocess.run(["umount", "-l", str(artifacts)], check=True)
+
+
+@pytest.fixture
+def postgres() -> Iterator[Postgres]:
+    with own_postgres() as server:
+        yield server
+
+
+def test_a_full_disk_delays_jobs_and_fails_none(small_disk: Path) -> None:
+    service = Running(small_disk)
+    try:
+        service.start()
+        filler = small_disk / "artifacts" / "filler"
+        jobs = start_jobs(service)
+        with filler.open("wb") as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+                    file.flush()
+            except OSError:
+                pass
+        time.sleep(OUTAGE_S)
+        assert not any(service.get(job)["status"] == "completed" for job in jobs), "the disk was not full"
+        filler.unlink()
+        check_completed(service, service.ended(jobs))
+    finally:
+        service.stop()
+
+
+def test_a_database_that_is_away_is_a_503_and_costs_no_job(postgres: Postgres, tmp_path: Path) -> None:
+    service = Running(tmp_path / "data", environment={"SKYLAPSE_DATABASE_URL": postgres.url})
+    try:
+        service.start()
+        jobs = start_jobs(service)
+        wait_until_stepping(service, jobs)
+        postgres.stop()
+        until_s = time.monotonic() + OUTAGE_S
+        answers = []
+        while time.monotonic() < until_s:
+            answers.append(service.client.post("/v1/videos", json={"prompt": "a star"}, timeout=30.0))
+            time.sleep(0.5)
+        assert {answer.status_code for answer in answers} == {503}
+        assert all(0 < int(answer.headers["retry-after"]) <= 60 for answer in answers)
+        assert answers[0].json()["error"]["code"] == "store_unavailable"
+        postgres.start()
+        check_completed(service, service.ended(jobs))
+        check_completed(service, service.ended(start_jobs(service, 1)))
+    finally:
+        service.stop()
+
+
+def test_after_a_loss_of_power_the_next_start_completes_what_was_accepted(tmp_path: Path) -> None:
+    service = Running(tmp_path / "data")
+    try:
+        service.start()
+        jobs = start_jobs(service, 4)
+        wait_until_stepping(service, jobs, 30)
+        before = {job: service.get(job)["progress"] for job in jobs}
+        service.kill_driver()
+        with pytest.raises(httpx.HTTPError):
+            service.client.get("/healthz")
+        service.start()
+        assert all(service.get(job)["progress"] >= before[job] for job in jobs)
+        videos = service.ended(jobs)
+        check_completed(service, videos)
+        assert any(video["resumed_from_step"] for video in videos)
+    finally:
+        service.stop()
+
+
+def test_a_zombie_changes_nothing_that_was_finished_without_it(tmp_path: Path) -> None:
+    """One of two engines is stopped like a machine that swaps; its job is finished by the other; then it wakes."""
+    service = Running(tmp_path / "data", {"engines": 2})
+    try:
+        service.start()
+        wait_for(lambda: len(service.client.get("/healthz").json()["engines"]) == 2, 60.0, "two engines")
+        jobs = start_jobs(service, 2, seconds="4")
+        wait_until_stepping(service, jobs, 20)
+        zombie = service.pids("engine")[0]
+        os.kill(zombie, signal.SIGSTOP)
+        videos = service.ended(jobs)
+        check_completed(service, videos)
+        contents = [service.content(job) for job in jobs]
+        os.kill(zombie, signal.SIGCONT)
+        wait_for(
+            lambda: all(e["running"] == 0 for e in service.client.get("/healthz").json()["engines"]),
+            60.0,
+            "all to rest",
+        )
+        assert [service.content(job) for job in jobs] == contents
+        assert [service.get(job) for job in jobs] == videos
+    finally:
+        service.stop()
+
+
+def test_a_redeployment_lets_running_jobs_end(tmp_path: Path) -> None:
+    """The application is run again with another setting, by a second driver, as `serve deploy` does it."""
+    service = Running(tmp_path / "data")
+    try:
+        service.start()
+        jobs = start_jobs(service, 3)
+        wait_until_stepping(service, jobs, 10)
+        script = REDEPLOY.format(arguments={"data": str(service.data), "engine_slots": 4}, port=service.port)
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=120, cwd=tmp_path)
+        videos = service.ended(jobs)
+        check_completed(service, videos)
+        assert all(video["attempts"] == 0 for video in videos)
+        engines: list[dict[str, Any]] = wait_for(
+            lambda: [e for e in service.client.get("/healthz").json()["engines"] if e["slots"] == 4],
+            60.0,
+            "the new one",
+        )
+        assert len(engines) == 1
+        check_completed(service, service.ended(start_jobs(service, 1)))
+    finally:
+        service.stop()
+
+
+REDEPLOY = """
+import ray
+from ray import serve
+from skylapse.serve.app import build
+
+ray.init(address="auto", log_to_driver=False)
+serve.run(build({arguments!r}), name="skylapse", route_prefix="/", blocking=False)
+"""

@@ -63,7 +63,7 @@ class Client:
                 else:
                     if not isinstance(body, bytes):
                         connection.sendall(b"0\r\n\r\n")
-                    if num_bytes is not None and num_bytes > 0:
+                    if body and num_bytes is not None:
                         connection.shutdown(socket.SHUT_WR)  # that was all
             except OSError:
                 pass  # the server listens no more; it may have said why

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, Literal
 import av
 import av.subtitles.stream  # PyAV and Pillow import these two when they first need them, which is too late in here
 import numpy as np
+import PIL.TiffImagePlugin  # noqa: F401  # which reads EXIF
 from av.container import InputContainer
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile

@@ -1,4 +1,4 @@
-# make demo | test | check | train-demo | clean
+# make demo | serve | test | test-faults | check | train-demo | clean
 #
 # Every pip call is bound by constraints.txt; without it pip brings gigabytes of CUDA packages to a machine without a GPU.
 
@@ -12,6 +12,9 @@ LOG := $(VENV)/install.log
 PROMPT := a red circle moving right at sunset
 RUNS := runs
 TESTS :=
+PORT := 8000
+DATA := skylapse-data
+comma := ,
 
 # The first Python of 3.11 or newer; PYTHON=... overrides.
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -21,11 +24,13 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 install = echo "installing $(1) (log: $(LOG))"; \
 	$(BIN)/python -m pip install -c constraints.txt $(2) >$(LOG) 2>&1 || { tail -n 40 $(LOG) >&2; exit 1; }
 
-.PHONY: help demo test check train-demo clean
+.PHONY: help demo serve test test-faults check train-demo clean
 
 help:
 	@echo "make demo        a prompt becomes out/demo.mp4, on the CPU"
+	@echo "make serve       the OpenAI Videos API on this machine, with the demo model; PORT=8000, DATA=skylapse-data"
 	@echo "make test        the tests; TESTS='tests/runtime -k solver' for some of them"
+	@echo "make test-faults the tests that kill parts of a running service, and its load (a quarter of an hour)"
 	@echo "make check       ruff and mypy, as CI runs them"
 	@echo "make train-demo  train the embedded model anew into $(RUNS)/ (hours; resumes where it stopped)"
 	@echo "make clean       remove what was built; the environment and $(RUNS)/ stay"
@@ -36,8 +41,14 @@ demo: $(VENV)/.runtime
 	@echo "video:         $(CURDIR)/out/demo.mp4"
 	@echo "contact sheet: $(CURDIR)/out/demo.png"
 
+serve: $(VENV)/.runtime
+	@$(BIN)/skylapse serve --port $(PORT) --data $(DATA)
+
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest $(TESTS)
+	@$(BIN)/python -m pytest -m "not faults" $(TESTS)
+
+test-faults: $(VENV)/.dev
+	@$(BIN)/python -m pytest -m faults -s tests/faults
 
 # mypy is given the name `skylapse` by a link to this folder: it does not find editable packages, and a checkout may have any name.
 check: $(VENV)/.dev
@@ -63,9 +74,9 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.runtime: $(VENV)/.python pyproject.toml constraints.txt
-	@$(call install,skylapse,-e .)
+	@$(call install,skylapse,-e '.[serve]')
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
-	@$(call install,the tools of development,-e '.[dev]')
+	@$(call install,the tools of development,-e '.[serve$(comma)s3$(comma)dev]')
 	@touch $@

@@ -1,8 +1,9 @@
-"""The command line: skylapse generate | models."""
+"""The command line: skylapse generate | models | serve | keys."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -13,11 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from math import ceil, isfinite
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from . import __version__
 from .runtime.config import Settings, load_settings
-from .runtime.request import SOLVERS, VideoRequest, frames_for
+from .runtime.models.command import add_models
+from .runtime.options import Parser, add_device, add_sampling, sampling
+from .runtime.request import VideoRequest, frames_for
 
 if TYPE_CHECKING:  # whatever is heavy is imported by the command that needs it: --help takes a tenth of a second
     from rich.progress import Progress as RichProgress
@@ -33,8 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = load_settings()
         debug = settings.debug
         logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="skylapse: %(message)s")
-        options = _parser().parse_args(arguments)
-        status: int = options.run(options, settings)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        if arguments and arguments[0] in ELSEWHERE:
+            status = _hand_over(arguments[0], arguments[1:], settings)
+        else:
+            options = _parser().parse_args(arguments)
+            status = options.run(options, settings)
         sys.stdout.flush()  # here, where a reader that has gone is told from an error
         return status
     except KeyboardInterrupt:
@@ -71,7 +78,7 @@ def _generate(options: argparse.Namespace, settings: Settings) -> int:
         video=options.video,
         strength=options.strength,
         cache=options.cache,
-        **_sampling(options),
+        **sampling(options),
     )
     from .runtime.video_file import SHEET_SUFFIXES, check_image, check_writable, count_frames, save_sheet
 
@@ -223,110 +230,41 @@ class _Lines:
             print(f"skylapse: denoising, step {step} of {num_steps}", file=sys.stderr)
 
 
-# ----------------------------------------------------------------------------------------------------------- models
+# -------------------------------------------------------------------------------------------------------- elsewhere
+
+# Commands with options of their own: name -> (the module whose function of this name runs them, what they do).
+ELSEWHERE = {
+    "serve": ("serve.command", "serve the OpenAI Videos API on this machine"),
+    "keys": ("serve.command", "make, list and revoke the service's API keys"),
+}
 
 
-def _list_models(options: argparse.Namespace, settings: Settings) -> int:
-    from .runtime.models.registry import list_models
-
-    entries = list_models()
-    if options.json:
-        print(json.dumps([asdict(entry) for entry in entries], default=str))
-        return 0
-    rows = [(entry.name, entry.description, entry.source, _mebibytes(entry.num_bytes)) for entry in entries]
-    _print_table(("model", "what it is", "source", "size"), rows)
-    return 0
-
-
-def _inspect_model(options: argparse.Namespace, settings: Settings) -> int:
-    from .runtime.models.registry import inspect_model
-
-    report = inspect_model(options.model, cache_dir=settings.cache_dir)
-    if options.json:
-        print(json.dumps(asdict(report), default=str))
-        return 0
-    print(f"{report.name}  ({report.folder})\n")
-    _print_table(
-        ("component", "kind", "parameters", "size", "dtype"),
-        [
-            (part.name, part.kind, f"{part.num_parameters:,}", _mebibytes(part.num_bytes), ", ".join(part.dtypes))
-            for part in report.components
-        ],
-    )
-    defaults, limits = report.defaults, report.limits
-    sizes = ", ".join(f"{width}x{height}" for width, height in report.native_sizes)
-    print(f"\ncan do    {', '.join(report.tasks)}")
-    print(f"sizes     {sizes}; multiples of {limits.size_multiple} up to {limits.max_pixels:,} pixels")
-    print(f"frames    {defaults.num_frames} at {defaults.fps} fps; up to {limits.max_num_frames}")
-    print(f"sampling  {defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}")
-    return 0
-
-
-def _calibrate(options: argparse.Namespace, settings: Settings) -> int:
-    from . import Engine
-    from .runtime.cache.calibrate import PROMPTS, calibrate
-
-    engine = Engine.from_pretrained(
-        options.model, device=options.device, dtype=options.dtype, cache_dir=settings.cache_dir
-    )
-    request = VideoRequest(prompt="calibration", image=options.image, **_sampling(options))
-    path = calibrate(
-        engine, request, options.prompt or PROMPTS, lambda line: print(f"skylapse: {line}", file=sys.stderr)
-    )
-    print(json.dumps({"output": str(path)}) if options.json else path)
-    return 0
-
-
-def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    table = Table(*(Column(title, overflow="fold") for title in titles), box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    width = None if sys.stdout.isatty() else 1000  # one line a row for whoever reads it through a pipe
-    Console(width=width, markup=False, highlight=False).print(table)
-
-
-def _mebibytes(num_bytes: int | None) -> str:
-    return "" if num_bytes is None else f"{num_bytes / 2**20:,.1f} MiB"
+def _hand_over(name: str, arguments: Sequence[str], settings: Settings) -> int:
+    """Run a command that needs more than the core dependencies, with all that follows its name."""
+    module, _ = ELSEWHERE[name]
+    try:
+        command = importlib.import_module(f".{module}", __package__)
+        status: int = getattr(command, name)(arguments, settings)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{name} needs {error.name}: pip install 'skylapse[serve]'") from None
+    return status
 
 
 # ---------------------------------------------------------------------------------------------------------- options
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)  # one line and exit code 2, as for every other mistake
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="skylapse", description="Text to video with Wan diffusion transformers.", allow_abbrev=False)
+    parser = Parser(prog="skylapse", description="Text to video with Wan diffusion transformers.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"skylapse {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_generate(commands)
-    models = commands.add_parser("models", help="which models there are and what they can do", allow_abbrev=False)
-    questions = models.add_subparsers(metavar="COMMAND", required=True)
-    listing = questions.add_parser("list", help="models that are known by name", allow_abbrev=False)
-    listing.set_defaults(run=_list_models)
-    inspection = questions.add_parser("inspect", help="components, sizes and defaults of a model", allow_abbrev=False)
-    inspection.add_argument("model", metavar="MODEL", help="demo, a diffusers folder, or a Hugging Face id")
-    inspection.set_defaults(run=_inspect_model)
-    calibration = questions.add_parser(
-        "calibrate", help="measure what step caches need to know, beside the model", allow_abbrev=False
-    )
-    calibration.add_argument("model", metavar="MODEL", help="demo, a diffusers folder, or a Hugging Face id")
-    calibration.add_argument("--prompt", action="append", metavar="TEXT", help="measure with this one (repeatable)")
-    calibration.add_argument("--image", metavar="FILE", help="the first frame, where the model needs one")
-    _add_device(calibration)
-    _add_sampling(calibration)
-    calibration.set_defaults(run=_calibrate)
-    for command in (listing, inspection, calibration):
-        command.add_argument("--json", action="store_true", help="print JSON")
+    add_models(commands)
+    for name, (_, what) in ELSEWHERE.items():
+        commands.add_parser(name, help=what, add_help=False)
     return parser
 
 
-def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
     command = commands.add_parser(
         "generate", help="make a video of a prompt", description="Make a video of a prompt.", allow_abbrev=False
     )
@@ -338,7 +276,7 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     option("--json", action="store_true", help="print one JSON object instead of the paths")
 
     option("--model", default="demo", help="demo (the default), a diffusers folder, or a Hugging Face id")
-    _add_device(command)
+    add_device(command)
     option("--image", metavar="FILE", help="the first frame, a PNG, JPEG or WebP file")
     option("--last-image", metavar="FILE", help="the last frame")
     option("--video", metavar="FILE", help="4k+1 frames that the clip begins with: an mp4, mov, mkv or webm file")
@@ -347,46 +285,5 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     option("--negative", default="", metavar="TEXT", help="what not to show")
     option("--cache", default="none", help="high, balanced or fast, or a policy such as easy:0.1 (default: none)")
     option("--seed", type=int, default=0, metavar="N", help="default: 0")
-    length = _add_sampling(command)
+    length = add_sampling(command)
     length.add_argument("--seconds", type=float, metavar="S", help="the fewest frames that last at least so long")
-
-
-def _add_device(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    command.add_argument("--dtype", choices=("bf16", "fp32"), help="default: what the device is fastest with")
-
-
-def _add_sampling(command: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
-    """Size, length, steps and guidance; returns the group that says how long, for other ways of saying it."""
-    option = command.add_argument
-    option("--size", type=_size, metavar="WxH", help="pixels, for example 64x64")
-    length = command.add_mutually_exclusive_group()
-    length.add_argument("--frames", type=int, metavar="N", help="4k+1: 1, 5, 9, 13, 17, ...")
-    option("--steps", type=int, metavar="N", help="denoising steps")
-    option("--guidance", type=float, metavar="G", help="how strictly to follow the prompt")
-    option("--guidance-2", type=float, metavar="G", help="the same for the second expert of a model that has two")
-    option("--solver", choices=SOLVERS)
-    option("--shift", type=float, metavar="S", help="of the noise schedule")
-    return length
-
-
-def _sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a request that `_add_sampling`'s options give."""
-    width, height = options.size or (None, None)
-    return dict(
-        width=width,
-        height=height,
-        num_frames=options.frames,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance,
-        guidance_scale_2=options.guidance_2,
-        solver=options.solver,
-        shift=options.shift,
-    )
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, times, height = text.lower().partition("x")
-    if not (times and width.isdecimal() and height.isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, for example 64x64, got {text!r}")
-    return int(width), int(height)

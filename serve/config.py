@@ -44,6 +44,7 @@ class ServeConfig(BaseModel):
 
     # what one tenant, and all of them, may ask for
     quota: Count = 500  # unfinished jobs of a tenant
+    quotas: dict[str, Count] = {}  # of tenants that have one of their own
     creates_per_minute: Count = 600
     max_queued: Count = 5000  # unfinished jobs of all
     max_body_bytes: Count = 64 * MIB

@@ -99,7 +99,7 @@ def make_job(context: Context, caller: Caller, draft: Draft, asked: Sampling, ke
     if key is not None:
         if not 0 < len(key) <= MAX_KEY_CHARACTERS:
             message = f"An Idempotency-Key has 1 to {MAX_KEY_CHARACTERS} characters."
-            raise ApiError(400, message, code="invalid_idempotency_key")
+            raise ApiError(400, message, code="invalid_idempotency_key", param="Idempotency-Key")
         idempotency = (route, key, _digest(draft, asked))
     for name, data in draft.files.items():
         context.artifacts.write(input_key(draft.job_id, name), data)
@@ -110,7 +110,7 @@ def make_job(context: Context, caller: Caller, draft: Draft, asked: Sampling, ke
             job_id=draft.job_id,
             priority=asked.priority,
             work=_work(context, draft),
-            bounds=_bounds(context.config),
+            bounds=_bounds(context.config, caller.tenant),
             idempotency_key=idempotency,
             webhook_url=asked.webhook_url,
         )
@@ -167,8 +167,9 @@ def _work(context: Context, draft: Draft) -> float:
     return max(0.05, share * draft.request["tokens"] / (sum(speeds) / len(speeds) if speeds else TOKENS_PER_S))
 
 
-def _bounds(config: ServeConfig) -> Bounds:
-    return Bounds(quota=config.quota, per_minute=config.creates_per_minute, max_queued=config.max_queued)
+def _bounds(config: ServeConfig, tenant: str) -> Bounds:
+    quota = config.quotas.get(tenant, config.quota)
+    return Bounds(quota=quota, per_minute=config.creates_per_minute, max_queued=config.max_queued)
 
 
 def _refusal(error: Exception) -> ApiError:

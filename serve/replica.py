@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..runtime.engine import Engine
 from .context import open_context
+from .gpu import gpu_reader
 from .logs import log_as_json
 from .measures import Measures
 from .store.leases import Leases
@@ -93,11 +94,13 @@ class EngineReplica:
 
     def _beat(self) -> None:
         """Leave a sign every second, with what is known of this engine; begin to drain when Serve has begun to."""
-        facts = {"model": self.config.model, "device": str(self.engine.device), "slots": self.config.engine_slots}
+        device = self.engine.device
+        read_gpu = gpu_reader(device.index or 0) if device.type == "cuda" else dict
+        facts = {"model": self.config.model, "device": str(device), "slots": self.config.engine_slots}
         while not self._closing.wait(BEAT_S):
             try:
                 running = len(self.worker.keeper.held)
-                self.processes.beat(self.id, ENGINE, facts | self.measures.facts | {"running": running})
+                self.processes.beat(self.id, ENGINE, facts | self.measures.facts | read_gpu() | {"running": running})
             except SQLAlchemyError as error:
                 logger.warning("no sign of life could be left: %s", type(error).__name__)
             if self._loop is not None and self.is_drained:

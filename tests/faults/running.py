@@ -22,7 +22,7 @@ T = TypeVar("T")
 MARK = "SKYLAPSE_TEST_SERVICE"  # in the environment of the driver, and so of all processes that it starts
 KEY = "sk-skylapse-the-key-of-the-fault-tests"
 START_S = 150.0
-COMMAND = (sys.executable, "/tmp/run_serve.py")
+COMMAND = (sys.executable, "-m", "skylapse", "serve")
 PARTS = {
     "engine": re.compile(r"ray::ServeReplica:skylapse:Engine"),
     "dispatcher": re.compile(r"ray::ServeReplica:skylapse:Dispatcher"),
@@ -126,6 +126,10 @@ class Running:
         pid = wait_for(lambda: next(iter(self.pids(part)), None), 30.0, f"a {part}")
         os.kill(pid, signal.SIGKILL)
         return pid
+
+    def engines(self) -> list[dict[str, Any]]:
+        """Those that are alive, as `/healthz` tells of them."""
+        return self.client.get("/healthz").json()["engines"]
 
     # --- clients --------------------------------------------------------------------------------------------------
 

@@ -22,11 +22,11 @@ OUTAGE_S = 10.0
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A data folder whose artifacts lie on a disk of 2 MiB."""
+    """A data folder whose artifacts lie on a disk of 8 MiB."""
     data = tmp_path / "data"
     artifacts = data / "artifacts"
     artifacts.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(artifacts)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(artifacts)], capture_output=True)
     if mounted.returncode:
         pytest.skip("no file system can be mounted here")
     yield data
@@ -106,17 +106,17 @@ def test_a_zombie_changes_nothing_that_was_finished_without_it(tmp_path: Path) -
     service = Running(tmp_path / "data", {"engines": 2})
     try:
         service.start()
-        wait_for(lambda: len(service.client.get("/healthz").json()["engines"]) == 2, 60.0, "two engines")
+        wait_for(lambda: len(service.engines()) == 2, 60.0, "two engines")
         jobs = start_jobs(service, 2, seconds="4")
         wait_until_stepping(service, jobs, 20)
         zombie = service.pids("engine")[0]
         os.kill(zombie, signal.SIGSTOP)
         videos = service.ended(jobs)
-        check_completed(service, videos)
+        check_completed(service, videos, num_frames=32)
         contents = [service.content(job) for job in jobs]
         os.kill(zombie, signal.SIGCONT)
         wait_for(
-            lambda: all(e["running"] == 0 for e in service.client.get("/healthz").json()["engines"]),
+            lambda: all(e["running"] == 0 for e in service.engines()),
             60.0,
             "all to rest",
         )
@@ -139,7 +139,7 @@ def test_a_redeployment_lets_running_jobs_end(tmp_path: Path) -> None:
         check_completed(service, videos)
         assert all(video["attempts"] == 0 for video in videos)
         engines: list[dict[str, Any]] = wait_for(
-            lambda: [e for e in service.client.get("/healthz").json()["engines"] if e["slots"] == 4],
+            lambda: [e for e in service.engines() if e["slots"] == 4],
             60.0,
             "the new one",
         )

@@ -1,0 +1,41 @@
+"""What a GPU tells of itself through NVML; nothing where there is none, or no `nvidia-ml-py`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+logger = logging.getLogger(__name__)
+Facts = dict[str, float]
+
+
+def gpu_reader(index: int) -> Callable[[], Facts]:
+    """A function that reads memory (bytes), utilisation (a share) and power (watts) of torch's device `index`."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(_uuid(index))
+    except Exception as error:  # no library, no driver, a device without NVML: the service works without
+        logger.info("no GPU facts: %s", type(error).__name__)
+        return dict
+
+    def read() -> Facts:
+        try:
+            return {
+                "gpu_memory_bytes": float(pynvml.nvmlDeviceGetMemoryInfo(handle).used),
+                "gpu_utilisation": pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+                "gpu_power_w": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            }
+        except pynvml.NVMLError:  # MIG slices do not tell their utilisation
+            return {}
+
+    return read
+
+
+def _uuid(index: int) -> Any:
+    """NVML counts all devices, torch those that CUDA_VISIBLE_DEVICES leaves."""
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"

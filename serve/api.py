@@ -20,7 +20,7 @@ from .catalog import Catalog
 from .context import Context
 from .errors import ApiError
 from .openapi import describe_api
-from .routes import content, events, generations, health, models, page, remakes, session, videos
+from .routes import characters, content, events, generations, health, models, page, remakes, session, videos
 from .store.jobs import NotFound
 from .watch import Watch
 
@@ -37,7 +37,7 @@ def create_app(context: Context, behind_proxy: bool = False) -> FastAPI:
     app.state.context = context
     app.state.catalog = Catalog(context.config)
     app.state.watch = Watch(context.jobs)
-    for routes in (remakes, videos, content, events, generations, models, health, session, page):
+    for routes in (characters, remakes, videos, content, events, generations, models, health, session, page):
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)

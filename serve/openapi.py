@@ -57,6 +57,8 @@ CREATES = ("400", "404", "408", "409", "413", "415", "429")
 ERRORS = {
     **dict.fromkeys(("createVideo", "editVideo", "extendVideo", "remixVideo"), (*CREATES, *ALWAYS)),
     "generateVideo": (*CREATES, *ALWAYS, "500"),
+    "createCharacter": ("400", "408", "413", "415", *ALWAYS),
+    "retrieveCharacter": ("400", *ALWAYS),
     "listVideos": ("400", *ALWAYS),
     "downloadVideo": ("400", "404", "416", *ALWAYS),
     **dict.fromkeys(("retrieveVideo", "cancelVideo", "deleteVideo", "streamVideoEvents"), ("404", *ALWAYS)),

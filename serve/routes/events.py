@@ -50,7 +50,7 @@ async def events(
 
 async def _stream(context: Context, watch: Watch, job: Job, last: int) -> AsyncIterator[bytes]:
     until_s = time.monotonic() + STREAM_S
-    yield f"retry: {RETRY_MS}\n\n".encode()
+    yield f"retry: {RETRY_MS}\n".encode()  # no blank line: the SDKs take any for the end of an event, and parse nothing
     async with watch.watching(job) as queue:
         teller = Teller(context, last)
         newest: Job | None = job
@@ -68,7 +68,7 @@ async def _stream(context: Context, watch: Watch, job: Job, last: int) -> AsyncI
                     newest = queue.get_nowait()
             except TimeoutError:
                 if time.monotonic() - said_s >= COMMENT_S:
-                    yield b": still here\n\n"
+                    yield b": still here\n"  # no blank line either
                     said_s = time.monotonic()
 
 
@@ -87,7 +87,7 @@ class Teller:
             position = self.context.jobs.position(job)
             if position == self._position and job.version <= self.last:
                 return []
-            self._position = position
+            self._position, self.last = position, job.version
             return [self._event(job, "video.queued", position=position)]
         if job.version <= self.last and not job.has_ended:
             return []

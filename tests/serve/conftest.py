@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from postgres import own_postgres
 from postgres import own_postgres
 
 from skylapse.serve.store.database import Database
@@ -68,3 +67,14 @@ def service(demo_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> It
 
     with serving(tmp_path_factory.mktemp("service"), demo_engine) as service:
         yield service
+
+
+@pytest.fixture(scope="session")
+def sdk_facts(
+    service: Service, demo_engine: Engine, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Any]]:
+    """What the programs that use OpenAI's SDKs are given."""
+    from .sdk import sdk_facts
+
+    with sdk_facts(service, demo_engine, tmp_path_factory.mktemp("sdk")) as facts:
+        yield facts

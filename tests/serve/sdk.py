@@ -1,0 +1,82 @@
+"""What programs that use OpenAI's SDKs work with (two services, keys, finished and waiting videos), and their run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+from PIL import Image
+
+from skylapse.runtime.engine import Engine
+
+from .service import Service, serving
+
+FAST = {"prompt": "a red circle", "num_inference_steps": 2, "num_frames": 5}
+QUOTA, LISTED = 12, 5  # of unfinished videos of a tenant of the held service; of the one whose list is read
+PROGRAM_S = 180.0
+
+
+@contextmanager
+def sdk_facts(service: Service, engine: Engine, folder: Path) -> Iterator[dict[str, Any]]:
+    """`service` makes videos; a second service, the held one, begins no job, and its tenants may have a dozen."""
+    with serving(folder / "held", engine, quota=QUOTA) as held, held.paused():
+        key, reader = service.key("sdk"), service.key("sdk", scopes=("read",))
+        listed_key, full_key = held.key(), held.key()
+        with service.client(key) as client, held.client(listed_key) as listing, held.client(full_key) as full:
+            finished, clip = _finished(client), folder / "clip.mp4"
+            clip.write_bytes(client.get(f"/v1/videos/{finished['id']}/content").content)
+            long = client.post("/v1/videos", json=FAST | {"num_inference_steps": 999}).json()
+            failed = client.post(f"/v1/videos/{long['id']}/cancel").json()
+            listed = [listing.post("/v1/videos", json={"prompt": "a"}).json()["id"] for _ in range(LISTED)]
+            for _ in range(QUOTA):
+                full.post("/v1/videos", json={"prompt": "a"}).raise_for_status()
+        Image.new("RGB", (96, 64), "red").save(folder / "picture.png")
+        yield {
+            "url": f"{service.url}/v1",
+            "key": key,
+            "reader_key": reader,
+            "other_key": service.key(),
+            "finished": finished["id"],
+            "failed": failed["id"],
+            "clip": str(clip),
+            "picture": str(folder / "picture.png"),
+            "extended_seconds": f"{(5 + 8) / 8:g}",
+            "webhook_secret": service.webhook_secret,
+            "held_url": f"{held.url}/v1",
+            "held_key": held.key(),
+            "listed_key": listed_key,
+            "listed": listed,
+            "full_key": full_key,
+            "empty_key": held.key(),
+            "lost_key": held.key(),
+        }
+
+
+def _finished(client: httpx.Client) -> dict[str, Any]:
+    video: dict[str, Any] = client.post("/v1/videos", json=FAST).json()
+    until_s = time.monotonic() + 60
+    while video["status"] in ("queued", "in_progress"):
+        assert time.monotonic() < until_s
+        time.sleep(0.05)
+        video = client.get(f"/v1/videos/{video['id']}").json()
+    assert video["status"] == "completed", video
+    return video
+
+
+def run_program(command: list[str], facts: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
+    """What a program prints as JSON; its environment has no key and no proxy of whoever runs the tests."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+    ended = subprocess.run(
+        command, input=json.dumps(facts), capture_output=True, text=True, timeout=PROGRAM_S, env={**kept, **environment}
+    )
+    print(ended.stderr)  # how long each scenario took
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    printed: dict[str, Any] = json.loads(ended.stdout)
+    return printed

@@ -24,7 +24,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 install = echo "installing $(1) (log: $(LOG))"; \
 	$(BIN)/python -m pip install -c constraints.txt $(2) >$(LOG) 2>&1 || { tail -n 40 $(LOG) >&2; exit 1; }
 
-.PHONY: help demo serve test test-faults check train-demo clean
+.PHONY: help demo serve test test-faults check train-demo clients clean
 
 help:
 	@echo "make demo        a prompt becomes out/demo.mp4, on the CPU"
@@ -44,7 +44,7 @@ demo: $(VENV)/.runtime
 serve: $(VENV)/.runtime
 	@$(BIN)/skylapse serve --port $(PORT) --data $(DATA)
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev clients
 	@$(BIN)/python -m pytest -m "not faults" $(TESTS)
 
 test-faults: $(VENV)/.dev
@@ -56,6 +56,24 @@ check: $(VENV)/.dev
 	@$(BIN)/ruff format --check .
 	@mkdir -p $(VENV)/typing && ln -sfn ../.. $(VENV)/typing/skylapse
 	@set -o pipefail; MYPYPATH=$(VENV)/typing $(BIN)/mypy -p skylapse | sed 's|^$(VENV)/typing/skylapse/||'
+
+# OpenAI's SDKs that tests/serve judges the service with, beside the one in the environment: each in a folder of its own.
+# Where one cannot be had, its tests skip and say so.
+clients: $(VENV)/.dev
+	@$(MAKE) --silent $(VENV)/openai-2/.installed || echo "openai 2.x could not be installed: its tests skip" >&2
+	@$(MAKE) --silent $(VENV)/javascript/.installed || echo "npm's openai could not be installed: its tests skip" >&2
+
+$(VENV)/openai-2/.installed: tests/serve/openai-2.txt
+	@rm -rf $(@D)
+	@echo "installing openai 2.x (log: $(LOG))"
+	@$(BIN)/python -m pip install --no-deps --target $(@D) -r $< >$(LOG) 2>&1
+	@touch $@
+
+$(VENV)/javascript/.installed: tests/serve/javascript/package-lock.json
+	@mkdir -p $(@D) && cp tests/serve/javascript/package*.json $(@D)
+	@echo "installing npm's openai (log: $(LOG))"
+	@cd $(@D) && npm ci --ignore-scripts --no-audit --no-fund >$(CURDIR)/$(LOG) 2>&1
+	@touch $@
 
 train-demo: $(VENV)/.runtime
 	@$(BIN)/python -m skylapse.benchmarks.demo_model.train_vae --out $(RUNS)/vae

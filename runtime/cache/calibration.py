@@ -5,15 +5,15 @@ An entry holds for one solver, step count and shift, and the file for one set of
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..models.fingerprint import fingerprint
+
 FILE = "cache.json"
-SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 @dataclass(frozen=True)
@@ -105,19 +105,6 @@ def write_calibration(folder: Path, entry: Calibration) -> Path:
     part.write_text(json.dumps(record, indent=1) + "\n")
     part.replace(path)
     return path
-
-
-def fingerprint(folder: Path) -> str:
-    """A digest of the denoisers' weights: sizes and evenly spaced samples, so 28 GB take milliseconds."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("transformer*/*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.parent.name}/{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for sample in range(SAMPLES):
-                file.seek(sample * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def _entry(item: dict[str, Any]) -> Calibration:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..cache.calibration import CalibrationFile, fingerprint, read_calibrations
+from ..cache.calibration import CalibrationFile, read_calibrations
 from ..cache.spec import WAN_PRESETS
 from ..cache.teacache import PUBLISHED
 from ..config import Settings
@@ -21,6 +21,7 @@ from ..sampler.schedule import SolverConfig
 from ..vae.codec import VideoCodec
 from ..vae.wan import WanVAE, WanVAEConfig, checkpoint_name
 from .checkpoint import load_weights
+from .fingerprint import fingerprint
 from .image_encoder import ImageEncoder
 from .registry import ModelFolder, read_folder, resolve_folder
 from .text_encoder import TextEncoder
@@ -74,7 +75,7 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the denoisers' weights."""
+        """Of every component as its folder had it; see `fingerprint`."""
         return fingerprint(self.folder.path)
 
     @property

@@ -27,7 +27,7 @@ class TextContext:
     key_bias: Tensor  # [L] fp32
 
     @property
-    def num_bytes(self) -> int:
+    def nbytes(self) -> int:
         return self.keys_values.nbytes + self.key_bias.nbytes
 
 

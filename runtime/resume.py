@@ -39,7 +39,7 @@ def save_trajectory(t: Trajectory, folder: Path) -> None:
     given = t.conditioning
     assert given is not None and t.latents is not None
     tensors = {"latents": t.latents, "generator": t.generator.get_state(), **state_tensors(t.solver_state)}
-    optional = {"given": given.given, "channels": given.channels, "image_rows": t.image_rows}
+    optional = {"given": given.given, "channels": given.channels, "image_rows": t.branch_encoder.image_rows}
     tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     tensors |= {f"pixels_{piece.start}": torch.tensor(piece.frames) for piece in given.pixels}
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
@@ -86,7 +86,7 @@ def load_trajectory(
             raise ValueError("its noise schedule is not the one that this engine makes for the request")
         t.latents = tensors["latents"]
         t.generator.set_state(tensors["generator"])
-        t.image_rows = tensors.get("image_rows")
+        t.branch_encoder.image_rows = tensors.get("image_rows")
         t.conditioning = _conditioning(record, tensors, model.device)
         t.cache.trace = record["trace"]
         t.cache.close_calls = tuple(record["close_calls"])

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .branches import BranchEncoder, Branches
 from .cache.policy import Run, relative_l1
 from .cache.spec import Choice, choose
 from .cache.step_cache import StepCache
@@ -24,7 +24,7 @@ from .events import Progress
 from .given import count_given, read_given, read_video_of
 from .models.model import Model
 from .models.text_cache import TextCache
-from .pack import Grid, TextContext
+from .pack import Grid
 from .request import Video, VideoMetadata, VideoRequest
 from .sampler.guidance import combine
 from .sampler.schedule import first_step_of, make_schedule
@@ -32,14 +32,6 @@ from .sampler.solver import get_solver
 from .sampler.state import add_noise, predict_clean, state_bytes
 from .step_plan import StepPlan, plan_steps
 from .terms import Terms
-
-
-@dataclass(frozen=True)
-class Branches:
-    """What a request's sequences attend to while expert and guidance stay the same."""
-
-    texts: tuple[TextContext, ...]  # the prompt's, then the negative prompt's
-    image: Tensor | None  # [num_layers, 2, L, H, D]
 
 
 class Trajectory:
@@ -55,7 +47,7 @@ class Trajectory:
         terms: Terms | None = None,
     ) -> None:
         assert request.num_inference_steps is not None
-        self.ticket, self.model, self.request, self.text_cache = ticket, model, request, text_cache
+        self.ticket, self.model, self.request = ticket, model, request
         self.terms = terms or Terms()
         width, height, num_frames = request.size
         self.shape = model.codec.latent_shape(num_frames, height, width)
@@ -69,18 +61,17 @@ class Trajectory:
         self.solver_state = self.solver.start(self.schedule, self.first_step)
         self.sigmas = self.schedule.sigmas[self.first_step :]  # of the steps that are taken, and the final 0
         self.plans = plan_steps(model, request, self.sigmas, self.schedule.timesteps[self.first_step :])
+        self.branch_encoder = BranchEncoder(model, request, self.plans, text_cache)
         choice = choose(request.cache or "none", self.num_steps, model.cache_presets, model.is_distilled)
         self.cache = StepCache(choice, self._run(choice))
         p, q, r = model.experts[0].config.patch_size
         self.grid: Grid = (self.shape[1] // p, self.shape[2] // q, self.shape[3] // r)
         self.conditioning: Conditioning | None = None
-        self.image_rows: Tensor | None = None
         self.video: Video | None = None
         self.clean: Tensor | None = None  # [C, T, H, W], the clean latents that the last step's velocity implied
         self.timings_s: dict[str, float] = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
         self.submitted_s = time.monotonic()
         self.arrived = 0  # the scheduler's clock at submission
-        self._branches: tuple[tuple[int, int], Branches] | None = None
         self._items: Iterator[None] | None = None
         self._frames: list[np.ndarray] = []
         self._denoising_since_s = self.submitted_s
@@ -100,7 +91,7 @@ class Trajectory:
     @property
     def stage(self) -> str:
         """encode, denoise or decode: what its next piece of work is."""
-        if self.conditioning is None:
+        if self.conditioning is None or self.branch_encoder.needs_text:
             return "encode"
         return "denoise" if self.steps_done < self.num_steps else "decode"
 
@@ -175,8 +166,7 @@ class Trajectory:
         config = self.model.experts[0].config
         latent_bytes = 4 * math.prod(self.shape)
         token_bytes = self.num_tokens * config.dim * self.model.dtype.itemsize * self.num_branches
-        rows = sum(min(512, len(prompt) + 2) for prompt in (self.request.prompt, self.request.negative_prompt))
-        text_bytes = 2 * 2 * config.num_layers * rows * config.dim * self.model.dtype.itemsize  # and once in a pack
+        text_bytes = self._context_bytes
         num_latents = 4 + self.schedule.config.solver_order + math.ceil(config.in_channels / config.out_channels)
         # The clip twice at its end, or while channels are made of it in fp32, and the given pixels all the while.
         num_held = num_frames * (4 if self.model.folder.concatenates_image else 2)
@@ -187,8 +177,8 @@ class Trajectory:
     @property
     def num_bytes(self) -> int:
         """Of the tensors and pixels that it holds between two steps."""
-        tensors = (self.latents, self.clean, self.image_rows)
-        held = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        held = sum(tensor.nbytes for tensor in (self.latents, self.clean) if tensor is not None)
+        held += self.branch_encoder.num_bytes
         held += self.conditioning.num_bytes if self.conditioning else 0
         return held + state_bytes(self.solver_state) + self.cache.num_bytes + sum(f.nbytes for f in self._frames)
 
@@ -210,14 +200,20 @@ class Trajectory:
 
     def _encode(self) -> Iterator[None]:
         """Prompts to rows, given frames and a source to latents, the seed to noise."""
+        yield from self.branch_encoder.encode_text()
+        if self.conditioning is None:  # else it comes from a checkpoint, which holds all but the text
+            self.conditioning = yield from self._condition()
+        self.branch_encoder.at(self.next_plan)
+
+    def _condition(self) -> Generator[None, None, Conditioning]:
+        """What is given and the noise; both know nothing of the prompts."""
         model, request = self.model, self.request
-        self._branches_of(self.plans[0])  # the text encoder's work; the text cache keeps it
         given = yield from read_given(request)
         conditioning = Conditioning((False,) * self.shape[1])
         if given:
             if model.image_encoder is not None:
                 yield
-                self.image_rows = model.image_encoder.encode([piece.frames[0] for piece in given])
+                self.branch_encoder.image_rows = model.image_encoder.encode([piece.frames[0] for piece in given])
             yield
             encode = concatenate_frames if model.folder.concatenates_image else give_frames
             for item in encode(model.codec, request, given):
@@ -234,8 +230,7 @@ class Trajectory:
                 chunks.append(chunk)
                 yield
             self.latents = add_noise(torch.cat(chunks, dim=1), self.latents, self.sigmas[0])
-        self._branches = None  # they were made without the image
-        self.conditioning = conditioning
+        return conditioning
 
     def _decode(self) -> Iterator[None]:
         """Frames, chunk by chunk, given pixels in their places."""
@@ -258,7 +253,7 @@ class Trajectory:
 
     def branches(self) -> Branches:
         """What the next step's sequences attend to."""
-        return self._branches_of(self.plan)
+        return self.branch_encoder.at(self.plan)
 
     def model_input(self) -> Tensor:
         """The denoiser's input [C_in, T, H, W]."""
@@ -292,20 +287,17 @@ class Trajectory:
 
     # --- what they use --------------------------------------------------------------------------------------------
 
-    def _branches_of(self, plan: StepPlan) -> Branches:
-        key = (plan.expert, plan.num_branches)
-        if self._branches is None or self._branches[0] != key:
-            denoiser = self.model.experts[plan.expert]
-            prompts = (self.request.prompt, self.request.negative_prompt)[: plan.num_branches]
-            image = None if self.image_rows is None else denoiser.encode_image(self.image_rows)
-            self._branches = key, Branches(tuple(self._text(plan.expert, prompt) for prompt in prompts), image)
-        return self._branches[1]
-
-    def _text(self, expert: int, prompt: str) -> TextContext:
-        denoiser = self.model.experts[expert]
-        return self.text_cache.get(
-            (str(expert), prompt), lambda: denoiser.encode_text(self.model.text_encoder.encode(prompt))
-        )
+    @property
+    def _context_bytes(self) -> int:
+        """At most: rows of prompts and images, and an expert's keys and values of them, twice: a pack has its own."""
+        config, max_tokens = self.model.experts[0].config, self.model.limits.max_prompt_tokens
+        rows = [min(max_tokens, len(prompt.encode()) + 2) for prompt in self.branch_encoder.prompts]  # a byte a token
+        num_elements = sum(rows) * (config.text_dim + 2 * 2 * config.num_layers * config.dim)
+        if self.model.image_encoder is not None:
+            num_images = 1 + (self.request.last_image is not None)
+            per_row = 2 * (config.image_dim or 0) + 2 * 2 * config.num_layers * config.dim  # the encoder's are fp32
+            num_elements += num_images * self.model.image_encoder.rows_per_image * per_row
+        return num_elements * self.model.dtype.itemsize
 
     @torch.inference_mode()
     def embedding_distances(self) -> tuple[float, ...]:

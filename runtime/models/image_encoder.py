@@ -29,6 +29,12 @@ class ImageEncoder:
         processor = CLIPImageProcessorPil.from_pretrained(folder / "image_processor", local_files_only=True)
         return cls(model.to(device), processor)
 
+    @property
+    def rows_per_image(self) -> int:
+        """Its patches, and the class token."""
+        config = self.model.config
+        return int(config.image_size // config.patch_size) ** 2 + 1
+
     def encode(self, images: list[np.ndarray]) -> Tensor:
         """uint8 images [H, W, 3] -> rows [num_images * patches, image_dim] of the last layer but one."""
         pixels = self.processor(images=[Image.fromarray(image) for image in images], return_tensors="pt").pixel_values

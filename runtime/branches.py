@@ -1,0 +1,84 @@
+"""What a request's sequences attend to: its prompts, and its images where the checkpoint shows them to every block.
+
+The text encoder works before the first step and on each prompt once. Its rows stay with the request; the keys and
+values that an expert makes of them are shared through the text cache, and made again from the rows if it let them go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from .models.model import Model
+from .models.text_cache import TextCache
+from .pack import TextContext
+from .request import VideoRequest
+from .step_plan import StepPlan
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What they attend to while expert and guidance stay the same."""
+
+    texts: tuple[TextContext, ...]  # the prompt's, then the negative prompt's
+    image: Tensor | None  # [num_layers, 2, L, H, D]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(text.nbytes for text in self.texts) + (0 if self.image is None else self.image.nbytes)
+
+
+class BranchEncoder:
+    """Of one request: encodes what all of its steps need, then gives each step its own."""
+
+    def __init__(self, model: Model, request: VideoRequest, plans: Sequence[StepPlan], cache: TextCache) -> None:
+        self.model, self.cache = model, cache
+        self.prompts = (request.prompt, request.negative_prompt)
+        self.rows: dict[str, Tensor] = {}  # [n, text_dim] of each prompt, the text encoder's
+        self.image_rows: Tensor | None = None  # [L, image_dim], the image encoder's
+        shown = {(prompt, plan.expert): None for plan in plans for prompt in self.prompts[: plan.num_branches]}
+        self._experts = {prompt: [expert for own, expert in shown if own == prompt] for prompt, _ in shown}
+        self._held: tuple[tuple[int, int], Branches] | None = None
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the text encoder still has to see a prompt that some step shows the model."""
+        return len(self.rows) < len(self._experts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what stays with the request whatever the text cache lets go."""
+        rows = sum(part.nbytes for part in (*self.rows.values(), self.image_rows) if part is not None)
+        return rows + (0 if self._held is None else self._held[1].num_bytes)
+
+    def encode_text(self) -> Iterator[None]:
+        """One prompt a work item, for every expert that some step shows it to; what others had encoded costs none."""
+        for prompt, experts in self._experts.items():
+            key = ("rows", prompt)
+            if self.rows and key not in self.cache:
+                yield
+            self.rows[prompt] = self.cache.get(key, partial(self.model.text_encoder.encode, prompt))
+            for expert in experts:
+                self._text(expert, prompt)
+
+    def at(self, plan: StepPlan) -> Branches:
+        """Of a step; kept until a step needs others."""
+        key = (plan.expert, plan.num_branches)
+        if self._held is None or self._held[0] != key:
+            texts = tuple(self._text(plan.expert, prompt) for prompt in self.prompts[: plan.num_branches])
+            self._held = key, Branches(texts, self._image(plan.expert))
+        return self._held[1]
+
+    def _text(self, expert: int, prompt: str) -> TextContext:
+        denoiser = self.model.experts[expert]
+        return self.cache.get((f"expert {expert}", prompt), lambda: denoiser.encode_text(self.rows[prompt]))
+
+    def _image(self, expert: int) -> Tensor | None:
+        if self.image_rows is None:
+            return None
+        if self._held is not None and self._held[0][0] == expert:
+            return self._held[1].image  # guidance has begun or ended, and the expert is the same
+        return self.model.experts[expert].encode_image(self.image_rows)

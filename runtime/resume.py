@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -26,12 +27,12 @@ from .models.model import Model
 from .models.text_cache import TextCache
 from .request import VideoRequest
 from .sampler.solver import restore_state, state_record
-from .sampler.state import state_tensors
+from .sampler.state import SolverState, state_tensors
+from .state_record import INDEX, VERSION, read_record
 from .terms import Terms
 from .trajectory import Trajectory
 
-VERSION = 2
-INDEX = "state.json"
+PIXELS = ("image", "last_image", "video")  # of a request
 
 
 def save_trajectory(t: Trajectory, folder: Path) -> None:
@@ -70,47 +71,87 @@ def load_trajectory(
     folder: Path, ticket: int, model: Model, text_cache: TextCache, deadline_s: float | None = None
 ) -> Trajectory:
     """The trajectory that was saved, as it was. ValueError names what is broken, or what differs from this engine."""
-    record, tensors = _read(folder)
-    for name, here in _belongs_to(model).items():
-        if record[name] != here:
-            raise ValueError(f"the checkpoint was made with {name} {record[name]!r}, and this engine has {here!r}")
+    deadline = Terms(deadline_s=deadline_s)  # a mistake in it is the caller's, not the checkpoint's
     try:
-        request = VideoRequest(**_tuples(record["request"]))
-        terms = Terms(**record["terms"], checkpoint_dir=folder, deadline_s=deadline_s)
-        t = Trajectory(ticket, model, request, text_cache, tensors["latents"], terms)
-        tensors = {name: tensor.to(model.device) for name, tensor in tensors.items() if name != "generator"} | {
-            "generator": tensors["generator"]
-        }
-        t.solver_state = restore_state(record["solver"], tensors)
-        if (t.solver_state.schedule, t.solver_state.first_step) != (t.schedule, t.first_step):
-            raise ValueError("its noise schedule is not the one that this engine makes for the request")
-        t.latents = tensors["latents"]
-        t.generator.set_state(tensors["generator"])
-        t.branch_encoder.image_rows = tensors.get("image_rows")
-        t.conditioning = _conditioning(record, tensors, model.device)
-        t.cache.trace = record["trace"]
-        t.cache.close_calls = tuple(record["close_calls"])
-        t.cache.peak_state_bytes = record["peak_state_bytes"]
-        t.timings_s = dict(record["timings_s"])
-        if len(t.cache.trace) != t.steps_done:
-            raise ValueError(f"it has decided {len(t.cache.trace)} steps and taken {t.steps_done}")
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"the checkpoint in {folder} is incomplete: {type(error).__name__}: {error}") from error
+        record = read_record(folder)
+        _check_belongs(record, model)
+        tensors = _read_tensors(folder, record)
+        return _restore(folder, ticket, model, text_cache, deadline, record, tensors)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the checkpoint in {folder} cannot be resumed: {error}") from error
+
+
+def _restore(
+    folder: Path,
+    ticket: int,
+    model: Model,
+    text_cache: TextCache,
+    deadline: Terms,
+    record: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> Trajectory:
+    request = _request(record["request"]).resolved(model.defaults, model.limits)
+    terms = Terms(**record["terms"], checkpoint_dir=folder, deadline_s=deadline.deadline_s)
+    t = Trajectory(ticket, model, request, text_cache, tensors["latents"], terms)
+    generator = tensors["generator"]
+    tensors = {name: tensor.to(model.device) for name, tensor in tensors.items() if name != "generator"}
+    t.solver_state = _solver_state(t, record["solver"], tensors)
+    t.latents = tensors["latents"]
+    _set_generator(t.generator, generator)
+    t.branch_encoder.image_rows = tensors.get("image_rows")
+    t.conditioning = _conditioning(t, record["frame_is_given"], tensors)
+    if len(record["trace"]) != t.steps_done:
+        raise ValueError(f"it has decided {len(record['trace'])} steps and taken {t.steps_done}")
+    if any(step >= t.steps_done for step in record["close_calls"]):
+        raise ValueError(f"close_calls must be of the {t.steps_done} steps taken, got {short(record['close_calls'])}")
+    t.cache.trace, t.cache.close_calls = record["trace"], tuple(record["close_calls"])
+    t.cache.peak_state_bytes, t.timings_s = record["peak_state_bytes"], dict(record["timings_s"])
     return t
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _solver_state(t: Trajectory, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SolverState:
+    """Of the schedule that this engine makes for the request, which must be the one that was saved."""
+    step_index, expected = record.get("step_index"), json.loads(json.dumps(state_record(t.solver_state)))
+    if {**record, "step_index": t.first_step} != expected:
+        raise ValueError("its noise schedule is not the one that this engine makes for the request")
+    if not isinstance(step_index, int) or not t.first_step < step_index < t.schedule.num_steps:
+        between = f"{t.first_step + 1} to {t.schedule.num_steps - 1}"
+        raise ValueError(f"step_index of its solver must be {between}, got {short(step_index)}")
+    state = restore_state(expected | {"step_index": step_index}, tensors)
+    weights = state.plan[step_index - t.first_step] if state.plan else None
+    needed = (weights.num_earlier, bool(weights.corrector)) if weights else (0, False)
+    held = (len(state.clean_predictions), state.last_sample is not None)
+    if needed != held or any(tensor.shape != t.shape for tensor in state_tensors(state).values()):
+        raise ValueError(f"its solver's tensors are not those of step {step_index}")
+    return state
+
+
+def _set_generator(generator: torch.Generator, state: Tensor) -> None:
+    expected = generator.get_state()
+    if (state.dtype, state.shape) != (expected.dtype, expected.shape):
+        raise ValueError(f"generator must be {len(expected)} bytes, got {list(state.shape)} of {state.dtype}")
+    generator.set_state(state)
+
+
+def _read_tensors(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    name = record["tensors"]
     try:
-        record = json.loads((folder / INDEX).read_text())
-        version, name, digest = record["version"], record["tensors"], record["sha256"]
-        if version != VERSION:
-            raise ValueError(f"the checkpoint in {folder} has version {version}, and this engine reads {VERSION}")
-        data = (folder / Path(name).name).read_bytes()
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise ValueError(f"the checkpoint in {folder} is corrupted: {name} is not what {INDEX} describes")
-        return record, load(data)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"the checkpoint in {folder} cannot be read: {type(error).__name__}: {error}") from error
+        data = (folder / name).read_bytes()
+        if hashlib.sha256(data).hexdigest() != record["sha256"]:
+            raise ValueError(f"it is corrupted: {name} is not what {INDEX} describes")
+        tensors = load(data)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"it cannot be read: {type(error).__name__}: {error}") from error
+    for needed in ("latents", "generator"):
+        if needed not in tensors:
+            raise ValueError(f"{name} has no {needed}")
+    return tensors
+
+
+def _check_belongs(record: Mapping[str, Any], model: Model) -> None:
+    for name, here in _belongs_to(model).items():
+        if record[name] != here:
+            raise ValueError(f"it was made with {name} {short(record[name])}, and this engine has {here!r}")
 
 
 def _belongs_to(model: Model) -> dict[str, str]:
@@ -128,25 +169,33 @@ def _request_record(request: VideoRequest) -> dict[str, Any]:
     return {name: getattr(bare, name) for name in VideoRequest.__slots__}
 
 
-def _conditioning(record: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> Conditioning:
-    flags = tuple(bool(flag) for flag in record["frame_is_given"])
+def _request(record: dict[str, Any]) -> VideoRequest:
+    """Files that a record names are never read: what they became is among the tensors."""
+    for name in PIXELS:
+        if record.get(name) is not None:
+            raise ValueError(f"{name} of its request must be null, got {short(record[name])}")
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
+    return VideoRequest(**fields)
+
+
+def _conditioning(t: Trajectory, flags: list[bool], tensors: Mapping[str, Tensor]) -> Conditioning:
+    if len(flags) != t.shape[1]:
+        raise ValueError(f"frame_is_given must have {t.shape[1]} entries, got {len(flags)}")
+    given = tensors.get("given")
+    if (given is not None and given.shape != t.shape) or (given is None and any(flags)):
+        raise ValueError(f"given must be {list(t.shape)}, got {'none' if given is None else list(given.shape)}")
     pieces = [
         Given(int(name.removeprefix("pixels_")), tensor.cpu().numpy())
         for name, tensor in tensors.items()
         if name.startswith("pixels_")
     ]
-    given = tensors.get("given")
     return Conditioning(
-        frame_is_given=flags,
+        frame_is_given=tuple(flags),
         given=given,
-        mask=None if given is None else torch.tensor(flags, device=device).view(1, -1, 1, 1),
+        mask=None if given is None else torch.tensor(flags, device=t.model.device).view(1, -1, 1, 1),
         channels=tensors.get("channels"),
         pixels=tuple(sorted(pieces, key=lambda piece: piece.start)),
     )
-
-
-def _tuples(request: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in request.items()}
 
 
 def _write(path: Path, data: bytes) -> None:

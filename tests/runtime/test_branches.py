@@ -11,7 +11,7 @@ import torch
 from batches import Recorder, engine_of, small_request
 
 from skylapse import Engine
-from skylapse.runtime import batch
+from skylapse.runtime import batch, denoise
 from skylapse.runtime.models.text_cache import TextCache
 from skylapse.runtime.models.text_encoder import TextEncoder
 
@@ -33,7 +33,7 @@ class Calls:
             return encode(encoder, prompt)
 
         monkeypatch.setattr(TextEncoder, "encode", counted)
-        monkeypatch.setattr(batch, "evaluate", self._step(batch.evaluate))
+        monkeypatch.setattr(batch, "evaluate", self._step(denoise.evaluate))
         for expert in engine.model.experts:
             monkeypatch.setattr(expert, "encode_text", self._keys(expert.encode_text))
 

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Generator, Iterator
 from functools import cached_property
+from reprlib import repr as short
 
 import numpy as np
 import torch
@@ -51,8 +52,7 @@ class Trajectory:
         self.terms = terms or Terms()
         width, height, num_frames = request.size
         self.shape = model.codec.latent_shape(num_frames, height, width)
-        if latents is not None and tuple(latents.shape) != self.shape:
-            raise ValueError(f"latents must be {list(self.shape)} for this request, got {list(latents.shape)}")
+        _check_latents(latents, self.shape)
         self.latents = latents
         self.generator = torch.Generator().manual_seed(request.seed)  # on the CPU: the same picture on every device
         self.schedule = make_schedule(model.solver, request.num_inference_steps, request.shift, request.solver)
@@ -333,3 +333,14 @@ class Trajectory:
             embedding_distances=self.embedding_distances() if choice.policy.name == "teacache" else (),
             coefficients=self.model.teacache_coefficients,
         )
+
+
+def _check_latents(latents: object, shape: tuple[int, ...]) -> None:
+    if latents is None:
+        return
+    if not isinstance(latents, Tensor):
+        raise ValueError(f"latents must be a tensor, got {short(latents)}")
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents must be {list(shape)} for this request, got {list(latents.shape)}")
+    if not latents.is_floating_point():
+        raise ValueError(f"latents must be floating point, got {latents.dtype}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,9 +87,19 @@ def test_generate_raises_what_a_request_fails_with(t2v: Engine) -> None:
         t2v.generate(VideoRequest(prompt="a star", **SMALL), latents=torch.full(shape, float("inf")))
 
 
-def test_initial_latents_of_a_wrong_shape_are_refused(t2v: Engine) -> None:
-    with pytest.raises(ValueError, match=r"latents must be \[4, 2, 8, 8\] for this request, got \[4, 2, 8, 9\]"):
-        t2v.submit(VideoRequest(prompt="a star", **SMALL), latents=torch.zeros(4, 2, 8, 9))
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        (torch.zeros(4, 2, 8, 9), r"must be \[4, 2, 8, 8\] for this request, got \[4, 2, 8, 9\]"),
+        (torch.zeros(4, 2, 8, 8, dtype=torch.int64), "must be floating point, got torch.int64"),
+        (np.zeros((4, 2, 8, 8), np.float32), "must be a tensor, got array"),
+        ("x", "must be a tensor, got 'x'"),
+    ],
+    ids=["shape", "whole numbers", "array", "text"],
+)
+def test_initial_latents_that_are_none_are_refused(latents: Any, message: str, t2v: Engine) -> None:
+    with pytest.raises(ValueError, match=f"latents {message}"):
+        t2v.submit(VideoRequest(prompt="a star", **SMALL), latents=latents)
 
 
 def test_a_given_first_frame_is_kept_exactly(ti2v: Engine) -> None:

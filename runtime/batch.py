@@ -49,6 +49,7 @@ class Batch:
         self.waiting: dict[Ticket, Trajectory] = {}  # hold no memory yet
         self.active: dict[Ticket, Trajectory] = {}
         self.layouts = Layouts(model)
+        self.num_packs = self.num_pack_tokens = 0  # evaluated since the start, all branches
         self._finite = FiniteWatch(model.device)
         self._told: list[Event] = []  # of the tick that is running
 
@@ -170,11 +171,15 @@ class Batch:
     def _evaluate(self, members: Sequence[Trajectory]) -> list[tuple[Trajectory, Outcome | Exception]]:
         """Outcomes of a pack; one that fails is split and tried again, until who is to blame fails alone."""
         try:
-            return list(zip(members, evaluate(self.model, members, self.layouts), strict=True))
+            outcomes = evaluate(self.model, members, self.layouts)
         except Exception as error:
             if is_device_lost(error):
                 raise
             failure = _typed(error)
+        else:
+            self.num_packs += 1
+            self.num_pack_tokens += sum(t.num_tokens * t.plan.num_branches for t in members)
+            return list(zip(members, outcomes, strict=True))
         if len(members) == 1:
             return [(members[0], failure)]
         logger.warning("a pack of %d requests failed (%s) and is split", len(members), failure)

@@ -101,6 +101,11 @@ class Engine:
         return self._batch.scheduler.config.max_batch_tokens
 
     @property
+    def pack_stats(self) -> tuple[int, int]:
+        """(num_packs, num_tokens) that have been through the denoiser since the start."""
+        return self._batch.num_packs, self._batch.num_pack_tokens
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 
@@ -306,6 +311,8 @@ class Engine:
                 f"{self.settings.max_queued} requests are queued or running, which is all this engine takes"
             )
         self.memory.check(trajectory)
+        if trajectory.terms.preview_every:
+            _ = self.previewer  # fitted here where no file beside the model has the map, rather than between two steps
         self._joining.append(trajectory)
         if self._streams:
             self._loop.notify()

@@ -18,7 +18,8 @@ from skylapse.runtime.config import load_settings
 from skylapse.runtime.events import DeadlineExceeded, EngineFull, Failed, Finished, Preview, Progress, RequestTooLarge
 from skylapse.runtime.memory import LiveBytes
 from skylapse.runtime.models.model import load_model
-from skylapse.runtime.preview import SCALE, fit
+from skylapse.runtime.preview import SCALE, Previewer, fit
+from skylapse.runtime.vae.codec import VideoCodec
 
 SMALL = dict(width=64, height=64, num_frames=5, num_inference_steps=9)
 
@@ -175,6 +176,27 @@ def test_previews_come_when_asked_for_and_show_the_clip(folder: Path) -> None:
         previews += [event for event in engine.step() if isinstance(event, Preview)]
     assert [event.step for event in previews] == [4, 8]
     assert previews[0].frames.shape == (2, 8 * SCALE, 8 * SCALE, 3) and previews[0].frames.dtype == np.uint8
+
+
+def test_a_preview_map_is_fitted_at_submission_and_for_who_asks_for_previews(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_checkpoint("wan2.1-t2v", tmp_path / "model")
+    fitted: list[VideoCodec] = []
+
+    def watched(codec: VideoCodec) -> Previewer:
+        fitted.append(codec)
+        return fit(codec)
+
+    monkeypatch.setattr("skylapse.runtime.preview.fit", watched)
+    engine = engine_of(folder)
+    engine.submit(VideoRequest(prompt="a star", **SMALL))
+    assert not fitted
+    engine.submit(VideoRequest(prompt="a star", **SMALL), preview_every=4)
+    assert fitted == [engine.model.codec] and (folder / "preview.safetensors").exists()
+    while engine.has_work():
+        engine.step()
+    assert len(fitted) == 1
 
 
 def test_the_preview_map_of_the_demo_model_shows_what_its_decoder_shows(demo_folder: Path) -> None:

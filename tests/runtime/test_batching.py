@@ -168,3 +168,14 @@ def test_bf16_differs_from_its_solo_run_by_rounding_alone(folders: dict[str, Pat
         exact = Engine.from_pretrained(folder, device="cpu", dtype="fp32").generate_latents(request)
         floor = relative_l2(alone, exact)  # what bf16 itself costs
         assert relative_l2(together.latents(ticket), alone) < floor  # measured: 0 and 2e-2
+
+
+def test_packs_and_their_tokens_are_counted(folders: dict[str, Path]) -> None:
+    engine = engine_of(folders["wan2.1-t2v"])
+    assert engine.pack_stats == (0, 0)
+    together = Recorder(engine)
+    ticket = together.engine.submit(small_request("budget:0.5", guidance_interval=(0.3, 0.9)))
+    together.run()
+    t = together.trajectories[ticket]
+    branches = [plan.num_branches for plan, mark in zip(t.plans, t.cache.trace, strict=True) if mark == "1"]
+    assert engine.pack_stats == (len(branches), t.num_tokens * sum(branches)) and {*branches} == {1, 2}

@@ -9,7 +9,14 @@ from pydantic import BaseModel, ConfigDict
 
 class ErrorDetail(BaseModel):
     message: str
-    type: str
+    type: Literal[
+        "invalid_request_error",
+        "authentication_error",
+        "permission_error",
+        "rate_limit_error",
+        "server_error",
+        "video_generation_error",
+    ]
     param: str | None
     code: str | None
 
@@ -48,6 +55,30 @@ class Video(BaseModel):
     resumed_from_step: int | None
     native_size: str
     native_frames: int
+
+
+class Preview(BaseModel):
+    """A small animation of what there is of the video, as base64."""
+
+    b64_json: str
+    mime: Literal["image/webp"]
+    step: int
+    index: int
+
+
+class VideoEvent(BaseModel):
+    """What is in `data` of a server-sent event; what is told beside the video depends on the type."""
+
+    type: Literal[
+        "video.queued", "video.in_progress", "video.progress", "video.preview", "video.completed", "video.failed"
+    ]
+    video: Video
+    position: int | None = None  # video.queued: how many are before it
+    stage: Literal["encode", "denoise", "decode", "finish"] | None = None  # video.progress
+    step: int | None = None
+    num_steps: int | None = None
+    eta_s: float | None = None
+    preview: Preview | None = None  # video.preview
 
 
 class VideoList(BaseModel):

@@ -10,6 +10,7 @@ import time
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -25,6 +26,7 @@ from .store.jobs import NotFound
 from .watch import Watch
 
 logger = logging.getLogger(__name__)
+ROUTES = (characters, remakes, videos, content, events, generations, models, health, session, page)
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -37,7 +39,7 @@ def create_app(context: Context, behind_proxy: bool = False) -> FastAPI:
     app.state.context = context
     app.state.catalog = Catalog(context.config)
     app.state.watch = Watch(context.jobs)
-    for routes in (characters, remakes, videos, content, events, generations, models, health, session, page):
+    for routes in ROUTES:
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -102,8 +104,17 @@ async def _no_route(request: Request, error: Exception) -> JSONResponse:
     codes = {404: ("unknown_url", "There is nothing at this URL."), 405: ("method_not_allowed", "Not by this method.")}
     code, message = codes.get(error.status_code, ("invalid_request", "The request cannot be answered."))
     answer = _answer(ApiError(error.status_code, message, code=code))
-    answer.headers.update(error.headers or {})
+    if error.status_code == 405 and (methods := _methods(request.url.path)):
+        answer.headers["allow"] = ", ".join(sorted(methods))
     return answer
+
+
+def _methods(path: str) -> set[str]:
+    """Of all that is at a path: Starlette's own header has those of one route alone."""
+    routes = [route for part in ROUTES for route in part.router.routes if isinstance(route, APIRoute)]
+    found = [route for route in routes if route.path_regex.match(path)]
+    exact = [route for route in found if route.path == path]  # `/v1/videos/edits` is no video
+    return {method for route in exact or found for method in route.methods or ()}
 
 
 async def _not_found(request: Request, error: Exception) -> JSONResponse:

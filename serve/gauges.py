@@ -61,14 +61,12 @@ def _queue(context: Context) -> dict[str, Any]:
     done = func.coalesce(1.0 * jobs.c.step / func.nullif(jobs.c.num_steps, 0), 0.0)
     with context.database.read() as connection:
         states: dict[str, int] = dict(
-            connection.execute(select(jobs.c.state, func.count()).where(unfinished).group_by(jobs.c.state))
-            .tuples()
-            .all()
+            connection.execute(select(jobs.c.state, func.count()).where(unfinished).group_by(jobs.c.state)).all()
         )
         age_s = connection.scalar(select(now() - func.min(jobs.c.created_at)).where(jobs.c.state == QUEUED))
         backlog_s = connection.scalar(select(func.sum(jobs.c.work * (1.0 - done))).where(unfinished))
         outcome = func.coalesce(jobs.c.error_code, jobs.c.state)
-        ended = connection.execute(select(outcome, func.count()).where(~unfinished).group_by(outcome)).tuples().all()
+        ended = connection.execute(select(outcome, func.count()).where(~unfinished).group_by(outcome)).all()
         waiting = select(func.count()).where(outbox.c.delivered_at.is_(None), outbox.c.failed_at.is_(None))
         webhooks = connection.scalar(waiting)
     return {

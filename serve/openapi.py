@@ -9,8 +9,9 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from .answers import Error, Generated, Health, Model, ModelList, Ready, Video, VideoDeleted, VideoList
-from .schema import VIDEO_ID, CreateVideo, EditVideo, ExtendVideo, Generation, RemixVideo
+from .answers import Error, Generated, Health, Model, ModelList, Ready, Video, VideoDeleted, VideoEvent, VideoList
+from .creating import MAX_KEY_CHARACTERS
+from .schema import VIDEO_ID, CreateVideo, EditVideo, ExtendVideo, Generation, ImageReference, RemixVideo
 
 BODIES: dict[str, tuple[type[BaseModel], str | None]] = {  # operation -> (its fields, the name of its file)
     "createVideo": (CreateVideo, "input_reference"),
@@ -19,8 +20,9 @@ BODIES: dict[str, tuple[type[BaseModel], str | None]] = {  # operation -> (its f
     "remixVideo": (RemixVideo, None),
     "generateVideo": (Generation, "input_reference"),
 }
+MAKES = ("createVideo", "editVideo", "extendVideo", "remixVideo")
 ANSWERS: dict[str, type[BaseModel]] = {
-    **dict.fromkeys(("createVideo", "retrieveVideo", "cancelVideo", "editVideo", "extendVideo", "remixVideo"), Video),
+    **dict.fromkeys((*MAKES, "retrieveVideo", "cancelVideo"), Video),
     "listVideos": VideoList,
     "deleteVideo": VideoDeleted,
     "listModels": ModelList,
@@ -28,15 +30,38 @@ ANSWERS: dict[str, type[BaseModel]] = {
     "health": Health,
     "ready": Ready,
 }
-OTHERS: dict[str, dict[str, tuple[str, ...]]] = {  # operation -> status -> media types
-    "downloadVideo": {
-        "200": ("video/mp4", "image/webp"),
-        "206": ("video/mp4", "image/webp"),
-        "304": (),
-        "307": (),
+BINARY = {"type": "string", "format": "binary"}
+EVENT = {  # one of a stream
+    "type": "object",
+    "required": ["id", "event", "data"],
+    "properties": {
+        "id": {"type": "string", "description": "Where to go on from, as Last-Event-ID."},
+        "event": {"type": "string", "description": "The type once more."},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"$ref": "#/components/schemas/VideoEvent"},
+        },
+        "retry": {"type": "integer"},
     },
-    "streamVideoEvents": {"200": ("text/event-stream",)},
-    "metrics": {"200": ("text/plain",)},
+}
+FILE = {"video/mp4": BINARY, "image/webp": BINARY}
+OTHERS: dict[str, dict[str, dict[str, Any]]] = {  # operation -> status -> media type -> its schema
+    "downloadVideo": {"200": FILE, "206": FILE, "304": {}, "307": {}},
+    "streamVideoEvents": {"200": {"text/event-stream": EVENT}},
+    "metrics": {"200": {"text/plain": {"type": "string"}}},
+}
+PARAMETERS: dict[str, dict[str, Any]] = {  # what FastAPI does not know of them
+    "video_id": {"type": "string", "pattern": f"^{VIDEO_ID.pattern}$"},
+    "Idempotency-Key": {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARACTERS},
+}
+HEADERS: dict[str, dict[str, Any]] = {
+    "x-request-id": {"description": "Names the request in the logs.", "required": True, "schema": {"type": "string"}},
+    "retry-after": {"description": "Seconds, 60 at most.", "required": True, "schema": {"type": "integer"}},
+    "openai-poll-after-ms": {
+        "description": "When to ask again; not there once the video has ended.",
+        "schema": {"type": "integer"},
+    },
 }
 REASONS = {
     "400": "Something of the request is wrong; `param` names it.",
@@ -55,7 +80,7 @@ REASONS = {
 ALWAYS = ("401", "403", "503")
 CREATES = ("400", "404", "408", "409", "413", "415", "429")
 ERRORS = {
-    **dict.fromkeys(("createVideo", "editVideo", "extendVideo", "remixVideo"), (*CREATES, *ALWAYS)),
+    **dict.fromkeys(MAKES, (*CREATES, *ALWAYS)),
     "generateVideo": (*CREATES, *ALWAYS, "500"),
     "createCharacter": ("400", "408", "413", "415", *ALWAYS),
     "retrieveCharacter": ("400", *ALWAYS),
@@ -68,7 +93,7 @@ ERRORS = {
     "ready": ("503",),
     "metrics": ("503",),
 }
-LINKS = {"createVideo": ("retrieveVideo", "cancelVideo", "deleteVideo", "streamVideoEvents", "downloadVideo")}
+LINKS = ("retrieveVideo", "cancelVideo", "remixVideo", "deleteVideo", "streamVideoEvents", "downloadVideo")
 
 
 def describe_api(app: FastAPI) -> None:
@@ -84,19 +109,29 @@ def describe_api(app: FastAPI) -> None:
 
 def _document(app: FastAPI) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, routes=app.routes, description=app.description)
-    answers: list[type[BaseModel]] = sorted({Error, Generated, *ANSWERS.values()}, key=_name)
-    bodies = sorted({schema for schema, _ in BODIES.values()}, key=_name)
-    template = "#/components/schemas/{model}"
-    _, shown = models_json_schema([(model, "serialization") for model in answers], ref_template=template)
-    _, asked = models_json_schema([(model, "validation") for model in bodies], ref_template=template)
+    schemas = _schemas()
     document["components"] = {
-        "schemas": {**shown["$defs"], **asked["$defs"]},
+        "schemas": schemas,
+        "headers": HEADERS,
         "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
     }
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            _complete(path, operation, document["components"]["schemas"])
+            _complete(path, operation, schemas)
     return document
+
+
+def _schemas() -> dict[str, Any]:
+    """All of bodies and answers, by name."""
+    answers: list[type[BaseModel]] = sorted({Error, Generated, VideoEvent, *ANSWERS.values()}, key=_name)
+    bodies: list[type[BaseModel]] = sorted({ImageReference, *(schema for schema, _ in BODIES.values())}, key=_name)
+    template = "#/components/schemas/{model}"
+    _, shown = models_json_schema([(model, "serialization") for model in answers], ref_template=template)
+    _, asked = models_json_schema([(model, "validation") for model in bodies], ref_template=template)
+    for schema, file in BODIES.values():
+        if file == "input_reference":  # it has become a file before the fields are looked at
+            asked["$defs"][_name(schema)]["properties"][file] = _reference(ImageReference)
+    return {**shown["$defs"], **asked["$defs"]}
 
 
 def _complete(path: str, operation: dict[str, Any], schemas: dict[str, Any]) -> None:
@@ -104,43 +139,55 @@ def _complete(path: str, operation: dict[str, Any], schemas: dict[str, Any]) -> 
     if path.startswith("/v1/"):
         operation["security"] = [{"key": []}]
     for parameter in operation.get("parameters", ()):
-        if parameter["name"] == "video_id":
-            parameter["schema"] = {"type": "string", "pattern": f"^{VIDEO_ID.pattern}$"}
+        parameter["schema"] = PARAMETERS.get(parameter["name"], parameter["schema"])
     if name in BODIES:
-        schema, file = BODIES[name]
-        reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
-        form = reference if file is None else _open(schemas[schema.__name__], file)
-        operation["requestBody"] = {
-            "required": True,
-            "content": {"multipart/form-data": {"schema": form}, "application/json": {"schema": reference}},
-        }
+        operation["requestBody"] = {"required": True, "content": _bodies(*BODIES[name], schemas)}
     responses: dict[str, Any] = {}
     if name in ANSWERS:
-        responses["200"] = _json(ANSWERS[name], "As asked.")
+        responses["200"] = _response("As asked.", {"application/json": _reference(ANSWERS[name])})
     elif name == "generateVideo":
-        responses["200"] = _json(Generated, "The video, or where it is.")
-        responses["200"]["content"]["video/mp4"] = {"schema": {"type": "string", "format": "binary"}}
+        types = {"application/json": _reference(Generated), "video/mp4": BINARY}
+        responses["200"] = _response("The video, or where it is.", types)
     for status, types in OTHERS.get(name, {}).items():
-        binary = {"schema": {"type": "string", "format": "binary"}}
-        responses[status] = {"description": "As asked."} | ({"content": dict.fromkeys(types, binary)} if types else {})
+        responses[status] = _response("As asked.", types)
     for status in ERRORS[name]:
-        responses[status] = _json(Ready if name == "ready" else Error, REASONS[status])
-    for other in LINKS.get(name, ()):
-        link = {"operationId": other, "parameters": {"video_id": "$response.body#/id"}}
-        responses["200"].setdefault("links", {})[other] = link
+        model = Ready if name == "ready" else Error
+        headers = ("retry-after",) if status in ("429", "503") else ()
+        responses[status] = _response(REASONS[status], {"application/json": _reference(model)}, *headers)
+    if ANSWERS.get(name) is Video:
+        responses["200"]["headers"] |= _headers("openai-poll-after-ms")
+    if name in MAKES:
+        link = {"parameters": {"video_id": "$response.body#/id"}}
+        responses["200"]["links"] = {other: {"operationId": other, **link} for other in LINKS if other != name}
     operation["responses"] = responses
+
+
+def _bodies(schema: type[BaseModel], file: str | None, schemas: dict[str, Any]) -> dict[str, Any]:
+    """JSON, and the same as a form, in which objects are named like `video[id]` and the file may be a part."""
+    form: dict[str, Any] = {"schema": _reference(schema)}
+    types = {"application/json": {"schema": _reference(schema)}, "application/x-www-form-urlencoded": form}
+    if file is None:
+        return {**types, "multipart/form-data": form}
+    form["encoding"] = {file: {"style": "deepObject", "explode": True}}
+    fields = schemas[_name(schema)]
+    parts = {**fields["properties"], file: {"anyOf": [BINARY, fields["properties"][file]]}}
+    return {**types, "multipart/form-data": {**form, "schema": {**fields, "properties": parts}}}
+
+
+def _response(description: str, types: dict[str, Any], *headers: str) -> dict[str, Any]:
+    response: dict[str, Any] = {"description": description, "headers": _headers("x-request-id", *headers)}
+    if types:
+        response["content"] = {kind: {"schema": schema} for kind, schema in types.items()}
+    return response
+
+
+def _headers(*names: str) -> dict[str, Any]:
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{_name(model)}"}
 
 
 def _name(model: type[BaseModel]) -> str:
     return model.__name__
-
-
-def _open(schema: dict[str, Any], file: str) -> dict[str, Any]:
-    """The fields, with the file among them."""
-    properties = {**schema["properties"], file: {"type": "string", "format": "binary"}}
-    return {**schema, "properties": properties}
-
-
-def _json(model: type[BaseModel], description: str) -> dict[str, Any]:
-    reference = {"$ref": f"#/components/schemas/{model.__name__}"}
-    return {"description": description, "content": {"application/json": {"schema": reference}}}

@@ -10,9 +10,19 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+    field_validator,
+)
 
 from ..runtime.cache.spec import check_cache
+from .multipart import MAX_IMAGE_URL_BYTES
 from .store.jobs import Job
 from .store.tables import COMPLETED, FAILED
 
@@ -25,13 +35,39 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def _is_a_size(value: str) -> str:
+    if not all(16 <= int(side) <= MAX_SIDE and not int(side) % 2 for side in value.split("x")):
+        raise ValueError(f"width and height must be even and from 16 to {MAX_SIDE}")
+    return value
+
+
+def _is_a_length(value: str) -> str:
+    if not 0 < float(value) <= MAX_SECONDS:
+        raise ValueError(f"must be above 0 and at most {MAX_SECONDS:g}")
+    return value
+
+
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
-Size = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{1,3}x[1-9][0-9]{1,3}$")]
+Size = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{1,3}x[1-9][0-9]{1,3}$"), AfterValidator(_is_a_size)]
 VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
 VideoId = Annotated[str, StringConstraints(pattern=rf"^{VIDEO_ID.pattern}$")]
 Strength = Annotated[Real, Field(gt=0, le=1)]
-Seconds = Annotated[str, BeforeValidator(_text), StringConstraints(pattern=r"^[0-9]{1,3}(\.[0-9]{1,3})?$")]
+SECONDS = r"^[0-9]{1,3}(\.[0-9]{1,3})?$"
+Seconds = Annotated[
+    str,
+    BeforeValidator(_text),
+    StringConstraints(pattern=SECONDS),
+    AfterValidator(_is_a_length),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": SECONDS},
+                {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_SECONDS},
+            ]
+        }
+    ),
+]
 
 
 class Sampling(BaseModel):
@@ -79,21 +115,13 @@ class CreateVideo(Sampling):
     fps: Annotated[int, Field(ge=1, le=120)] | None = None
     resize: bool = True  # False: refuse a size that is not the model's own
 
-    @field_validator("size")
-    @classmethod
-    def _is_a_size(cls, value: str | None) -> str | None:
-        if value is not None and not all(
-            16 <= int(side) <= MAX_SIDE and not int(side) % 2 for side in value.split("x")
-        ):
-            raise ValueError(f"width and height must be even and from 16 to {MAX_SIDE}")
-        return value
 
-    @field_validator("seconds")
-    @classmethod
-    def _is_a_length(cls, value: str | None) -> str | None:
-        if value is not None and not 0 < float(value) <= MAX_SECONDS:
-            raise ValueError(f"must be above 0 and at most {MAX_SECONDS:g}")
-        return value
+class ImageReference(BaseModel):
+    """A picture within the request, where it is not sent as a file; `read_body` makes a file of it either way."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image_url: Annotated[str, StringConstraints(pattern="^data:", max_length=MAX_IMAGE_URL_BYTES)]
 
 
 class VideoReference(BaseModel):
@@ -121,13 +149,6 @@ class ExtendVideo(Sampling):
 
     seconds: Seconds
     video: VideoReference | None = None
-
-    @field_validator("seconds")
-    @classmethod
-    def _is_a_length(cls, value: str | None) -> str | None:
-        if value is not None and not 0 < float(value) <= MAX_SECONDS:
-            raise ValueError(f"must be above 0 and at most {MAX_SECONDS:g}")
-        return value
 
 
 class Generation(Sampling):

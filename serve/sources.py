@@ -49,16 +49,27 @@ class Source:
 
 def finished_source(context: Context, job: Job) -> Source:
     """ApiError 400 or 404 where there is no file (yet, or any more)."""
-    artifact = video_of(job)
-    data = b"".join(context.artifacts.read(artifact["key"]))
+    data = read_whole(context, job)
     width, height = (int(side) for side in job.request["size"].split("x"))
-    return Source(data, artifact["sha256"], width, height, job.request["num_frames"], job.request["fps"])
+    return Source(data, video_of(job)["sha256"], width, height, job.request["num_frames"], job.request["fps"])
+
+
+def read_whole(context: Context, job: Job) -> bytes:
+    """A finished job's mp4; ApiError 400 or 404 where there is none."""
+    try:
+        return b"".join(context.artifacts.read(video_of(job)["key"]))
+    except FileNotFoundError:  # deleted since its row was read
+        raise files_gone() from None
+
+
+def files_gone() -> ApiError:
+    return ApiError(404, "The files of this video are gone.", code="video_expired", param="video_id")
 
 
 def video_of(job: Job, variant: str = "video") -> dict[str, str]:
     """Where a finished job's file is; ApiError where there is none (yet, or any more)."""
     if job.has_expired:
-        raise ApiError(404, "The files of this video have expired.", code="video_expired", param="video_id")
+        raise files_gone()
     if job.state != COMPLETED:
         if job.has_ended:
             raise ApiError(400, "This video has failed, so there is no file.", code="video_failed", param="video_id")

@@ -11,7 +11,7 @@ from fastapi.responses import RedirectResponse, StreamingResponse
 
 from ..auth import Reader
 from ..errors import ApiError
-from ..sources import video_of
+from ..sources import files_gone, video_of
 from .videos import VideoId, find_job
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
@@ -58,7 +58,7 @@ def content(
     try:
         pieces: Iterator[bytes] = context.artifacts.read(artifact["key"], start, end)
     except FileNotFoundError:
-        raise ApiError(404, "The files of this video are gone.", code="video_expired", param="video_id") from None
+        raise files_gone() from None
     return StreamingResponse(pieces, status, headers, TYPES[variant])
 
 

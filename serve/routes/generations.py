@@ -21,7 +21,7 @@ from ..context import Context
 from ..creating import Draft, draft_video, make_job
 from ..errors import ApiError
 from ..schema import Generation
-from ..sources import video_of
+from ..sources import read_whole
 from ..store.jobs import Job, NotFound
 from ..uploads import read_body
 from ..watch import Watch
@@ -56,7 +56,7 @@ async def generate(request: Request, caller: Writer, idempotency_key: Idempotenc
     if job.error_code is not None:
         status = 400 if job.error_code in ("invalid_request", "too_large", "cancelled") else 500
         raise ApiError(status, job.error_message or job.error_code, code=job.error_code, type="video_generation_error")
-    data = await asyncio.to_thread(lambda: b"".join(context.artifacts.read(video_of(job)["key"])))
+    data = await asyncio.to_thread(read_whole, context, job)
     if asked.response_format == "raw" or "video/mp4" in request.headers.get("accept", ""):
         return Response(data, media_type="video/mp4", headers={"x-video-id": job.id})
     if asked.response_format == "video_path":

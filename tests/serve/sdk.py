@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx2 as httpx
 from PIL import Image
 
 from skylapse.runtime.engine import Engine
 
 from .service import Service, serving
 
-FAST = {"prompt": "a red circle", "num_inference_steps": 2, "num_frames": 5}
 QUOTA, LISTED = 12, 5  # of unfinished videos of a tenant of the held service; of the one whose list is read
 PROGRAM_S = 180.0
 
@@ -30,10 +27,10 @@ def sdk_facts(service: Service, engine: Engine, folder: Path) -> Iterator[dict[s
         key, reader = service.key("sdk"), service.key("sdk", scopes=("read",))
         listed_key, full_key = held.key(), held.key()
         with service.client(key) as client, held.client(listed_key) as listing, held.client(full_key) as full:
-            finished, clip = _finished(client), folder / "clip.mp4"
-            clip.write_bytes(client.get(f"/v1/videos/{finished['id']}/content").content)
-            long = client.post("/v1/videos", json=FAST | {"num_inference_steps": 999}).json()
-            failed = client.post(f"/v1/videos/{long['id']}/cancel").json()
+            finished, clip = service.make(key)["id"], folder / "clip.mp4"
+            clip.write_bytes(client.get(f"/v1/videos/{finished}/content").content)
+            failed = client.post("/v1/videos", json={"prompt": "a", "num_inference_steps": 999}).json()["id"]
+            client.post(f"/v1/videos/{failed}/cancel").raise_for_status()
             listed = [listing.post("/v1/videos", json={"prompt": "a"}).json()["id"] for _ in range(LISTED)]
             for _ in range(QUOTA):
                 full.post("/v1/videos", json={"prompt": "a"}).raise_for_status()
@@ -43,8 +40,8 @@ def sdk_facts(service: Service, engine: Engine, folder: Path) -> Iterator[dict[s
             "key": key,
             "reader_key": reader,
             "other_key": service.key(),
-            "finished": finished["id"],
-            "failed": failed["id"],
+            "finished": finished,
+            "failed": failed,
             "clip": str(clip),
             "picture": str(folder / "picture.png"),
             "extended_seconds": f"{(5 + 8) / 8:g}",
@@ -57,17 +54,6 @@ def sdk_facts(service: Service, engine: Engine, folder: Path) -> Iterator[dict[s
             "empty_key": held.key(),
             "lost_key": held.key(),
         }
-
-
-def _finished(client: httpx.Client) -> dict[str, Any]:
-    video: dict[str, Any] = client.post("/v1/videos", json=FAST).json()
-    until_s = time.monotonic() + 60
-    while video["status"] in ("queued", "in_progress"):
-        assert time.monotonic() < until_s
-        time.sleep(0.05)
-        video = client.get(f"/v1/videos/{video['id']}").json()
-    assert video["status"] == "completed", video
-    return video
 
 
 def run_program(command: list[str], facts: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:

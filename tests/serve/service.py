@@ -36,6 +36,7 @@ from skylapse.serve.worker import Worker
 LOOK_S, BEAT_S = 0.02, 1.0
 START_S = STOP_S = 20.0
 Headers = dict[str, str]
+SMALL = {"prompt": "a red circle", "num_inference_steps": 2, "num_frames": 5, "size": "64x64"}  # a quarter of a second
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,24 @@ class Service:
         """A plain HTTP client of one ingress, with a new tenant's key unless one is given."""
         headers = {"authorization": f"Bearer {key or self.key()}", **(headers or {})}
         return httpx.Client(base_url=self.urls[ingress], headers=headers, timeout=60.0, trust_env=False)
+
+    def make(self, key: str, **fields: Any) -> dict[str, Any]:
+        """A finished video, small unless `fields` say otherwise."""
+        with self.client(key) as client:
+            made = client.post("/v1/videos", json={**SMALL, **fields})
+            assert made.status_code == 200, made.text
+        video = self.wait(key, made.json()["id"])
+        assert video["status"] == "completed", video
+        return video
+
+    def wait(self, key: str, video_id: str, ingress: int = 0, at_most_s: float = 60.0) -> dict[str, Any]:
+        """The video, once it has ended."""
+        with self.client(key, ingress) as client:
+            until_s = time.monotonic() + at_most_s
+            while (video := client.get(f"/v1/videos/{video_id}").json())["status"] in ("queued", "in_progress"):
+                assert time.monotonic() < until_s, video
+                time.sleep(LOOK_S)
+        return dict(video)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

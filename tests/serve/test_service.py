@@ -13,23 +13,10 @@ import pytest
 if TYPE_CHECKING:
     from skylapse.runtime.engine import Engine
 
-    from .service import Service
-
-SMALL = {"prompt": "a red circle moving right", "num_inference_steps": 2, "num_frames": 5, "size": "64x64"}
-
-
-def wait_for_end(service: Service, key: str, video_id: str, ingress: int = 0) -> dict:
-    with service.client(key, ingress) as client:
-        until_s = time.monotonic() + 60
-        while (video := client.get(f"/v1/videos/{video_id}").json())["status"] in ("queued", "in_progress"):
-            assert time.monotonic() < until_s, video
-            time.sleep(0.05)
-    return video
-
 
 def test_a_job_of_one_ingress_is_done_and_read_at_another(demo_engine: Engine, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    from .service import serving
+    from .service import SMALL, serving
 
     before = set(threading.enumerate())
     began_s = time.monotonic()
@@ -43,7 +30,7 @@ def test_a_job_of_one_ingress_is_done_and_read_at_another(demo_engine: Engine, t
                 assert made.status_code == 200, made.text
                 assert other.post("/v1/videos", json=SMALL).status_code == 429
                 assert other.get(f"/v1/videos/{made.json()['id']}").json()["status"] == "queued"
-            video = wait_for_end(service, key, made.json()["id"], ingress=1)
+            video = service.wait(key, made.json()["id"], ingress=1)
             assert (video["status"], video["error"]) == ("completed", None)
             assert other.get(f"/v1/videos/{video['id']}/content").content[4:8] == b"ftyp"
             began_s = time.monotonic()
@@ -53,7 +40,7 @@ def test_a_job_of_one_ingress_is_done_and_read_at_another(demo_engine: Engine, t
 
 def test_a_service_stops_while_a_stream_is_open_and_a_job_runs(demo_engine: Engine, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    from .service import serving
+    from .service import SMALL, serving
 
     with ExitStack() as left_open:
         with serving(tmp_path, demo_engine) as service:

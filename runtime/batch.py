@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from .denoise import Outcome, evaluate, skip_ahead, take
+from .denoise import Outcome, Taken, evaluate, skip_ahead, take
 from .events import (
     Checkpointed,
     DeadlineExceeded,
@@ -150,7 +150,8 @@ class Batch:
         stepped, failed = skip_ahead(ready)
         for ticket, error in failed.items():
             yield self._fail_or_raise(self.active[ticket], error)
-        paused = {t.ticket for t, _ in stepped if t.is_due}  # for a preview or a checkpoint of the step just taken
+        # who is due has a preview or a checkpoint of the step just taken to come first
+        paused = {taken.trajectory.ticket for taken in stepped if taken.trajectory.is_due}
         ready = [t for t in ready if t.stage == "denoise" and t.ticket not in {*paused, *failed}]
         if ready:
             works = {t.ticket: _work(t) for t in ready}
@@ -160,13 +161,11 @@ class Batch:
                     yield self._fail(t, outcome)
                     continue
                 try:
-                    take(t, outcome)
+                    stepped.append(take(t, outcome))
                 except Exception as error:
                     yield self._fail_or_raise(t, error)
-                else:
-                    stepped.append((t, t.steps_done))
             self.scheduler.served([works[ticket] for ticket in chosen])
-        yield from self._report([(t, step) for t, step in stepped if t.ticket in self.active])
+        yield from self._report([taken for taken in stepped if taken.trajectory.ticket in self.active])
 
     def _evaluate(self, members: Sequence[Trajectory]) -> list[tuple[Trajectory, Outcome | Exception]]:
         """Outcomes of a pack; one that fails is split and tried again, until who is to blame fails alone."""
@@ -195,12 +194,12 @@ class Batch:
         left = memory.available_bytes - held - memory.profile.step_bytes
         return max(1, min(self.scheduler.config.max_batch_tokens, int(left / max(1.0, memory.profile.token_bytes))))
 
-    def _report(self, stepped: Sequence[tuple[Trajectory, int]]) -> Iterator[Event]:
+    def _report(self, stepped: Sequence[Taken]) -> Iterator[Event]:
         """Progress, previews and checkpoints of the steps taken, and failure of whose latents are not finite."""
-        for t, step in stepped:
-            yield t.progress(step)
-        last = list({t.ticket: t for t, _ in stepped}.values())
-        self._finite.watch(last)
+        for taken in stepped:
+            yield taken.trajectory.progress(taken.step)
+        last = list({taken.trajectory.ticket: taken.trajectory for taken in stepped}.values())
+        self._finite.watch(stepped)
         for ticket, step in self._finite.poll(wait=any(t.stage == "decode" for t in last)):
             if ticket in self.active:
                 yield self._fail(self.active[ticket], NotFinite(f"latents are not finite after step {step}"))

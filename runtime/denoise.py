@@ -30,13 +30,22 @@ class Outcome:
     state: State  # of its cache, after this step
 
 
-def skip_ahead(trajectories: Sequence[Trajectory]) -> tuple[list[tuple[Trajectory, int]], dict[int, Exception]]:
+@dataclass(frozen=True)
+class Taken:
+    """A step that a request has taken."""
+
+    trajectory: Trajectory
+    step: int  # how many it has taken with it
+    total: Tensor  # sum of the latents after it: finite exactly if they are (fp32 is nowhere near overflow)
+
+
+def skip_ahead(trajectories: Sequence[Trajectory]) -> tuple[list[Taken], dict[int, Exception]]:
     """Take the steps that need no model, as many in a row as the caches allow.
 
-    Returns who took which step, and the errors of those that failed, by ticket. Each round reads the indicators of all
+    Returns the steps, and the errors of those that failed, by ticket. Each round reads the indicators of all
     who need one from the device at once; static masks need no read.
     """
-    stepped: list[tuple[Trajectory, int]] = []
+    stepped: list[Taken] = []
     failed: dict[int, Exception] = {}
     candidates = [t for t in trajectories if t.cache.policy.site == "velocity"]
     while candidates:
@@ -45,11 +54,9 @@ def skip_ahead(trajectories: Sequence[Trajectory]) -> tuple[list[tuple[Trajector
         for t in candidates:
             try:
                 (velocity,) = t.cache.predict(t.plan.sigma, (t.current,))
-                take(t, Outcome(velocity, False, None))
+                stepped.append(take(t, Outcome(velocity, False, None)))
             except Exception as error:  # who fails, fails alone
                 failed[t.ticket] = error
-            else:
-                stepped.append((t, t.steps_done))
         candidates = [t for t in candidates if t.ticket not in failed and t.stage == "denoise" and not t.is_due]
     return stepped, failed
 
@@ -100,7 +107,7 @@ def evaluate(model: Model, members: Sequence[Trajectory], layouts: Layouts) -> l
     return [_outcome(t, velocities, bases, exits, probes) for t in members]
 
 
-def take(trajectory: Trajectory, outcome: Outcome) -> None:
+def take(trajectory: Trajectory, outcome: Outcome) -> Taken:
     """The request's own part of a step: its solver, and its cache."""
     latents = trajectory.current
     trajectory.advance(outcome.velocity)
@@ -108,6 +115,7 @@ def take(trajectory: Trajectory, outcome: Outcome) -> None:
         trajectory.cache.computed(outcome.state, latents)
     else:
         trajectory.cache.skipped(latents)
+    return Taken(trajectory, trajectory.steps_done, trajectory.current.sum())
 
 
 def number_timesteps(members: Sequence[Trajectory]) -> tuple[list[float], list[tuple[int, int]]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .trajectory import Trajectory
+from .denoise import Taken
 
 
 class FiniteWatch:
@@ -17,12 +17,12 @@ class FiniteWatch:
         self.on_cuda = device.type == "cuda"
         self._pending: list[tuple[list[tuple[int, int]], Tensor, torch.cuda.Event | None]] = []
 
-    def watch(self, stepped: Sequence[Trajectory]) -> None:
-        """Call after a step: a sum is finite exactly if its terms are (fp32 latents are nowhere near overflow)."""
+    def watch(self, stepped: Sequence[Taken]) -> None:
+        """Call after a tick, with all of its steps: a request may have skipped several in a row."""
         if not stepped:
             return
-        steps = [(t.ticket, t.steps_done) for t in stepped]
-        flags = torch.stack([t.current.sum() for t in stepped]).isfinite()
+        steps = [(taken.trajectory.ticket, taken.step) for taken in stepped]
+        flags = torch.stack([taken.total for taken in stepped]).isfinite()
         event = None
         if self.on_cuda:
             flags = flags.to("cpu", non_blocking=True)
@@ -31,7 +31,7 @@ class FiniteWatch:
         self._pending.append((steps, flags, event))
 
     def poll(self, wait: bool = False) -> list[tuple[int, int]]:
-        """(ticket, step) of the requests found out since the last call; `wait`: of every step so far."""
+        """(ticket, step) of the steps found out since the last call, the first first; `wait`: of every step so far."""
         broken = []
         while self._pending:
             steps, flags, event = self._pending[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,23 @@ def test_a_poisoned_request_reaches_no_neighbour(cache: str, folders: dict[str, 
     (failed,) = [event for event in together.events if isinstance(event, Failed)]
     assert failed.ticket == poisoned and isinstance(failed.error, NotFinite)
     assert "not finite after step" in str(failed.error)
+
+
+def test_the_first_of_several_skipped_steps_is_named(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    together = Recorder(engine_of(folders["wan2.1-t2v"]))
+    ticket = together.engine.submit(small_request("taylorseer:interval=6,warmup=1"))
+    while ticket not in together.trajectories or together.trajectories[ticket].steps_done < 1:
+        together.step()
+    t = together.trajectories[ticket]
+    predict = t.cache.predict
+
+    def poisoned(sigma: float, base: Any) -> Any:
+        return tuple(tensor * float("nan" if t.steps_done >= 2 else 1) for tensor in predict(sigma, base))
+
+    monkeypatch.setattr(t.cache, "predict", poisoned)
+    together.run()
+    (failed,) = [event for event in together.events if isinstance(event, Failed)]
+    assert str(failed.error) == "latents are not finite after step 3" and t.cache.trace.startswith("100000")
 
 
 def test_cached_state_of_a_request_is_its_own_memory(folders: dict[str, Path]) -> None:

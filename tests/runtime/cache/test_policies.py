@@ -95,6 +95,20 @@ def test_a_budget_computes_as_many_steps_as_it_says(num_steps: int, warmup: int)
     assert sum(Budget(share=1).plan(run_of(num_steps))) == num_steps
 
 
+@pytest.mark.parametrize("num_steps", range(1, 9))
+def test_a_budget_of_few_steps_is_spread_from_the_first_to_the_last(num_steps: int) -> None:
+    for num_computed in range(1, num_steps + 1):
+        mask = marks(Budget(share=num_computed / num_steps).plan(run_of(num_steps)))
+        assert mask.count("1") == num_computed and mask[0] == "1"
+        gaps = [len(gap) for gap in mask.split("1")[1:]]  # skipped steps behind each computed one
+        assert num_computed == 1 or (gaps[-1] == 0 and max(gaps[:-1]) - min(gaps[:-1]) <= 1)
+
+
+def test_a_budget_of_few_steps_keeps_a_warmup_that_was_asked_for() -> None:
+    assert [marks(Budget(0.5, 1, warmup).plan(run_of(6))) for warmup in (0, 1, 3)] == ["100101", "101001", "111000"]
+    assert marks(Budget(0.5).plan(run_of(9))) == marks(warm_mask(9, 5, 3))
+
+
 def test_restarts_are_computed_whatever_the_mask_says() -> None:
     mask = TaylorSeer(interval=4, warmup=1).plan(run_of(12, restarts=frozenset({0, 6})))
     assert marks(mask) == "100010100011"

@@ -75,7 +75,7 @@ REASONS = {
     "416": "The range is not one within the file.",
     "429": "A quota or a rate is used up; `Retry-After` tells when to come back.",
     "500": "The video could not be made.",
-    "503": "The store does not answer; `Retry-After` tells when to come back.",
+    "503": "The store, or a decoder for uploads, cannot be had; `Retry-After` tells when to come back.",
 }
 ALWAYS = ("401", "403", "503")
 CREATES = ("400", "404", "408", "409", "413", "415", "429")

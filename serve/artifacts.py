@@ -98,6 +98,9 @@ class ArtifactStore:
         """Remove a file, if it is there."""
         with suppress(FileNotFoundError):
             self.files.rm_file(self._path(key))
+            if self.is_local:  # buckets have no folders
+                with suppress(OSError):
+                    os.rmdir(self._path(key).rpartition("/")[0])
 
     def remove(self, prefix: str) -> int:
         """Remove a folder of keys with everything in it; returns how many files went."""

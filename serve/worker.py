@@ -193,8 +193,7 @@ class Worker:
                 elif isinstance(event, Preview):
                     aside.put("preview", partial(self._show, job, event))
                 elif isinstance(event, Checkpointed):
-                    if (snapshot := await asyncio.to_thread(_snapshot, event.folder)) is not None:
-                        aside.put("checkpoint", partial(self._keep, job, *snapshot))
+                    aside.put("checkpoint", partial(self._keep, job, event.folder))
                 elif isinstance(event, Finished):
                     self.measures.made(event.video, last, job.request["tokens"])
                     return event
@@ -223,8 +222,12 @@ class Worker:
                 file.write(piece)
         return path
 
-    async def _keep(self, job: Job, snapshot: Path, step: int) -> None:
-        """Store a checkpoint, then let the job's row point at it."""
+    async def _keep(self, job: Job, folder: Path) -> None:
+        """Store the newest checkpoint, then let the job's row point at it."""
+        newest = await asyncio.to_thread(_snapshot, folder)
+        if newest is None:
+            return
+        snapshot, step = newest
         prefix = f"jobs/{job.id}/{job.epoch}/checkpoint-{step}"
         for path in sorted(snapshot.iterdir()):
             await persist(partial(self.artifacts.write, f"{prefix}/{path.name}", path, replace=True))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,8 @@ def test_a_full_disk_delays_jobs_and_fails_none(small_disk: Path) -> None:
         service.start()
         filler = small_disk / "artifacts" / "filler"
         jobs = start_jobs(service)
-        with filler.open("wb") as file:
-            try:
-                while True:
-                    file.write(bytes(4096))
-                    file.flush()
-            except OSError:
+        with filler.open("wb", buffering=0) as file, suppress(OSError):
+            while file.write(bytes(4096)):
                 pass
         time.sleep(OUTAGE_S)
         assert not any(service.get(job)["status"] == "completed" for job in jobs), "the disk was not full"

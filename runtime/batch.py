@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from .denoise import Outcome, Taken, evaluate, skip_ahead, take
+from .device import reset_peak
 from .events import (
     Checkpointed,
     DeadlineExceeded,
@@ -57,6 +58,8 @@ class Batch:
         return len(self.waiting) + len(self.active)
 
     def join(self, trajectory: Trajectory) -> None:
+        if not len(self):
+            reset_peak(self.model.device)  # what a video reports as its peak is of the time since nobody was there
         trajectory.arrived = self.scheduler.clock
         self.waiting[trajectory.ticket] = trajectory
 

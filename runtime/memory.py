@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .config import Settings
+from .device import device_memory, peak_bytes, reset_peak
 from .events import RequestTooLarge
 from .models.model import Model
 from .pack import Sequence, build_pack
@@ -38,7 +38,7 @@ class MemoryProfile:
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """What there is, less the weights; `available_bytes` is for requests."""
+    """What there is, less the weights and the text cache; `available_bytes` is for requests."""
 
     profile: MemoryProfile
     available_bytes: int
@@ -66,19 +66,19 @@ class MemoryBudget:
 
 def load_budget(model: Model, settings: Settings) -> MemoryBudget:
     """The budget of this process; the profile is measured if no earlier start has stored it."""
-    total = settings.memory_bytes or round(SHARE[model.device.type] * device_memory(model.device))
-    return MemoryBudget(_load_profile(model, settings), max(0, total - model.num_bytes))
+    total = memory_bytes(model.device, settings)
+    taken = model.num_bytes + text_cache_bytes(model.device, settings)
+    return MemoryBudget(_load_profile(model, settings), max(0, total - taken))
 
 
-def device_memory(device: torch.device) -> int:
-    """Bytes of the device, or of the machine within its container's limit."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdecimal():
-        total = min(total, int(text))
-    return total
+def memory_bytes(device: torch.device, settings: Settings) -> int:
+    """What weights, texts and requests may take together."""
+    return settings.memory_bytes or round(SHARE[device.type] * device_memory(device))
+
+
+def text_cache_bytes(device: torch.device, settings: Settings) -> int:
+    """What the text cache may take: as configured, and never more than an eighth of a small memory."""
+    return min(settings.text_cache_bytes, memory_bytes(device, settings) // 8)
 
 
 def measure(model: Model) -> MemoryProfile:
@@ -113,12 +113,12 @@ def _step(model: Model, grid: tuple[int, int, int]) -> None:
 def _peak(model: Model, run: Callable[[], object]) -> int:
     """Most bytes allocated during `run`, above what was held before it."""
     if model.device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize(model.device)
+        before = torch.cuda.memory_allocated(model.device)
+        reset_peak(model.device)
         run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize(model.device)
+        return (peak_bytes(model.device) or 0) - before
     with LiveBytes() as live:
         run()
     return live.peak_bytes

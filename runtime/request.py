@@ -166,7 +166,7 @@ class VideoMetadata:
     model: str | None = None
     timings_s: Mapping[str, float] = field(default_factory=dict)  # stage -> seconds
     cache: CacheReport | None = None
-    peak_bytes: int | None = None  # most device memory held meanwhile; None where the device does not count it
+    peak_bytes: int | None = None  # most device memory held meanwhile, by all; None where the device does not count it
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -21,6 +21,7 @@ from .cache.policy import Run, relative_l1
 from .cache.spec import Choice, choose
 from .cache.step_cache import StepCache
 from .conditioning import Conditioning, concatenate_frames, give_frames
+from .device import peak_bytes
 from .events import Progress
 from .given import count_given, read_given, read_video_of
 from .models.model import Model
@@ -245,7 +246,11 @@ class Trajectory:
     def _finish(self) -> Video:
         assert self.request.fps is not None
         metadata = VideoMetadata(
-            request=self.request, model=self.model.name, timings_s=self.timings_s, cache=self.cache.report()
+            request=self.request,
+            model=self.model.name,
+            timings_s=self.timings_s,
+            cache=self.cache.report(),
+            peak_bytes=peak_bytes(self.model.device),
         )
         return Video(np.concatenate(self._frames), self.request.fps, metadata)
 

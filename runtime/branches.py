@@ -6,6 +6,7 @@ values that an expert makes of them are shared through the text cache, and made 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,8 @@ from .models.text_cache import TextCache
 from .pack import TextContext
 from .request import VideoRequest
 from .step_plan import StepPlan
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class BranchEncoder:
             key = ("rows", prompt)
             if self.rows and key not in self.cache:
                 yield
+            if num_cut := self.model.text_encoder.count_cut(prompt):
+                name, limit = self._name(prompt), self.model.text_encoder.max_tokens
+                logger.warning("the last %d tokens of a %s are cut off: the model reads %d", num_cut, name, limit)
             self.rows[prompt] = self.cache.get(key, partial(self.model.text_encoder.encode, prompt))
             for expert in experts:
                 self._text(expert, prompt)
@@ -71,6 +77,9 @@ class BranchEncoder:
             texts = tuple(self._text(plan.expert, prompt) for prompt in self.prompts[: plan.num_branches])
             self._held = key, Branches(texts, self._image(plan.expert))
         return self._held[1]
+
+    def _name(self, prompt: str) -> str:
+        return "prompt" if prompt == self.prompts[0] else "negative_prompt"
 
     def _text(self, expert: int, prompt: str) -> TextContext:
         denoiser = self.model.experts[expert]

@@ -61,6 +61,7 @@ def load_weights(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    stem: str = WEIGHTS,
     fp32_parameters: Sequence[str] = (),
     unexpected_keys: Sequence[str] = (),
     rename: Callable[[str], str] = lambda name: name,
@@ -72,7 +73,7 @@ def load_weights(
     """
     places = slots(module, rename)
     with ExitStack() as stack:
-        files = [(path, stack.enter_context(_open(path))) for path in weight_files(folder)]
+        files = [(path, stack.enter_context(_open(path))) for path in weight_files(folder, stem)]
         where = {key: (path, file) for path, file in files for key in file.keys()}
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key, (_, file) in where.items()}
         check_keys(places, shapes, folder, unexpected_keys)

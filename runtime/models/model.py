@@ -119,7 +119,7 @@ def _load_folder(name: str, path: Path, device: torch.device, dtype: torch.dtype
     return Model(
         name=name,
         folder=folder,
-        text_encoder=TextEncoder.load(path, device=device, dtype=dtype),
+        text_encoder=TextEncoder.load(path, device=device, dtype=dtype, max_tokens=folder.limits.max_prompt_tokens),
         image_encoder=ImageEncoder.load(path, device=device, dtype=torch.float32) if has_clip else None,
         experts=experts,
         codec=VideoCodec(vae, device=device, chunk=settings.decode_chunk),

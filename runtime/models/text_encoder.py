@@ -10,11 +10,12 @@ import ftfy
 import torch
 from torch import Tensor
 
-from .checkpoint import read_json
+from .checkpoint import load_weights, read_json, tensor_headers
 
+STEM = "model"  # of its safetensors files
 ARCHITECTURES = ("UMT5EncoderModel", "T5EncoderModel")
-# Tied to one another in published UMT5 checkpoints, which hold one of them or both.
-TIED_KEYS = ("shared.weight", "encoder.embed_tokens.weight")
+# One parameter; published checkpoints hold it under one of the names or under both.
+SHARED, EMBED_TOKENS = "shared.weight", "encoder.embed_tokens.weight"
 
 
 def clean_prompt(prompt: str) -> str:
@@ -39,14 +40,18 @@ class TextEncoder:
         names = read_json(folder / "text_encoder" / "config.json").get("architectures") or [None]
         if names[0] not in ARCHITECTURES:
             raise ValueError(f"text_encoder must be {' or '.join(ARCHITECTURES)}, got {names[0]}")
-        model = load_transformers_model(getattr(transformers, names[0]), folder / "text_encoder", dtype, TIED_KEYS)
+        model = load_encoder(getattr(transformers, names[0]), folder / "text_encoder", device=device, dtype=dtype)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder / "tokenizer", local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"tokenizer cannot be read: {_first_line(error)}") from error
-        return cls(model.to(device), tokenizer, max_tokens)
+        return cls(model, tokenizer, max_tokens)
+
+    def count_cut(self, prompt: str) -> int:
+        """How many of a prompt's tokens lie beyond `max_tokens`, which `encode` leaves out as the reference does."""
+        return max(0, len(self.tokenizer(clean_prompt(prompt), verbose=False).input_ids) - self.max_tokens)
 
     def encode(self, prompt: str) -> Tensor:
         """Rows [n, text_dim] of a prompt's n <= `max_tokens` tokens, without padding, on the encoder's device.
@@ -66,7 +71,35 @@ class TextEncoder:
         return rows
 
 
-def load_transformers_model(model_class: Any, folder: Path, dtype: torch.dtype, optional: tuple[str, ...] = ()) -> Any:
+def load_encoder(model_class: Any, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """transformers' module, filled tensor by tensor on its device.
+
+    Its `from_pretrained` makes the whole of it in the machine's memory first (11 GB for UMT5-XXL), or needs accelerate.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = model_class(config)
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise ValueError(f"{folder.name}/config.json cannot be read: {_first_line(error)}") from error
+    model.set_input_embeddings(model.shared)
+    names = {name for name, _, _ in tensor_headers(folder, STEM)}
+    load_weights(
+        model,
+        folder,
+        device=device,
+        dtype=dtype,
+        stem=STEM,
+        unexpected_keys=(EMBED_TOKENS, "decoder."),
+        rename=lambda name: EMBED_TOKENS if name == SHARED and SHARED not in names else name,
+    )
+    model.set_input_embeddings(model.shared)  # the module is the same; its weight may have been replaced for one owner
+    return model
+
+
+def load_transformers_model(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
     """A transformers model from safetensors alone; ValueError names missing, unexpected or mismatched keys."""
     from transformers.utils import logging
 
@@ -82,7 +115,7 @@ def load_transformers_model(model_class: Any, folder: Path, dtype: torch.dtype, 
             raise
         raise ValueError(f"{folder.name} cannot be read: {_first_line(error)}") from error
     problems = {
-        what: sorted(str(key) for key in report.get(f"{what}_keys", ()) if key not in optional)
+        what: sorted(str(key) for key in report.get(f"{what}_keys", ()))
         for what in ("missing", "unexpected", "mismatched")
     }
     found = "; ".join(f"{what}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys)

@@ -125,3 +125,19 @@ def test_rows_and_contexts_are_counted(folders: dict[str, Path]) -> None:
     assert t.latents is not None
     counted = t.num_bytes - empty - t.latents.nbytes
     assert counted == sum(part.nbytes for part in (*t.branch_encoder.rows.values(), *texts)) > 0
+
+
+def test_what_is_cut_off_a_prompt_is_told_once_a_request(
+    folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = engine_of(folders["wan2.2-t2v-a14b"])
+    limit = engine.limits.max_prompt_tokens
+    assert engine.model.text_encoder.max_tokens == limit
+    fits = " ".join(["star"] * (limit - 1))  # and the end token
+    for num_warnings, prompt in enumerate((fits, fits + " star" * 7, fits + " star" * 7)):  # the third is in the cache
+        t = engine.prepare(small_request(prompt=prompt, guidance_interval=(0.3, 0.9)))
+        while t.stage == "encode":
+            t.work()
+        assert len(t.branch_encoder.rows[prompt]) == limit
+        told = [record.getMessage() for record in caplog.records]
+        assert told == [f"the last 7 tokens of a prompt are cut off: the model reads {limit}"] * num_warnings

@@ -1,0 +1,63 @@
+"""The text encoder is what transformers makes of its folder, without a copy of it on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import UMT5EncoderModel
+
+from skylapse.runtime.models.text_encoder import EMBED_TOKENS, SHARED, TextEncoder
+
+CPU = torch.device("cpu")
+PROMPT = "a large red circle moving left at night"
+
+
+@pytest.fixture
+def folder(demo_folder: Path, tmp_path: Path) -> Path:
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(demo_folder / part, tmp_path / part)
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("names", [(SHARED,), (EMBED_TOKENS,), (SHARED, EMBED_TOKENS)], ids=["first", "second", "both"])
+def test_rows_equal_those_of_the_model_that_transformers_loads(
+    names: tuple[str, ...], dtype: torch.dtype, folder: Path
+) -> None:
+    path = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(path)
+    embedding = next(tensors.pop(name) for name in (SHARED, EMBED_TOKENS) if name in tensors)
+    tensors = {name: tensor for name, tensor in tensors.items() if name != EMBED_TOKENS}
+    save_file(tensors | {name: embedding.clone() for name in names}, path, {"format": "pt"})
+    encoder = TextEncoder.load(folder, device=CPU, dtype=dtype)
+    reference = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype).eval()
+    assert {p.dtype for p in encoder.model.parameters()} == {dtype} and not encoder.model.training
+    assert not any(p.requires_grad for p in encoder.model.parameters())
+    expected = TextEncoder(reference, encoder.tokenizer, 512).encode(PROMPT)
+    assert torch.equal(encoder.encode(PROMPT), expected)
+
+
+def test_no_second_copy_is_made_and_moved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(UMT5EncoderModel, "from_pretrained", lambda *args, **kwargs: pytest.fail("a copy is made"))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda *args, **kwargs: pytest.fail("a copy is moved"))
+    encoder = TextEncoder.load(folder, device=CPU, dtype=torch.float32)
+    assert {p.device for p in encoder.model.parameters()} == {CPU}
+    assert encoder.model.shared.weight is encoder.model.encoder.embed_tokens.weight
+
+
+def test_what_does_not_fit_is_named(folder: Path) -> None:
+    config = folder / "text_encoder" / "config.json"
+    given = json.loads(config.read_text())
+    config.write_text(json.dumps(given | {"d_ff": given["d_ff"] + 8}))
+    with pytest.raises(
+        ValueError, match=r"checkpoint text_encoder does not fit its config; wrong shape: encoder\.block"
+    ):
+        TextEncoder.load(folder, device=CPU, dtype=torch.float32)
+    config.write_text(json.dumps(given | {"num_heads": "many"}))
+    with pytest.raises(ValueError, match=r"text_encoder/config\.json cannot be read"):
+        TextEncoder.load(folder, device=CPU, dtype=torch.float32)

@@ -158,16 +158,28 @@ def test_experts_never_share_a_pack_or_a_cache(folders: dict[str, Path], monkeyp
 
 def test_bf16_differs_from_its_solo_run_by_rounding_alone(folders: dict[str, Path]) -> None:
     """The floor that packs leave in bf16: products of another shape round otherwise, and nothing else may differ."""
-    folder = str(folders["wan2.1-t2v"])
-    asked = [small_request(seed=k, prompt=PROMPTS[k], num_inference_steps=8) for k in range(3)]
-    together = Recorder(Engine.from_pretrained(folder, device="cpu", dtype="bf16"))
-    tickets = [together.engine.submit(request) for request in asked]
-    together.run()
-    for ticket, request in zip(tickets, asked, strict=True):
-        alone = Engine.from_pretrained(folder, device="cpu", dtype="bf16").generate_latents(request)
-        exact = Engine.from_pretrained(folder, device="cpu", dtype="fp32").generate_latents(request)
-        floor = relative_l2(alone, exact)  # what bf16 itself costs
-        assert relative_l2(together.latents(ticket), alone) < floor  # measured: 0 and 2e-2
+
+    def run(dtype: str, *asked: VideoRequest) -> Recorder:
+        recorder = Recorder(Engine.from_pretrained(str(folders["wan2.1-t2v"]), device="cpu", dtype=dtype))
+        for request in asked:
+            recorder.engine.submit(request)
+        recorder.run()
+        return recorder
+
+    caches = ["none", "easy:threshold=2,warmup=1", "none", "easy:threshold=2,warmup=1"]
+    asked = [
+        small_request(cache, seed=k, prompt=PROMPTS[k], width=width, height=height, num_frames=num_frames)
+        for k, (cache, (width, height, num_frames)) in enumerate(zip(caches, SIZES, strict=False))
+    ]
+    together = run("bf16", *asked)
+    num_evaluations = sum(t.cache.trace.count("1") for t in together.trajectories.values())
+    assert together.engine.pack_stats[0] < num_evaluations / 2  # they did share packs
+    for ticket, request in enumerate(asked, 1):
+        alone, exact = run("bf16", request), run("fp32", request)
+        assert together.trace(ticket) == alone.trace(1) == exact.trace(1)
+        assert ("0" in alone.trace(1)) == (request.cache != "none")
+        floor = relative_l2(alone.latents(1), exact.latents(1))  # what bf16 itself costs
+        assert relative_l2(together.latents(ticket), alone.latents(1)) < floor  # measured: 0 and 2e-2
 
 
 def test_packs_and_their_tokens_are_counted(folders: dict[str, Path]) -> None:

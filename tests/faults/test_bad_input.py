@@ -1,0 +1,54 @@
+"""All bad requests against a real `skylapse serve`: each is refused, and after each a good job completes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from running import KEY, Running, wait_for
+
+from skylapse.tests.serve.bad_requests import CASES
+from skylapse.tests.serve.raw_http import Client
+
+MIB = 2**20
+SMALL = dict(num_frames=1, num_inference_steps=1, size="64x64")
+
+
+@pytest.fixture
+def strict(tmp_path: Path) -> Iterator[Running]:
+    """Webhooks to private addresses are refused here."""
+    running = Running(tmp_path / "data", {"creates_per_minute": 100_000})
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
+
+
+def memory_of(service: Running) -> int:
+    """Resident bytes of all its processes."""
+    total = 0
+    for pid, _ in service.processes():
+        with suppress(OSError):
+            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+    return total
+
+
+def test_no_bad_request_does_any_harm(strict: Running) -> None:
+    client = Client(strict.url, KEY)
+    mine = strict.create(**SMALL)["id"]
+    strict.ended([mine])
+    for _ in range(20):  # what a service takes when it begins to work is no growth
+        strict.ended([strict.create(**SMALL)["id"]])
+    before = memory_of(strict)
+    problems = []
+    for case in CASES:
+        if (problem := case.problem(case.send(client, mine=mine))) is not None:
+            problems.append(problem)
+        (video,) = strict.ended([strict.create(**SMALL)["id"]], 60.0)
+        assert video["status"] == "completed", f"after {case.id}: {video}"
+    assert not problems, "\n".join(problems)
+    assert memory_of(strict) - before < 100 * MIB
+    wait_for(lambda: not [*(strict.data / "scratch").iterdir()], 30.0, "the last file to be gone")

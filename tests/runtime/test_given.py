@@ -204,7 +204,7 @@ def test_a_shortened_schedule_keeps_guidance_experts_and_calibration_at_their_no
 
 @pytest.mark.parametrize(
     ("cache", "trace"),
-    [("fast", "1" * 6), ("budget:0.5", "111000"), ("taylorseer:interval=3,warmup=1", "100101"), ("easy:0", "1" * 6)],
+    [("fast", "1" * 6), ("budget:0.5", "100101"), ("taylorseer:interval=3,warmup=1", "100101"), ("easy:0", "1" * 6)],
 )
 def test_caches_count_the_steps_that_are_taken(cache: str, trace: str, t2v: Engine) -> None:
     report = t2v.generate(small_request(cache, video=CLIP[:5], strength=0.5)).metadata.cache

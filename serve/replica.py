@@ -53,6 +53,7 @@ class EngineReplica:
         )
         self._checked_s = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._packed = (0, 0)
         self._closing = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="skylapse-heartbeat", daemon=True)
         self._beating.start()
@@ -99,14 +100,20 @@ class EngineReplica:
         facts = {"model": self.config.model, "device": str(device), "slots": self.config.engine_slots}
         while not self._closing.wait(BEAT_S):
             try:
-                running = len(self.worker.keeper.held)
-                self.processes.beat(self.id, ENGINE, facts | self.measures.facts | read_gpu() | {"running": running})
+                told = facts | self.measures.facts | self._packs() | read_gpu()
+                self.processes.beat(self.id, ENGINE, told | {"running": len(self.worker.keeper.held)})
             except SQLAlchemyError as error:
                 logger.warning("no sign of life could be left: %s", type(error).__name__)
             if self._loop is not None and self.is_drained:
                 logger.info("this engine is being stopped: what does not fit is given back")
                 asyncio.run_coroutine_threadsafe(self.worker.drain(0.7 * self.config.drain_s), self._loop)
                 return
+
+    def _packs(self) -> dict[str, float]:
+        """Mean tokens of the packs since the last sign, where there were any."""
+        (packs, tokens), before = self.engine.pack_stats, self._packed
+        self._packed = packs, tokens
+        return {} if packs == before[0] else {"pack_tokens": round((tokens - before[1]) / (packs - before[0]), 1)}
 
     @property
     def is_drained(self) -> bool:

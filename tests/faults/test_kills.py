@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import av
 import httpx2 as httpx
 import pytest
-from running import Running, wait_for
+from running import KEY, Running, wait_for
 
 STEPS = 60  # long enough for a kill in the middle, at 20 to 60 ms a step
 
@@ -86,3 +87,16 @@ def test_cancel_takes_effect_within_a_step_and_frees_the_slot(service: Running) 
     assert service.get(job)["progress"] == cancelled["progress"]
     engine = wait_for(lambda: [e for e in service.engines() if e["running"] == 0], 5.0, "a free slot")
     assert engine and service.get(job)["progress"] == cancelled["progress"]
+
+
+def test_no_log_holds_a_key_or_a_prompt(service: Running) -> None:
+    """All that Ray wrote for this service's processes; the driver prints the key, for whoever has started it."""
+    prompt = "an unmistakable zeppelin"
+    service.ended([service.create(prompt=prompt, num_inference_steps=2)["id"]])
+    service.client.get("/v1/videos/video_nonsense")
+    service.client.post("/v1/videos", json={"prompt": prompt, "size": "nonsense"})
+    session = Path("/tmp/ray/session_latest/logs").resolve()
+    texts = [path.read_bytes() for path in session.rglob("*") if path.is_file()]
+    assert any(b"skylapse" in text for text in texts), "the logs are elsewhere"
+    for secret in (KEY, prompt):
+        assert not any(secret.encode() in text for text in texts)

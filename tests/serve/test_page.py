@@ -1,4 +1,4 @@
-"""The page at `/` in a real Chromium, in front of a whole service: what a visitor does, and what he must not be able to."""
+"""The page at `/` in a real Chromium, in front of a whole service: what a visitor can do, and what he cannot."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ from .models.text_cache import TextCache
 from .request import VideoRequest
 from .sampler.solver import restore_state, state_record
 from .sampler.state import SolverState, state_tensors
-from .state_record import INDEX, VERSION, read_record
+from .state_record import INDEX as INDEX  # how a service tells that a folder holds a checkpoint
+from .state_record import VERSION, read_record
 from .terms import Terms
 from .trajectory import Trajectory
 

@@ -20,6 +20,7 @@ from .text import build_tokenizer
 from .train_dit import SHIFT, DemoModel
 
 MAX_BYTES = 24 * 2**20
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler",
     "num_train_timesteps": 1000,
@@ -68,10 +69,19 @@ SKYLAPSE = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=Path, required=True, help="folder that train_vae wrote")
-    parser.add_argument("--dit", type=Path, required=True, help="folder that train_dit wrote")
+    parser.add_argument("--dit", type=Path, help="folder that train_dit wrote; without it, one of a --decoder-only run")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    export(args.vae, args.dit, args.out)
+    if args.dit is None:
+        replace_decoder(args.vae, args.out)
+    else:
+        export(args.vae, args.dit, args.out)
+
+
+def replace_decoder(vae_run: Path, folder: Path) -> None:
+    """Give a folder the decoder of a `train_vae --decoder-only` run, whose latents are the folder's own."""
+    vae, _ = load_frozen_vae(vae_run, torch.device("cpu"))
+    save_file(checkpoint_tensors(vae), folder / "vae" / WEIGHTS, {"format": "pt"})
 
 
 def export(vae_run: Path, dit_run: Path, out: Path) -> None:
@@ -101,7 +111,7 @@ def write_module(folder: Path, module: WanVAE | WanDenoiser, class_name: str, co
     """config.json and the weights under the checkpoint's names, in fp16 but for what is kept in fp32."""
     write_json(folder / "config.json", {"_class_name": class_name, "_diffusers_version": "0.42.1"} | config)
     tensors = checkpoint_tensors(module)
-    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 def checkpoint_tensors(module: WanVAE | WanDenoiser) -> dict[str, Tensor]:

@@ -107,7 +107,7 @@ class Studio:
 
     def console(self, *expected: str) -> list[str]:
         """What the browser complained about since it was last asked, but for lines that hold an `expected` text."""
-        lines = [entry["message"] for entry in self.driver.get_log("browser")]
+        lines = [entry["message"] for entry in self.driver.get_log("browser")]  # type: ignore[no-untyped-call]
         return [line for line in lines if not any(text in line for text in expected)]
 
     def hosts(self) -> set[str]:

@@ -22,6 +22,7 @@ from .logs import log_as_json
 from .measures import Measures
 from .store.leases import Leases
 from .store.processes import ENGINE, Processes
+from .sweep import sweep_scratch
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class EngineReplica:
         self.measures = Measures()
         self.processes = Processes(context.database)
         self.config.scratch.mkdir(parents=True, exist_ok=True)
+        sweep_scratch(self.config.scratch)
         self.worker = Worker(
             self.engine,
             Leases(context.database, self.config.lease_s, self.config.max_attempts),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import select, update
@@ -21,6 +24,16 @@ SETTLED_S = 30.0  # after a job's end: an engine that had lost its lease may hav
 ORPHANED_S = 3600.0  # files of a job that is not there may be those of a request whose row is about to be written
 HOURLY_S = 3600.0
 DAY_S = 86400.0
+
+
+def sweep_scratch(folder: Path, older_than_s: float = DAY_S) -> None:
+    """Remove what processes of this machine have left behind that were killed; nothing there is worked on for a day."""
+    latest_s = time.time() - older_than_s
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with suppress(FileNotFoundError):  # another one sweeps, too
+            if path.stat().st_mtime < latest_s:
+                logger.info("removed what a killed process had left in the scratch folder")
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class Sweeper:
@@ -41,6 +54,7 @@ class Sweeper:
         if time.monotonic() - self._last_hourly_s > HOURLY_S:
             self._last_hourly_s = time.monotonic()
             self._sweep_orphans()
+            sweep_scratch(self.context.config.scratch)
             self.context.jobs.forget_idempotency(DAY_S)
             self.context.sessions.remove_expired()
             self.context.processes.forget(HOURLY_S)

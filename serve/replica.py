@@ -27,7 +27,7 @@ from .worker import Worker
 
 logger = logging.getLogger(__name__)
 BEAT_S = 1.0
-NICE = 5
+NICE = 10
 UNCHECKED_S = 5.0  # health checks come every second; a replica that is being drained gets none
 
 

@@ -14,6 +14,8 @@ from .migrations import migrate
 
 MIGRATION_LOCK = 0x5C71A95E  # of Postgres' advisory locks: any number that nobody else takes
 SQLITE_WAIT_S = 10
+POSTGRES_WAIT_S = 5  # for a connection; a server that is away answers at once, one that hangs does not
+POOL = 16  # connections that are kept; an ingress answers in 40 threads
 
 
 class now(FunctionElement[float]):
@@ -41,10 +43,11 @@ class Database:
         if kind not in ("sqlite", "postgresql"):
             raise ValueError(f"the store must be sqlite or postgresql, got {kind}")
         self.is_sqlite = kind == "sqlite"
-        options: dict[str, Any] = {"pool_pre_ping": True}
         if self.is_sqlite:
-            options = {"connect_args": {"timeout": SQLITE_WAIT_S}}
-        self.engine: Engine = create_engine(url, **options)
+            options: dict[str, Any] = {"connect_args": {"timeout": SQLITE_WAIT_S}}
+        else:
+            options = {"pool_pre_ping": True, "connect_args": {"connect_timeout": POSTGRES_WAIT_S}}
+        self.engine: Engine = create_engine(url, pool_size=POOL, max_overflow=POOL, **options)
         if self.is_sqlite:
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_immediate)

@@ -37,7 +37,7 @@ def add_models(commands: argparse._SubParsersAction[Parser]) -> None:
 def _list_models(options: argparse.Namespace, settings: Settings) -> int:
     from .registry import list_models
 
-    entries = list_models()
+    entries = list_models(cache_dir=settings.cache_dir)
     if options.json:
         print(json.dumps([asdict(entry) for entry in entries], default=str))
         return 0

@@ -191,22 +191,22 @@ def read_folder(path: Path) -> ModelFolder:
     )
 
 
-def list_models() -> list[ModelEntry]:
-    """The model inside the package, and the complete diffusers folders of Hugging Face's cache."""
+def list_models(cache_dir: Path | None = None) -> list[ModelEntry]:
+    """The model inside the package, and the complete diffusers folders among the downloaded ones."""
     return [
         ModelEntry(
             "demo", "small Wan model for moving shapes, ships inside the package", "package", _size(DEMO_FOLDER)
         ),
-        *_cached_models(),
+        *_cached_models(cache_dir),
     ]
 
 
-def _cached_models() -> Iterator[ModelEntry]:
+def _cached_models(cache_dir: Path | None) -> Iterator[ModelEntry]:
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repositories = scan_cache_dir().repos
+        repositories = scan_cache_dir(cache_dir).repos
     except CacheNotFound:
         return
     for repository in sorted(repositories, key=lambda r: r.repo_id):

@@ -170,6 +170,7 @@ def _summary(
         "timings_s": {stage: round(seconds, 4) for stage, seconds in timings_s.items()},
         "peak_memory_bytes": _peak_memory_bytes(),
         "peak_device_bytes": video.metadata.peak_bytes,
+        "cut_tokens": dict(video.metadata.cut_tokens),
     }
 
 
@@ -246,7 +247,9 @@ def _hand_over(name: str, arguments: Sequence[str], settings: Settings) -> int:
         command = importlib.import_module(f".{module}", __package__)
         status: int = getattr(command, name)(arguments, settings)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{name} needs {error.name}: pip install 'skylapse[serve]'") from None
+        if error.name is None or error.name.split(".")[0] == __package__:
+            raise  # a module of ours that is missing is our failure
+        raise ValueError(f"{name} needs {error.name}: pip install 'skylapse[serve]'") from error
     return status
 
 

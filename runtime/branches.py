@@ -41,6 +41,7 @@ class BranchEncoder:
         self.model, self.cache = model, cache
         self.prompts = (request.prompt, request.negative_prompt)
         self.rows: dict[str, Tensor] = {}  # [n, text_dim] of each prompt, the text encoder's
+        self.cut_tokens: dict[str, int] = {}  # prompt, negative_prompt -> how many it has beyond what the model reads
         self.image_rows: Tensor | None = None  # [L, image_dim], the image encoder's
         shown = {(prompt, plan.expert): None for plan in plans for prompt in self.prompts[: plan.num_branches]}
         self._experts = {prompt: [expert for own, expert in shown if own == prompt] for prompt, _ in shown}
@@ -64,7 +65,9 @@ class BranchEncoder:
             if self.rows and key not in self.cache:
                 yield
             if num_cut := self.model.text_encoder.count_cut(prompt):
-                name, limit = self._name(prompt), self.model.text_encoder.max_tokens
+                name = "prompt" if prompt == self.prompts[0] else "negative_prompt"
+                self.cut_tokens[name] = num_cut
+                limit = self.model.text_encoder.max_tokens
                 logger.warning("the last %d tokens of a %s are cut off: the model reads %d", num_cut, name, limit)
             self.rows[prompt] = self.cache.get(key, partial(self.model.text_encoder.encode, prompt))
             for expert in experts:
@@ -77,9 +80,6 @@ class BranchEncoder:
             texts = tuple(self._text(plan.expert, prompt) for prompt in self.prompts[: plan.num_branches])
             self._held = key, Branches(texts, self._image(plan.expert))
         return self._held[1]
-
-    def _name(self, prompt: str) -> str:
-        return "prompt" if prompt == self.prompts[0] else "negative_prompt"
 
     def _text(self, expert: int, prompt: str) -> TextContext:
         denoiser = self.model.experts[expert]

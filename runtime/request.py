@@ -166,6 +166,9 @@ class VideoMetadata:
     model: str | None = None
     timings_s: Mapping[str, float] = field(default_factory=dict)  # stage -> seconds
     cache: CacheReport | None = None
+    cut_tokens: Mapping[str, int] = field(
+        default_factory=dict
+    )  # prompt, negative_prompt -> its last that were not read
     peak_bytes: int | None = None  # most device memory held meanwhile, by all; None where the device does not count it
 
 

@@ -250,6 +250,7 @@ class Trajectory:
             model=self.model.name,
             timings_s=self.timings_s,
             cache=self.cache.report(),
+            cut_tokens=self.branch_encoder.cut_tokens,
             peak_bytes=peak_bytes(self.model.device),
         )
         return Video(np.concatenate(self._frames), self.request.fps, metadata)

@@ -54,7 +54,8 @@ class FakeEngine:
             if step == 2 and isinstance(self.failure, Exception):
                 yield Failed(0, self.failure)
             yield Progress(0, step, num_steps)
-        metadata = VideoMetadata(request=request, timings_s={"denoise": 1.25, "decode": 0.5})
+        timings_s, cut_tokens = {"denoise": 1.25, "decode": 0.5}, {"negative_prompt": 3}
+        metadata = VideoMetadata(request=request, timings_s=timings_s, cut_tokens=cut_tokens)
         yield Finished(0, Video(np.zeros((num_frames, height, width, 3), np.uint8), request.fps or 0, metadata))
 
 

@@ -84,6 +84,7 @@ def test_json_is_one_object_with_what_was_made_and_what_it_cost(command: Command
         "fps": 8,
         "duration_s": 1.125,
         "peak_device_bytes": None,
+        "cut_tokens": {"negative_prompt": 3},
     }
     assert list(timings_s) == ["load", "denoise", "decode", "write"]
     assert peak > 10 * 2**20
@@ -291,7 +292,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     entries = [ModelEntry("demo", "coloured shapes", "inside the package", 24 * 2**20), ModelEntry("x", "y", "z", None)]
     module = ModuleType("skylapse.runtime.models.registry")
-    module.__dict__.update(list_models=lambda: entries, inspect_model=lambda name, cache_dir: report)
+    module.__dict__.update(list_models=lambda cache_dir: entries, inspect_model=lambda name, cache_dir: report)
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
 

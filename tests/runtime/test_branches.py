@@ -141,3 +141,16 @@ def test_what_is_cut_off_a_prompt_is_told_once_a_request(
         assert len(t.branch_encoder.rows[prompt]) == limit
         told = [record.getMessage() for record in caplog.records]
         assert told == [f"the last 7 tokens of a prompt are cut off: the model reads {limit}"] * num_warnings
+
+
+def test_a_video_tells_what_was_cut_off_its_prompts(folders: dict[str, Path]) -> None:
+    engine = engine_of(folders["wan2.1-t2v"])
+    too_long = " ".join(["star"] * (engine.limits.max_prompt_tokens + 1))  # and the end token
+    for prompts, cut in (
+        (dict(), {}),
+        (dict(negative_prompt=too_long), {"negative_prompt": 2}),
+        (dict(prompt=too_long, negative_prompt=too_long + " star"), {"prompt": 2, "negative_prompt": 3}),
+        (dict(negative_prompt=too_long, guidance_scale=1.0), {}),  # nothing is guided away from, so it is not read
+    ):
+        video = engine.generate(small_request(**prompts, num_inference_steps=2))
+        assert video.metadata.cut_tokens == cut

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from reprlib import repr as short
@@ -93,12 +94,12 @@ def _restore(
 ) -> Trajectory:
     request = _request(record["request"]).resolved(model.defaults, model.limits)
     terms = Terms(**record["terms"], checkpoint_dir=folder, deadline_s=deadline.deadline_s)
-    t = Trajectory(ticket, model, request, text_cache, tensors["latents"], terms)
-    generator = tensors["generator"]
+    t = Trajectory(ticket, model, request, text_cache, terms=terms)
+    _check_tensors(t, tensors)
+    _set_generator(t.generator, tensors["generator"])
     tensors = {name: tensor.to(model.device) for name, tensor in tensors.items() if name != "generator"}
     t.solver_state = _solver_state(t, record["solver"], tensors)
     t.latents = tensors["latents"]
-    _set_generator(t.generator, generator)
     t.branch_encoder.image_rows = tensors.get("image_rows")
     t.conditioning = _conditioning(t, record["frame_is_given"], tensors)
     if len(record["trace"]) != t.steps_done:
@@ -118,20 +119,49 @@ def _solver_state(t: Trajectory, record: Mapping[str, Any], tensors: Mapping[str
     if not isinstance(step_index, int) or not t.first_step < step_index < t.schedule.num_steps:
         between = f"{t.first_step + 1} to {t.schedule.num_steps - 1}"
         raise ValueError(f"step_index of its solver must be {between}, got {short(step_index)}")
-    state = restore_state(expected | {"step_index": step_index}, tensors)
-    weights = state.plan[step_index - t.first_step] if state.plan else None
-    needed = (weights.num_earlier, bool(weights.corrector)) if weights else (0, False)
-    held = (len(state.clean_predictions), state.last_sample is not None)
-    if needed != held or any(tensor.shape != t.shape for tensor in state_tensors(state).values()):
-        raise ValueError(f"its solver's tensors are not those of step {step_index}")
-    return state
+    weights = t.solver_state.plan[step_index - t.first_step] if t.solver_state.plan else None
+    needed = {f"clean_prediction_{age}" for age in range(weights.num_earlier if weights else 0)}
+    needed |= {"last_sample"} if weights and weights.corrector else set()
+    held = {name for name in tensors if name.startswith(("clean_prediction_", "last_sample"))}
+    if held != needed:
+        raise ValueError(f"its solver's tensors at step {step_index} must be {sorted(needed)}, got {sorted(held)}")
+    return restore_state(expected | {"step_index": step_index}, tensors)
 
 
 def _set_generator(generator: torch.Generator, state: Tensor) -> None:
-    expected = generator.get_state()
-    if (state.dtype, state.shape) != (expected.dtype, expected.shape):
-        raise ValueError(f"generator must be {len(expected)} bytes, got {list(state.shape)} of {state.dtype}")
-    generator.set_state(state)
+    try:
+        generator.set_state(state)
+    except RuntimeError as error:
+        raise ValueError(f"generator must be the state of one: {error}") from error
+
+
+def _check_tensors(t: Trajectory, tensors: Mapping[str, Tensor]) -> None:
+    """ValueError for the first that is missing, of no use to this request, or of another type or shape than its own."""
+    config, (width, height, _) = t.model.experts[0].config, t.request.size
+    kinds: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {  # None: any number
+        r"latents|given|last_sample|clean_prediction_\d": (torch.float32, t.shape),
+        "channels": (torch.float32, (config.in_channels - config.out_channels, *t.shape[1:])),
+        "image_rows": (torch.float32, (None, config.image_dim)),
+        "generator": (torch.uint8, tuple(t.generator.get_state().shape)),
+        r"pixels_\d{1,5}": (torch.uint8, (None, height, width, 3)),
+    }
+    needs = {"channels": t.model.folder.concatenates_image, "image_rows": t.model.image_encoder is not None}
+    needed = {"latents", "generator", *(name for name, is_needed in needs.items() if is_needed)}
+    if missing := sorted(needed - tensors.keys()):
+        raise ValueError(f"it has no {missing[0]}")
+    for name, tensor in tensors.items():
+        kind = next((kind for pattern, kind in kinds.items() if re.fullmatch(pattern, name)), None)
+        if kind is None or not needs.get(name, True):
+            raise ValueError(f"it has a tensor {short(name)}, which this request has no use for")
+        dtype, shape = kind
+        fits = len(shape) == tensor.dim() and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
+        if tensor.dtype != dtype or not fits:
+            raise ValueError(f"{name} must be {_described(dtype, shape)}, got {_described(tensor.dtype, tensor.shape)}")
+
+
+def _described(dtype: torch.dtype, shape: Iterable[int | None]) -> str:
+    sizes = ", ".join("any" if size is None else str(size) for size in shape)
+    return f"{str(dtype).removeprefix('torch.')} [{sizes}]"
 
 
 def _read_tensors(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -140,13 +170,9 @@ def _read_tensors(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
         data = (folder / name).read_bytes()
         if hashlib.sha256(data).hexdigest() != record["sha256"]:
             raise ValueError(f"it is corrupted: {name} is not what {INDEX} describes")
-        tensors = load(data)
+        return load(data)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"it cannot be read: {type(error).__name__}: {error}") from error
-    for needed in ("latents", "generator"):
-        if needed not in tensors:
-            raise ValueError(f"{name} has no {needed}")
-    return tensors
 
 
 def _check_belongs(record: Mapping[str, Any], model: Model) -> None:
@@ -183,8 +209,8 @@ def _conditioning(t: Trajectory, flags: list[bool], tensors: Mapping[str, Tensor
     if len(flags) != t.shape[1]:
         raise ValueError(f"frame_is_given must have {t.shape[1]} entries, got {len(flags)}")
     given = tensors.get("given")
-    if (given is not None and given.shape != t.shape) or (given is None and any(flags)):
-        raise ValueError(f"given must be {list(t.shape)}, got {'none' if given is None else list(given.shape)}")
+    if given is None and any(flags):
+        raise ValueError(f"given must be {list(t.shape)}, got none")
     pieces = [
         Given(int(name.removeprefix("pixels_")), tensor.cpu().numpy())
         for name, tensor in tensors.items()

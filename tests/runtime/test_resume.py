@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import random
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from tiny import save_checkpoint
 
 from skylapse import Engine, VideoRequest
@@ -203,7 +204,10 @@ def test_a_tampered_record_is_refused(folder: Path, tmp_path: Path) -> None:
         ({"request": {**record["request"], "shift": 1.0}}, "its noise schedule is not the one"),
         ({"request": {**record["request"], "strength": 0.5}}, "its noise schedule is not the one"),
         ({"request": {**record["request"], "colour": "red"}}, "unexpected keyword argument 'colour'"),
-        ({"request": {**record["request"], "width": 96}}, "latents must be"),
+        (
+            {"request": {**record["request"], "width": 96}},
+            r"must be float32 \[4, 2, 4, 6\], got float32 \[4, 2, 4, 4\]",
+        ),
     ):
         (state / "state.json").write_text(json.dumps(record | change))
         with pytest.raises(ValueError, match=message):
@@ -276,6 +280,40 @@ def mutate(record: Any, rng: random.Random) -> None:
         at["colour"] = "red"
     else:
         at[key] = rng.choice([None, "x", "", -1, 0, 1, 2, 10**30, 0.5, float("nan"), True, [], [None], {}, {"a": 1}])
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("latents", None, "it has no latents"),
+        ("generator", torch.zeros(5056), r"generator must be uint8 \[5056\], got float32 \[5056\]"),
+        ("generator", torch.zeros(5056, dtype=torch.uint8), "generator must be the state of one: Invalid"),
+        ("latents", torch.zeros(4, 2, 4, 4, dtype=torch.int64), r"latents must be float32 \[4, 2, 4, 4\], got int64"),
+        ("given", torch.zeros(4, 2, 4, 5), r"given must be float32 \[4, 2, 4, 4\], got float32 \[4, 2, 4, 5\]"),
+        ("given", None, r"given must be \[4, 2, 4, 4\], got none"),
+        (
+            "clean_prediction_0",
+            None,
+            r"solver's tensors at step 3 must be \['clean_prediction_0', 'clean_prediction_1'",
+        ),
+        ("clean_prediction_2", torch.zeros(4, 2, 4, 4), "its solver's tensors at step 3 must be"),
+        ("last_sample", torch.zeros(3), r"last_sample must be float32 \[4, 2, 4, 4\], got float32 \[3\]"),
+        ("pixels_0", torch.zeros(1, 64, 64, 3), r"pixels_0 must be uint8 \[any, 64, 64, 3\], got float32"),
+        ("pixels_x", torch.zeros(3), "it has a tensor 'pixels_x', which this request has no use for"),
+        ("channels", torch.zeros(3), "it has a tensor 'channels', which this request has no use for"),
+    ],
+)
+def test_a_tensor_that_cannot_be_is_named(
+    name: str, tensor: torch.Tensor | None, message: str, folder: Path, tmp_path: Path
+) -> None:
+    state = saved_state(folder, tmp_path, image=CLIP[0])
+    record = json.loads((state / "state.json").read_text())
+    tensors = {key: value.clone() for key, value in load_file(state / record["tensors"]).items() if key != name}
+    data = save(tensors if tensor is None else tensors | {name: tensor})
+    (state / record["tensors"]).write_bytes(data)
+    (state / "state.json").write_text(json.dumps(record | {"sha256": hashlib.sha256(data).hexdigest()}))
+    with pytest.raises(ValueError, match=f"the checkpoint in .* cannot be resumed: .*{message}"):
+        engine_of(folder).resume(state)
 
 
 def test_a_crash_while_saving_leaves_the_checkpoint_before(

@@ -233,23 +233,24 @@ class _Lines:
 
 # -------------------------------------------------------------------------------------------------------- elsewhere
 
-# Commands with options of their own: name -> (the module whose function of this name runs them, what they do).
+# Commands with options of their own: name -> (the module whose function of this name runs them, the extra that they
+# need, what they do).
 ELSEWHERE = {
-    "serve": ("serve.command", "serve the OpenAI Videos API on this machine"),
-    "keys": ("serve.command", "make, list and revoke the service's API keys"),
+    "serve": ("serve.command", "serve", "serve the OpenAI Videos API on this machine"),
+    "keys": ("serve.command", "serve", "make, list and revoke the service's API keys"),
 }
 
 
 def _hand_over(name: str, arguments: Sequence[str], settings: Settings) -> int:
     """Run a command that needs more than the core dependencies, with all that follows its name."""
-    module, _ = ELSEWHERE[name]
+    module, extra, _ = ELSEWHERE[name]
     try:
         command = importlib.import_module(f".{module}", __package__)
         status: int = getattr(command, name)(arguments, settings)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == __package__:
             raise  # a module of ours that is missing is our failure
-        raise ValueError(f"{name} needs {error.name}: pip install 'skylapse[serve]'") from error
+        raise ValueError(f"{name} needs {error.name}: pip install 'skylapse[{extra}]'") from error
     return status
 
 
@@ -262,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_generate(commands)
     add_models(commands)
-    for name, (_, what) in ELSEWHERE.items():
+    for name, (_, _, what) in ELSEWHERE.items():
         commands.add_parser(name, help=what, add_help=False)
     return parser
 

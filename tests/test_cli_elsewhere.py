@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -71,7 +72,12 @@ def test_a_missing_module_is_one_line(
     assert result.stderr.startswith(line)
 
 
+def test_the_extra_that_a_command_needs_is_one_of_ours(root: Path) -> None:
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {extra for _, extra, _ in ELSEWHERE.values()} <= {*extras}
+
+
 def test_they_are_listed_among_the_commands(command: Command) -> None:
     listed = command("--help").stdout
-    for name, (_, what) in ELSEWHERE.items():
+    for name, (_, _, what) in ELSEWHERE.items():
         assert f"    {name} " in listed and what in listed

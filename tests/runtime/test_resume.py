@@ -99,6 +99,20 @@ def test_a_resumed_request_needs_none_of_the_files_that_it_was_shown(shown: dict
     assert frames is not None and np.array_equal(frames, expected)
 
 
+@pytest.mark.parametrize("variant", ["wan2.1-i2v", "wan2.1-flf2v", "wan2.2-i2v-a14b"])
+def test_channels_and_image_rows_come_back_from_a_checkpoint(variant: str, tmp_path: Path) -> None:
+    folder = save_checkpoint(variant, tmp_path / "model")
+    images = dict(image=CLIP[0], last_image=CLIP[12] if "flf2v" in variant else None)
+    state = saved_state(folder, tmp_path / "state", **images)
+    resumed, whole = engine_of(folder), engine_of(folder)
+    resumed.resume(state)
+    whole.submit(
+        VideoRequest(prompt="a star", **images, **SMALL), checkpoint_every=3, checkpoint_dir=tmp_path / "whole"
+    )
+    frames, expected = run(resumed)[0], run(whole)[0]
+    assert frames is not None and expected is not None and np.array_equal(frames, expected)
+
+
 def test_a_stream_goes_on_from_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     state = saved_state(folder, tmp_path)
     engine = engine_of(folder)

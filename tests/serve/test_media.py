@@ -317,7 +317,7 @@ def test_a_bomb_costs_us_no_memory(upload: Any) -> None:
     for path in paths:
         refused(decode_image(path, 32, 32))
     grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown_kb < 20_000 and resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1_500_000
+    assert grown_kb < 20_000  # the child has a limit of its own, and the largest of our children is another test's
 
 
 def test_more_uploads_than_places_are_asked_to_come_back(upload: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,12 +128,12 @@ def test_a_redeployment_lets_running_jobs_end(tmp_path: Path) -> None:
     service = Running(tmp_path / "data")
     try:
         service.start()
-        jobs = start_jobs(service, 3)
+        jobs = start_jobs(service, 3, seconds="4")
         wait_until_stepping(service, jobs, 10)
         script = REDEPLOY.format(arguments={"data": str(service.data), "engine_slots": 4}, port=service.port)
         subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=120, cwd=tmp_path)
-        videos = service.ended(jobs)
-        check_completed(service, videos)
+        videos = service.ended(jobs, within_s=240.0)
+        check_completed(service, videos, num_frames=32)
         assert all(video["attempts"] == 0 for video in videos)
         engines: list[dict[str, Any]] = wait_for(
             lambda: [e for e in service.engines() if e["slots"] == 4],

@@ -1,0 +1,69 @@
+"""Triton where it can be imported, the decision to launch a kernel, and the list of what is shipped.
+
+Without Triton (macOS, a broken installation) the kernels' files still import: `jit` then leaves functions as they are,
+and nothing launches them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+triton: Any = None
+tl: Any = None
+MISSING: str | None = None  # why there is no Triton, for whoever reports it
+try:
+    import triton as _triton
+    import triton.language as _language
+
+    triton, tl = _triton, _language
+except ImportError as error:
+    MISSING = str(error)
+
+ARCHITECTURES = (80, 89, 90, 100, 120)
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """triton.jit, or the function itself."""
+    return function if triton is None else triton.jit(function)
+
+
+def launches(x: Tensor) -> bool:
+    """Whether a kernel serves: on CUDA, with Triton, where no gradient is asked for (kernels have no backward)."""
+    return x.is_cuda and triton is not None and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+def next_power_of_2(n: int) -> int:
+    """A tile's side must be one."""
+    return 1 << (n - 1).bit_length()
+
+
+def check_floats(**tensors: Tensor) -> None:
+    """One error for a dtype, layout or device that no kernel here reads; rows may be strided, their elements not."""
+    device = next(iter(tensors.values())).device
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+        if tensor.numel() and tensor.stride(-1) != 1:
+            raise ValueError(f"{name}'s last dimension must be contiguous, got strides {tensor.stride()}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on {device} as the others are, got {tensor.device}")
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One configuration of a kernel as its launcher launches it, so that it can be compiled without a GPU."""
+
+    op: str
+    configuration: str
+    kernel: Any
+    types: Mapping[str, str]  # of arguments that are no constants: "*bf16", "i32", "fp32"
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    multiplies: bool = False  # whether matrix instructions are demanded
+    architectures: tuple[int, ...] = field(default=ARCHITECTURES)

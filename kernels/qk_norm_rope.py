@@ -30,7 +30,7 @@ def qk_norm_rope(
         return _cpu(qkv, q_weight, k_weight, rotation, num_heads, eps)
     pairs = torch.view_as_real(rotation) if rotation.is_complex() else rotation
     q, k = _op(qkv, q_weight, k_weight, pairs, num_heads, eps).unbind(0)
-    return q, k, qkv[:, 2 * num_heads * q.shape[-1] :].unflatten(-1, (num_heads, -1))
+    return q, k, qkv.chunk(3, dim=-1)[2].unflatten(-1, (num_heads, -1))
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

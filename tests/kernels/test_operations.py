@@ -124,7 +124,7 @@ def test_without_triton_the_cpu_paths_work_and_say_what_is_missing() -> None:
 
 
 def test_cuda_tensors_go_to_the_kernels_and_v_is_not_copied() -> None:
-    with FakeTensorMode(), torch.inference_mode():
+    with FakeTensorMode(), torch.no_grad():
         qkv, weight = torch.empty(30, 288, device="cuda", dtype=torch.bfloat16), torch.empty(96, device="cuda")
         rotation = torch.empty(30, 16, device="cuda", dtype=torch.complex64)
         q, k, v = qk_norm_rope.qk_norm_rope(qkv, weight, weight, rotation, 3, 1e-6)

@@ -44,13 +44,19 @@ export function setUpComposer() {
 
 export async function loadModels(mayWrite) {
   const list = await ask("GET", "/v1/models");
-  models = list.data.filter((model) => model.native_sizes?.length); // aliases and others have none
+  models = distinct(list.data.filter((model) => model.native_sizes?.length));
   fill(fields.model, models.map((model) => [model.id, model.id]));
   $("model-pill").hidden = models.length < 2;
   $("generate").disabled = !mayWrite || models.length === 0;
   $("generate").title = mayWrite ? "" : "This key may only read.";
   showModel();
   $("ideas").replaceChildren(...(IDEAS[fields.model.value] ?? IDEAS.other).map(makeIdea));
+}
+
+// An alias is what it stands for in all but the name; the first name will do.
+function distinct(all) {
+  const facts = ({ id, ...rest }) => JSON.stringify(rest);
+  return all.filter((model, index) => all.findIndex((other) => facts(other) === facts(model)) === index);
 }
 
 function makeIdea(text) {
@@ -76,6 +82,8 @@ function showModel() {
   fill(fields.seconds, sorted.map((seconds) => [`${seconds}`, words.length(seconds)]));
   const presets = new Set(["none", ...(model.cache_presets ?? [])]);
   fill(fields.cache, [...presets].map((name) => [name, name]));
+  fields.num_inference_steps.placeholder = model.default_steps ?? "";
+  fields.guidance_scale.placeholder = model.default_guidance ?? "";
   fields.size.value = model.default_size;
   fields.seconds.value = `${Number(model.default_seconds)}`;
   showShape();

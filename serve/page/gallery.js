@@ -54,7 +54,7 @@ async function tried(card, act) {
 function showCard(card, job) {
   const { video, run } = job;
   showStage(card.querySelector(".stage"), job);
-  part(card, "facts").textContent = `${words.size(video)} · ${words.length(video.seconds)} · seed ${video.seed}`;
+  part(card, "facts").textContent = `${words.size(video)} · ${words.length(video.seconds)}`;
   download(part(card, "download"), job);
 
   part(card, "run").hidden = hasEnded(job);
@@ -64,7 +64,7 @@ function showCard(card, job) {
   const steps = run?.num_steps || 0;
   bar.max = steps || 100;
   bar.value = steps ? run.step : video.progress;
-  bar.style.setProperty("--steps", steps <= 60 ? steps || 1 : 1); // more notches would be hairlines
+  bar.style.setProperty("--steps", steps <= 40 ? steps || 1 : 1); // more notches would be hairlines
   bar.style.setProperty("--done", `${100 * bar.position}%`);
   bar.setAttribute("aria-label", `Progress of: ${video.prompt}`);
 }

@@ -69,7 +69,7 @@ class Jobs extends EventTarget {
   // Whoever looks away needs no streams; whoever comes back wants to know at once.
   look() {
     this.#balance();
-    if (this.#timer !== null && !document.hidden) this.#askAgain();
+    if (this.#timer !== null && !document.hidden) this.#askAgain(true);
   }
 
   clear() {
@@ -78,9 +78,9 @@ class Jobs extends EventTarget {
     for (const id of this.#known.keys()) this.#forget(id);
   }
 
-  async #askAgain() {
+  async #askAgain(isDue = false) {
     const open = this.all.filter((job) => !hasEnded(job));
-    const isDue = ++this.#tick % IDLE_TICKS === 0 || open.length > this.#streams.size;
+    isDue ||= ++this.#tick % IDLE_TICKS === 0 || open.length > this.#streams.size;
     if (document.hidden || this.#isAsking || !isDue) return;
     this.#isAsking = true;
     await this.refresh().catch(() => null); // the next tick tries again; a session that ended is told to the window

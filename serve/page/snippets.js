@@ -4,7 +4,7 @@ const OPTIONS = ["seed", "num_inference_steps", "guidance_scale", "cache", "nega
 const isSet = (value) => value !== null && value !== undefined && value !== "";
 
 // In single quotes a shell reads nothing into anything but the quote itself.
-const shell = (text) => (/^[\w.:/-]+$/.test(text) ? `${text}` : `'${`${text}`.replaceAll("'", `'\\''`)}'`);
+const shell = (text) => (/^[\w.:/=-]+$/.test(text) ? `${text}` : `'${`${text}`.replaceAll("'", `'\\''`)}'`);
 // A JSON string is a Python string too, but for halves of surrogate pairs, which JSON.stringify escapes the same way.
 const python = (value) => JSON.stringify(value);
 

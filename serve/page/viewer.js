@@ -72,7 +72,7 @@ function show() {
   const { video } = shown;
   showStage(part(dialog, "stage"), shown);
   part(dialog, "prompt").textContent = video.prompt;
-  const rows = words.facts(video).flatMap(([name, value]) => {
+  const rows = words.facts(shown).flatMap(([name, value]) => {
     const [term, text] = ["dt", "dd"].map((name) => document.createElement(name));
     term.textContent = name;
     text.textContent = value;

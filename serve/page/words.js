@@ -1,7 +1,9 @@
 // How numbers and states are said.
 
+import { hasEnded } from "./jobs.js";
+
 export const size = (video) => video.size.replace("x", " × ");
-export const length = (seconds) => `${Number(Number(seconds).toFixed(2))} s`;
+export const length = (seconds) => `${Number(Number(seconds).toFixed(3))} s`;
 
 export function duration(seconds) {
   if (seconds < 1) return "less than 1 s";
@@ -28,9 +30,11 @@ export function when(seconds) {
 }
 
 // [name, value] of what is known of a job.
-export function facts(video) {
+export function facts(job) {
+  const { video } = job;
   const optional = (name, value) => (value === null || value === undefined || value === "" ? [] : [[name, `${value}`]]);
   return [
+    ...(hasEnded(job) ? [] : [["Now", status(job)]]),
     ["Size", size(video)],
     ["Length", length(video.seconds)],
     ...optional("Seed", video.seed),

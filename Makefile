@@ -1,4 +1,4 @@
-# make demo | serve | test | test-faults | check | train-demo | clean
+# make demo | serve | test | test-faults | test-kernels | check | train-demo | clean
 #
 # Every pip call is bound by constraints.txt; without it pip brings gigabytes of CUDA packages to a machine without a GPU.
 
@@ -24,13 +24,14 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 install = echo "installing $(1) (log: $(LOG))"; \
 	$(BIN)/python -m pip install -c constraints.txt $(2) >$(LOG) 2>&1 || { tail -n 40 $(LOG) >&2; exit 1; }
 
-.PHONY: help demo serve test test-faults check train-demo clients clean
+.PHONY: help demo serve test test-faults test-kernels check train-demo clients clean
 
 help:
 	@echo "make demo        a prompt becomes out/demo.mp4, on the CPU"
 	@echo "make serve       the OpenAI Videos API on this machine, with the demo model; PORT=8000, DATA=skylapse-data"
 	@echo "make test        the tests; TESTS='tests/runtime -k solver' for some of them"
 	@echo "make test-faults the tests that kill parts of a running service, and its load (a quarter of an hour)"
+	@echo "make test-kernels  every configuration of every kernel, compiled for GPUs that need not be there (a minute or two)"
 	@echo "make check       ruff and mypy, as CI runs them"
 	@echo "make train-demo  train the embedded model anew into $(RUNS)/ (hours; resumes where it stopped)"
 	@echo "make clean       remove what was built; the environment and $(RUNS)/ stay"
@@ -45,10 +46,13 @@ serve: $(VENV)/.runtime
 	@$(BIN)/skylapse serve --port $(PORT) --data $(DATA)
 
 test: $(VENV)/.dev clients
-	@$(BIN)/python -m pytest -m "not faults" $(TESTS)
+	@$(BIN)/python -m pytest -m "not faults and not kernels" $(TESTS)
 
 test-faults: $(VENV)/.dev
 	@$(BIN)/python -m pytest -m faults -s tests/faults
+
+test-kernels: $(VENV)/.dev
+	@$(BIN)/python -m pytest -m kernels tests/kernels
 
 # mypy is given the name `skylapse` by a link to this folder: it does not find editable packages, and a checkout may have any name.
 check: $(VENV)/.dev

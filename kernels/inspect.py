@@ -1,0 +1,175 @@
+"""What the compiler makes of every shipped kernel, for GPUs that are not there.
+
+    python -m skylapse.kernels.inspect --arch 80 89 90 100 120 [--op adaln ...] [--first] [--json | --markdown]
+
+Each configuration is compiled to machine code offline; registers and stack are read from that, not from the
+intermediate code. Exits with 1 where one spills, exceeds its architecture's shared memory or
+lacks its matrix instruction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+
+from .toolchain import ARCHITECTURES, MISSING, Shipped, triton
+
+SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a program may ask for
+MATRIX = re.compile(r"\b(HGMMA|QGMMA|IGMMA|UTCHMMA|UTCQMMA|UTCIMMA|HMMA|IMMA|QMMA)\b")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One row of the table."""
+
+    op: str
+    arch: int
+    configuration: str
+    registers: int  # a thread
+    spill_bytes: int  # stack a thread: what did not fit into registers
+    shared_bytes: int  # a program
+    matrix: str  # the matrix instruction of the machine code; "" where none is meant or made
+    faults: tuple[str, ...]
+
+
+def shipped_kernels(ops: Iterable[str] = ()) -> list[Shipped]:
+    """Every configuration that a launcher uses; of these operations alone, where some are named."""
+    found: list[Shipped] = []
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if "\ndef shipped() -> list[Shipped]:" in path.read_text():
+            found += import_module(f".{path.stem}", __package__).shipped()
+    ops = {*ops}
+    unknown = ops - {item.op for item in found}
+    if unknown:
+        raise ValueError(f"no such operation: {', '.join(sorted(unknown))}")
+    return [item for item in found if not ops or item.op in ops]
+
+
+def on(architectures: Iterable[int], items: Iterable[Shipped], first: bool = False) -> list[tuple[Shipped, int]]:
+    """Each configuration with each architecture that it is shipped for; `first`: one an operation and architecture."""
+    pairs = [(item, arch) for item in items for arch in architectures if arch in item.architectures]
+    return [*{(item.op, arch): (item, arch) for item, arch in reversed(pairs)}.values()][::-1] if first else pairs
+
+
+def compile_for(item: Shipped, arch: int) -> Compiled:
+    """Compile one configuration; neither a GPU nor a driver is asked for anything."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = item.kernel.arg_names
+    signature = {name: item.types.get(name, "constexpr") for name in names}
+    # As the launcher has it: PyTorch's storage is aligned to 16 bytes and more, and rows of these widths keep it so.
+    aligned = [n for n in item.types if item.types[n].startswith("*") or n.startswith("stride") or n == "dim"]
+    source = ASTSource(
+        fn=item.kernel,
+        signature=signature,
+        constexprs=dict(item.constants),
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": item.num_warps, "num_stages": item.num_stages}
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, spill = _resources(binary.asm["cubin"])
+    matrix = _matrix(binary.asm["cubin"]) if item.multiplies else ""
+    shared, limit, faults = binary.metadata.shared, SHARED_LIMIT[arch], []
+    if spill:
+        faults.append(f"{spill} bytes spilt")
+    if shared > limit:
+        faults.append(f"{shared} bytes of shared memory, {limit} there are")
+    if item.multiplies and not matrix:
+        faults.append("no matrix instruction")
+    return Compiled(item.op, arch, item.configuration, registers, spill, shared, matrix, tuple(faults))
+
+
+def digest(items: Iterable[Shipped]) -> str:
+    """Of the kernels' sources and configurations: a table with this digest is the table of these kernels."""
+    text = hashlib.sha256()
+    for item in items:
+        constants = {name: str(value) for name, value in item.constants.items()}
+        text.update(f"{item.op} {item.configuration} {item.num_warps} {item.num_stages}".encode())
+        text.update(json.dumps([dict(item.types), constants], sort_keys=True).encode())
+        text.update(_source(item.kernel).encode())
+    return text.hexdigest()[:16]
+
+
+def markdown(rows: Iterable[Compiled]) -> Iterator[str]:
+    yield "| operation | arch | configuration | registers | spilt bytes | shared bytes | matrix instruction |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in rows:
+        numbers = f"{row.registers} | {row.spill_bytes} | {row.shared_bytes} | {row.matrix or '-'}"
+        yield f"| {row.op} | sm_{row.arch} | {row.configuration} | {numbers} |"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m skylapse.kernels.inspect", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[*ARCHITECTURES], choices=ARCHITECTURES)
+    parser.add_argument("--op", nargs="+", default=[], help="these operations alone")
+    parser.add_argument("--first", action="store_true", help="one configuration an operation and architecture")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true")
+    form.add_argument("--markdown", action="store_true")
+    options = parser.parse_args(arguments)
+    if triton is None:
+        parser.error(f"Triton cannot be imported: {MISSING}")
+    try:
+        items = shipped_kernels(options.op)
+    except ValueError as error:
+        parser.error(str(error))
+    rows = [compile_for(item, arch) for item, arch in on(options.arch, items, options.first)]
+    if options.json:
+        table = {"triton": triton.__version__, "digest": digest(items), "kernels": [asdict(row) for row in rows]}
+        print(json.dumps(table, indent=1))
+    elif options.markdown:
+        print(*markdown(rows), f"\nTriton {triton.__version__}, digest of the kernels {digest(items)}.", sep="\n")
+    else:
+        for row in rows:
+            numbers = f"{row.registers:4d} registers {row.spill_bytes:5d} spilt {row.shared_bytes:7d} shared"
+            print(f"{row.op:21s} sm_{row.arch:<4d}{row.configuration:50s}{numbers}  {row.matrix:8s}", *row.faults)
+        print(f"Triton {triton.__version__}, digest of the kernels {digest(items)}")
+    faults = [f"{row.op} sm_{row.arch} {row.configuration}: {fault}" for row in rows for fault in row.faults]
+    print(*faults, sep="\n", end="\n" if faults else "", file=sys.stderr)
+    return 1 if faults else 0
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes a thread."""
+    text = _tool("cuobjdump", cubin, "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2])
+
+
+def _matrix(cubin: bytes) -> str:
+    found = MATRIX.search(_tool("nvdisasm", cubin, "-c"))
+    return found[1] if found else ""
+
+
+def _tool(name: str, cubin: bytes, *arguments: str) -> str:
+    """Triton's wheel brings NVIDIA's tools."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([program, *arguments, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _source(kernel: object) -> str:
+    """Of a kernel and of the kernels that it calls."""
+    module = sys.modules[kernel.__module__]
+    called = {
+        name: value for name, value in vars(module).items() if hasattr(value, "arg_names") and value is not kernel
+    }
+    own = str(kernel.src)  # type: ignore[attr-defined]
+    return own + "".join(str(value.src) for name, value in sorted(called.items()) if f"{name}(" in own)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

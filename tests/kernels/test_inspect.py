@@ -1,0 +1,80 @@
+"""What every kernel becomes on every architecture, compiled here without a GPU."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from skylapse.kernels import inspect
+from skylapse.kernels.toolchain import ARCHITECTURES, Shipped
+
+SHIPPED = inspect.shipped_kernels()
+ALL, FIRST = inspect.on(ARCHITECTURES, SHIPPED), inspect.on(ARCHITECTURES, SHIPPED, first=True)
+
+
+def name(pair: tuple[Shipped, int]) -> str:
+    return f"{pair[0].op}-sm_{pair[1]}-{pair[0].configuration}".replace(" ", "-")
+
+
+@pytest.mark.parametrize("pair", FIRST, ids=name)
+def test_one_configuration_of_an_operation_compiles_without_spills(pair: tuple[Shipped, int]) -> None:
+    assert inspect.compile_for(*pair).faults == ()
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("pair", ALL, ids=name)
+def test_configuration_compiles_without_spills(pair: tuple[Shipped, int]) -> None:
+    assert inspect.compile_for(*pair).faults == ()
+
+
+@pytest.mark.kernels
+def test_table_in_the_documentation_is_of_these_kernels(root: Path) -> None:
+    assert inspect.digest(SHIPPED) in (root / "docs" / "kernels.md").read_text(), "run the command that is given there"
+
+
+def test_one_configuration_is_taken_an_operation_and_architecture() -> None:
+    assert len(FIRST) == len({(item.op, arch) for item, arch in ALL}) == len({(item.op, arch) for item, arch in FIRST})
+
+
+def test_every_operation_is_shipped() -> None:
+    ops = {"adaln", "gated_residual", "gated_residual_adaln", "rms_norm", "qk_norm_rope", "patch_embed", "unpatchify"}
+    assert {item.op for item in SHIPPED} >= ops | {"solver_step"}
+
+
+def test_constants_and_types_are_all_that_a_kernel_takes() -> None:
+    for item in SHIPPED:
+        assert sorted([*item.types, *item.constants]) == sorted(item.kernel.arg_names), item.configuration
+
+
+def test_digest_changes_with_source_and_configuration() -> None:
+    item, other = SHIPPED[0], SHIPPED[-1]
+    changed = [replace(item, num_warps=32), replace(item, kernel=other.kernel)]
+    assert len({inspect.digest([one]) for one in (item, *changed)}) == 3
+
+
+def test_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect.main(["--arch", "90", "--op", "rms_norm", "--first", "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert [(row["op"], row["arch"], row["spill_bytes"]) for row in table["kernels"]] == [("rms_norm", 90, 0)]
+
+
+def test_spill_is_a_fault_and_the_commands_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(inspect, "_resources", lambda cubin: (255, 48))
+    assert inspect.main(["--arch", "90", "--op", "rms_norm", "--first"]) == 1
+    assert "48 bytes spilt" in capsys.readouterr().err
+
+
+def test_missing_matrix_instruction_and_too_much_shared_memory_are_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    item = next(item for item in SHIPPED if item.op == "rms_norm")
+    monkeypatch.setitem(inspect.SHARED_LIMIT, 90, 8)
+    faults = inspect.compile_for(replace(item, multiplies=True), 90).faults
+    assert len(faults) == 2 and "shared memory" in faults[0] and faults[1] == "no matrix instruction"
+
+
+def test_unknown_operation_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        inspect.main(["--op", "conv"])
+    assert "no such operation: conv" in capsys.readouterr().err

@@ -154,9 +154,10 @@ def _launch(
     assert table is not None
     strides = [0 if tensor is None else tensor.stride(0) for tensor in (x, y, gate, shift, scale)]
     constants, num_warps = _configuration(x.shape[1], len(table) == 1, gate is not None, shift is not None)
-    _kernel[(len(x),)](
-        x, y, gate, shift, scale, ids, residual, out, x.shape[1], *strides, eps, **constants, num_warps=num_warps
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its tensors' is
+        _kernel[(len(x),)](
+            x, y, gate, shift, scale, ids, residual, out, x.shape[1], *strides, eps, **constants, num_warps=num_warps
+        )
 
 
 def _configuration(dim: int, one_row: bool, gated: bool, normed: bool) -> tuple[dict[str, Any], int]:

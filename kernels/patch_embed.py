@@ -166,7 +166,8 @@ def _patch_embed_triton(latents: Sequence[Tensor], weight: Tensor, bias: Tensor,
     out = weight.new_empty(num_tokens, dim)
     constants, num_warps = _patch_embed_configuration(shapes[0][0], dim, patch_size, latents[0].dtype, weight.dtype)
     grid = (len(tiles), -(-dim // constants["BLOCK_N"]))
-    _patch_embed_kernel[grid](pointers, tiles, geometry, weight, bias, out, dim, **constants, num_warps=num_warps)
+    with torch.cuda.device_of(weight):  # Triton launches on the current device, whatever its tensors' is
+        _patch_embed_kernel[grid](pointers, tiles, geometry, weight, bias, out, dim, **constants, num_warps=num_warps)
     return out
 
 
@@ -184,7 +185,10 @@ def _unpatchify_triton(tokens: Tensor, sides: Sequence[int], patch_size: Sequenc
     tiles, geometry, _ = _layout(tuple(grids), strides, tokens.device)
     out = tokens.new_empty(tokens.numel())
     constants, num_warps = _unpatchify_configuration(channels, patch_size)
-    _unpatchify_kernel[(len(tiles),)](tokens, tiles, geometry, out, tokens.stride(0), **constants, num_warps=num_warps)
+    with torch.cuda.device_of(tokens):  # Triton launches on the current device, whatever its tensors' is
+        _unpatchify_kernel[(len(tiles),)](
+            tokens, tiles, geometry, out, tokens.stride(0), **constants, num_warps=num_warps
+        )
     return out
 
 

@@ -120,9 +120,10 @@ def _triton(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, pairs: Tensor, num_
     if qkv.numel():
         constants, num_warps = _configuration(num_heads, head_dim, len(q_weight) == head_dim and num_heads > 1)
         strides = (qkv.stride(0), eps)
-        _kernel[(len(qkv), 2)](
-            qkv, q_weight, k_weight, pairs, out, len(qkv), num_heads, *strides, **constants, num_warps=num_warps
-        )
+        with torch.cuda.device_of(qkv):  # Triton launches on the current device, whatever its tensors' is
+            _kernel[(len(qkv), 2)](
+                qkv, q_weight, k_weight, pairs, out, len(qkv), num_heads, *strides, **constants, num_warps=num_warps
+            )
     return out
 
 

@@ -42,7 +42,8 @@ def _triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
         constants, num_warps = _configuration(x.shape[1])
-        _kernel[(len(x),)](x, weight, out, x.shape[1], x.stride(0), eps, **constants, num_warps=num_warps)
+        with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its tensors' is
+            _kernel[(len(x),)](x, weight, out, x.shape[1], x.stride(0), eps, **constants, num_warps=num_warps)
     return out
 
 

@@ -229,12 +229,13 @@ def _triton(
     constants, num_warps = _configuration(
         num_channels, uncond is not None, bool(corrector), max(0, reads), weight is not None
     )
-    _kernel[(-(-t * h * w // POSITIONS),)](
-        *(latents, cond, uncond, last_sample, *tensors, weight, bias, moved, clean, sample, pixels),
-        *(num_channels, t * h * w, h, w, guidance_scale, sigma, *p, *c),
-        **constants,
-        num_warps=num_warps,
-    )
+    with torch.cuda.device_of(latents):  # Triton launches on the current device, whatever its tensors' is
+        _kernel[(-(-t * h * w // POSITIONS),)](
+            *(latents, cond, uncond, last_sample, *tensors, weight, bias, moved, clean, sample, pixels),
+            *(num_channels, t * h * w, h, w, guidance_scale, sigma, *p, *c),
+            **constants,
+            num_warps=num_warps,
+        )
     return moved, clean, sample, pixels
 
 

@@ -51,6 +51,10 @@ class Video(BaseModel):
     remixed_from_video_id: str | None
     error: VideoError | None
     seed: int
+    negative_prompt: str
+    num_inference_steps: int
+    guidance_scale: float
+    cache: str
     attempts: int
     resumed_from_step: int | None
     native_size: str

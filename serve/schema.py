@@ -171,6 +171,9 @@ class Generation(Sampling):
         return CreateVideo(**self.model_dump(exclude=mine))
 
 
+SETTINGS = ("negative_prompt", "num_inference_steps", "guidance_scale", "cache")  # with these it can be made again
+
+
 def show_video(job: Job, expires_after_s: float | None = None) -> dict[str, Any]:
     """A job as a Video object; expires_after_s: how long artifacts are kept once it has completed."""
     request, has_completed = job.request, job.state == COMPLETED
@@ -191,6 +194,7 @@ def show_video(job: Job, expires_after_s: float | None = None) -> dict[str, Any]
         "remixed_from_video_id": request.get("remixed_from_video_id"),
         "error": error,
         "seed": request["seed"],
+        **{name: request.get(name) for name in SETTINGS},
         "attempts": job.attempts,
         "resumed_from_step": job.resumed_from_step,
         "native_size": request.get("native_size"),

@@ -90,7 +90,7 @@ def test_two_hundred_jobs_of_twenty_clients_are_all_completed_while_polls_stay_q
             }
         )
     )
-    assert percentile(polls_s, 0.99) < 0.3  # 0.07 s on two cores of its own: a busy machine must not fail a test
+    assert percentile(polls_s, 0.99) < 1.0  # 0.07 s on two cores of its own, 0.4 s beside four other test runs
 
 
 def test_polls_at_a_hundred_a_second_are_answered(busy: Running) -> None:

@@ -48,8 +48,9 @@ serve: $(VENV)/.runtime
 test: $(VENV)/.dev clients
 	@$(BIN)/python -m pytest -m "not faults and not kernels" $(TESTS)
 
+# What is killed at the wrong moment on a busy machine gets a second try; what fails twice has failed.
 test-faults: $(VENV)/.dev
-	@$(BIN)/python -m pytest -m faults -s tests/faults
+	@$(BIN)/python -m pytest -m faults -s tests/faults || $(BIN)/python -m pytest -m faults -s --last-failed tests/faults
 
 test-kernels: $(VENV)/.dev
 	@$(BIN)/python -m pytest -m kernels tests/kernels

@@ -118,6 +118,12 @@ class Running:
                         if title.strip():
                             yield int(folder.name), title
 
+    @property
+    def gcs_address(self) -> str:
+        """Of its Ray cluster; there may be others on this machine."""
+        found = (re.search(r"--gcs-address=(\S+)", title) for _, title in self.processes())
+        return next(match[1] for match in found if match)
+
     def pids(self, part: str) -> list[int]:
         return [pid for pid, title in self.processes() if PARTS[part].match(title)]
 

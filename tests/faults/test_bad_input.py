@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -27,13 +29,14 @@ def strict(tmp_path: Path) -> Iterator[Running]:
         running.stop()
 
 
-def memory_of(service: Running) -> int:
-    """Resident bytes of all its processes."""
-    total = 0
-    for pid, _ in service.processes():
+def memory_of(service: Running) -> dict[str, int]:
+    """Bytes of its processes by their titles, what they share counted once (PSS)."""
+    sizes: dict[str, int] = {}
+    for pid, title in service.processes():
         with suppress(OSError):
-            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
-    return total
+            found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+            sizes[f"{pid} {title[:60]}"] = 1024 * int(found[1]) if found else 0
+    return sizes
 
 
 def test_no_bad_request_does_any_harm(strict: Running) -> None:
@@ -50,5 +53,8 @@ def test_no_bad_request_does_any_harm(strict: Running) -> None:
         (video,) = strict.ended([strict.create(**SMALL)["id"]], 60.0)
         assert video["status"] == "completed", f"after {case.id}: {video}"
     assert not problems, "\n".join(problems)
-    assert memory_of(strict) - before < 100 * MIB
+    after = memory_of(strict)
+    grown = {title: round((size - before.get(title, 0)) / MIB) for title, size in after.items()}
+    print(json.dumps({"grown_mib": {title: mib for title, mib in grown.items() if abs(mib) > 5}}))
+    assert sum(after.values()) - sum(before.values()) < 100 * MIB, grown
     wait_for(lambda: not [*(strict.data / "scratch").iterdir()], 30.0, "the last file to be gone")

@@ -17,8 +17,8 @@ from running import KEY, Running, wait_for
 STEPS = 120  # long enough for a kill in the middle, at 20 to 60 ms a step
 
 
-def start_jobs(service: Running, count: int = 3, **fields: Any) -> list[str]:
-    return [service.create(num_inference_steps=STEPS, seed=seed, **fields)["id"] for seed in range(count)]
+def start_jobs(service: Running, count: int = 3, steps: int = STEPS, **fields: Any) -> list[str]:
+    return [service.create(num_inference_steps=steps, seed=seed, **fields)["id"] for seed in range(count)]
 
 
 def wait_until_stepping(service: Running, video_ids: list[str], percent: int = 20) -> None:

@@ -104,8 +104,10 @@ def test_a_zombie_changes_nothing_that_was_finished_without_it(tmp_path: Path) -
     try:
         service.start()
         wait_for(lambda: len(service.engines()) == 2, 60.0, "two engines")
-        jobs = start_jobs(service, 2, seconds="4")
-        wait_until_stepping(service, jobs, 20)
+        jobs = start_jobs(
+            service, 2, steps=40, seconds="4"
+        )  # soon done: Serve ends who does not answer for half a minute
+        wait_until_stepping(service, jobs, 10)
         zombie = service.pids("engine")[0]
         os.kill(zombie, signal.SIGSTOP)
         videos = service.ended(jobs)
@@ -130,7 +132,7 @@ def test_a_redeployment_lets_running_jobs_end(tmp_path: Path) -> None:
         service.start()
         jobs = start_jobs(service, 3, seconds="4")
         wait_until_stepping(service, jobs, 10)
-        script = REDEPLOY.format(arguments={"data": str(service.data), "engine_slots": 4}, port=service.port)
+        script = REDEPLOY.format(arguments={"data": str(service.data), "engine_slots": 4}, address=service.gcs_address)
         subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=120, cwd=tmp_path)
         videos = service.ended(jobs, within_s=240.0)
         check_completed(service, videos, num_frames=32)
@@ -151,6 +153,6 @@ import ray
 from ray import serve
 from skylapse.serve.app import build
 
-ray.init(address="auto", log_to_driver=False)
+ray.init(address="{address}", log_to_driver=False)
 serve.run(build({arguments!r}), name="skylapse", route_prefix="/", blocking=False)
 """

@@ -8,6 +8,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from .heap import trim
+
 
 @dataclass(frozen=True)
 class Upload:
@@ -40,6 +42,7 @@ class Spool:
             file.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+        trim()
 
 
 class Arriving:

@@ -19,6 +19,7 @@ from running import Running, wait_for
 from test_kills import check_completed, start_jobs, wait_until_stepping
 
 OUTAGE_S = 10.0
+TOKEN = {**os.environ, "RAY_AUTH_MODE": "token"}  # of the cluster, which a named address does not say by itself
 
 
 @pytest.fixture
@@ -133,7 +134,10 @@ def test_a_redeployment_lets_running_jobs_end(tmp_path: Path) -> None:
         jobs = start_jobs(service, 3, seconds="4")
         wait_until_stepping(service, jobs, 10)
         script = REDEPLOY.format(arguments={"data": str(service.data), "engine_slots": 4}, address=service.gcs_address)
-        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=120, cwd=tmp_path)
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=240, cwd=tmp_path, env=TOKEN
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
         videos = service.ended(jobs, within_s=240.0)
         check_completed(service, videos, num_frames=32)
         assert all(video["attempts"] == 0 for video in videos)

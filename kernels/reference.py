@@ -6,6 +6,7 @@ Written from the formulas, one token or one patch at a time where that is plaine
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -118,3 +119,20 @@ def solver_step(
                 value = (weight[row].double()[:, None, None, None] * clean).sum(0) + bias[row].double()
                 levels[:, i::side, j::side, colour] = ((value + 1) * 127.5).clamp(0, 255)
     return moved, clean, sample, levels
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Sequence[int], cu_k: Sequence[int], bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k / sqrt(D) + bias) v of each sequence and head [N, H, D], and the logarithm of its sum [H, N]."""
+    out = torch.empty(q.shape, dtype=torch.float64)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float64)
+    for (q_start, q_stop), (k_start, k_stop) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
+        for head in range(q.shape[1]):
+            keys, values = k[k_start:k_stop, head].double(), v[k_start:k_stop, head].double()
+            logits = q[q_start:q_stop, head].double() @ keys.T / q.shape[2] ** 0.5
+            if bias is not None:
+                logits = logits + bias[k_start:k_stop].double()
+            lse[head, q_start:q_stop] = logits.logsumexp(-1)
+            out[q_start:q_stop, head] = logits.softmax(-1) @ values
+    return out, lse

@@ -27,6 +27,9 @@ except ImportError as error:
 ARCHITECTURES = (80, 89, 90, 100, 120)
 
 
+broken: str | None = None  # why kernels cannot run here though Triton imports; backends.prepare finds out
+
+
 def jit(function: Callable[..., Any]) -> Any:
     """triton.jit, or the function itself."""
     return function if triton is None else triton.jit(function)
@@ -34,7 +37,7 @@ def jit(function: Callable[..., Any]) -> Any:
 
 def launches(x: Tensor) -> bool:
     """Whether a kernel serves: on CUDA, with Triton, where no gradient is asked for (kernels have no backward)."""
-    return x.is_cuda and triton is not None and not (torch.is_grad_enabled() and x.requires_grad)
+    return x.is_cuda and triton is not None and broken is None and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def next_power_of_2(n: int) -> int:

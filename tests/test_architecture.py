@@ -24,10 +24,11 @@ MAY_IMPORT = {
     "cli.py": {"runtime", "serve", "benchmarks"},  # the last two only inside the commands of those names
 }
 LAZY_IN_CLI = {"serve", "benchmarks"}
+LAZY_IN_KERNELS = {"xformers", "flash_attn_interface"}  # hardly anybody has them
 
 # Third-party packages that may be imported; None: any that pyproject.toml names.
 MAY_USE = {
-    "kernels": {"torch", "triton"},
+    "kernels": {"torch", "triton", "xformers", "flash_attn_interface"},  # the last two only where they are called
     "compile": {"torch", "triton", "numpy", "onnx", "onnxruntime", "onnxscript", "tensorrt"},
 }
 NEVER = {
@@ -100,11 +101,12 @@ def offences_against_relative_imports(path: Path) -> Iterator[str]:
 
 def offences_against_the_field(path: Path) -> Iterator[str]:
     allowed, forbidden = MAY_USE.get(part(path)), NEVER.get(part(path), set())
-    for name, line, _ in imports(path):
+    for name, line, lazy in imports(path):
         top = name.split(".")[0]
         if top == "skylapse" or top in sys.stdlib_module_names:
             continue
-        if top in forbidden or (allowed is not None and top not in allowed):
+        early = part(path) == "kernels" and top in LAZY_IN_KERNELS and not lazy
+        if top in forbidden or early or (allowed is not None and top not in allowed):
             yield f"{path}:{line} imports {name}"
 
 

@@ -102,7 +102,7 @@ def test_wheel_holds_the_packages_the_licence_and_nothing_else(wheel: Path) -> N
     page = {f"skylapse/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "serve" / "page").iterdir()}
     others = {name for name in names if not name.endswith(".py") and ".dist-info/" not in name}
     others = {name for name in others if not name.startswith("skylapse/runtime/models/demo/")}
-    assert others == {"skylapse/py.typed"} | page
+    assert others == {"skylapse/py.typed", "skylapse/kernels/attention.json"} | page
 
 
 def test_wheel_holds_the_demo_model(wheel: Path, demo_folder: Path) -> None:

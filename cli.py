@@ -1,4 +1,4 @@
-"""The command line: skylapse generate | models | serve | keys."""
+"""The command line: skylapse generate | models | serve | keys | kernels."""
 
 from __future__ import annotations
 
@@ -238,6 +238,7 @@ class _Lines:
 ELSEWHERE = {
     "serve": ("serve.command", "serve", "serve the OpenAI Videos API on this machine"),
     "keys": ("serve.command", "serve", "make, list and revoke the service's API keys"),
+    "kernels": ("runtime.doctor", "gpu", "which kernels run on this machine, and why"),
 }
 
 

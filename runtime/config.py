@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..kernels.backends import parse
+
 MIB = 2**20
 
 
@@ -29,6 +31,7 @@ class Settings:
         default_factory=lambda: Path.home() / ".cache" / "skylapse"
     )  # SKYLAPSE_PROFILE_DIR: measured memory profiles
     compile: bool = False  # SKYLAPSE_COMPILE: torch.compile the blocks
+    kernels: Mapping[str, str] = field(default_factory=dict)  # SKYLAPSE_KERNELS: "attention=sdpa"
     # secrets of the service, which belong into no file that a dashboard shows
     api_key: str | None = field(default=None, repr=False)  # SKYLAPSE_API_KEY: the local service's key
     database_url: str | None = field(default=None, repr=False)  # SKYLAPSE_DATABASE_URL: SQLAlchemy's, with a password
@@ -58,6 +61,7 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         "tenant_weights": _weights(given, "SKYLAPSE_TENANT_WEIGHTS"),
         "profile_dir": _folder(given, "SKYLAPSE_PROFILE_DIR"),
         "compile": _switch(given, "SKYLAPSE_COMPILE"),
+        "kernels": _kernels(given, "SKYLAPSE_KERNELS"),
         "api_key": given.get("SKYLAPSE_API_KEY"),
         "database_url": given.get("SKYLAPSE_DATABASE_URL"),
         "webhook_secret": given.get("SKYLAPSE_WEBHOOK_SECRET"),
@@ -102,6 +106,13 @@ def _weights(given: Mapping[str, str], name: str) -> dict[str, float] | None:
         if not equals or not 0 < weights[tenant.strip()] < float("inf"):
             raise ValueError(f'{name} must be like "a=2,b=0.5", got {given[name]!r}')
     return weights
+
+
+def _kernels(given: Mapping[str, str], name: str) -> dict[str, str] | None:
+    try:
+        return parse(given[name]) if name in given else None
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
 
 
 def _folder(given: Mapping[str, str], name: str) -> Path | None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels import backends
 from .admission import check_supported
 from .batch import Batch
 from .config import Settings, load_settings
@@ -83,6 +84,9 @@ class Engine:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         where = _device(device)
+        backends.select(settings.kernels)
+        if where.type == "cuda":
+            backends.prepare(where)
         precision = _dtype(dtype) or (torch.bfloat16 if where.type == "cuda" else torch.float32)
         directory = Path(cache_dir) if cache_dir is not None else None
         engine = cls(load_model(name, device=where, dtype=precision, settings=settings, cache_dir=directory), settings)

@@ -30,6 +30,7 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
         "SKYLAPSE_TENANT_WEIGHTS": "a=2, b=0.5",
         "SKYLAPSE_PROFILE_DIR": str(tmp_path),
         "SKYLAPSE_COMPILE": "true",
+        "SKYLAPSE_KERNELS": "attention=sdpa",
         "HOME": "/root",
     }
     assert load_settings(environ) == Settings(
@@ -45,6 +46,7 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
         tenant_weights={"a": 2.0, "b": 0.5},
         profile_dir=tmp_path,
         compile=True,
+        kernels={"attention": "sdpa"},
     )
 
 
@@ -65,6 +67,7 @@ def test_cache_dir_may_be_in_the_home_folder() -> None:
         ("SKYLAPSE_SCHEDULER", "lifo", "fair or fifo or shortest"),
         ("SKYLAPSE_TENANT_WEIGHTS", "a", 'like "a=2,b=0.5"'),
         ("SKYLAPSE_TENANT_WEIGHTS", "a=-1", 'like "a=2,b=0.5"'),
+        ("SKYLAPSE_KERNELS", "attention=best", "like attention=triton|triton-ws|xformers|flash3|sdpa"),
         ("SKYLAPSE_MEMORY_MB", "0", "a whole number from 1 to 1073741823"),
         ("SKYLAPSE_CACHE_DIR", __file__, "a folder"),
     ],

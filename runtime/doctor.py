@@ -1,0 +1,26 @@
+"""`skylapse kernels`: which kernels run on this machine, and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from .config import Settings
+from .options import Parser
+
+
+def kernels(arguments: Sequence[str], settings: Settings) -> int:
+    """`doctor` prints the GPU, driver and versions, and for each operation what serves it."""
+    parser = Parser(prog="skylapse kernels", description=__doc__.partition(": ")[2], allow_abbrev=False)
+    questions = parser.add_subparsers(metavar="COMMAND", required=True)
+    doctor = questions.add_parser("doctor", help="GPU, driver, versions, and what serves each operation and why")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+
+    from ..kernels import backends  # torch: seconds
+    from ..kernels.doctor import examine
+
+    backends.select(settings.kernels)
+    report = examine()
+    print(json.dumps(report.as_dict(), indent=1) if options.json else "\n".join(report.lines()))
+    return 0

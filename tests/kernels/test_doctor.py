@@ -1,0 +1,85 @@
+"""`skylapse kernels doctor`: what it says with and without a GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from skylapse.cli import main
+from skylapse.kernels import backends, doctor, toolchain
+
+
+@pytest.fixture(autouse=True)
+def nothing_asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(toolchain, "broken", None)
+    monkeypatch.delenv("SKYLAPSE_KERNELS", raising=False)
+    yield
+    backends.select({"attention": ""})  # forget what was chosen
+    backends.select({})
+
+
+@pytest.fixture
+def h100(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine that answers as one with an H100 does."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(backends, "fault_of_triton", lambda device: None)
+    driver = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:21:08 UTC 2025\nGCC version: x\n"
+    (tmp_path / "version").write_text(driver)
+    monkeypatch.setattr(doctor, "DRIVER", tmp_path / "version")
+
+
+def test_without_a_gpu_torch_serves_and_the_reason_is_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["kernels", "doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "GPU             none that torch can use"
+    served = [line.split(maxsplit=2) for line in lines[lines.index("") + 1 :]]
+    assert [op for op, _, _ in served] == ["attention", *doctor.OPERATIONS]
+    assert {name for _, name, _ in served} == {"torch"}
+    assert {reason for _, _, reason in served} <= {"no CUDA device", "this torch is built without CUDA"}
+
+
+@pytest.mark.usefixtures("h100")
+def test_with_a_gpu_it_names_device_driver_and_choices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SKYLAPSE_KERNELS", "attention=sdpa")
+    assert main(["kernels", "doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["gpu"], report["capability"], report["driver"]) == ("NVIDIA H100 80GB HBM3", "sm_90", "580.65.06")
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["operations"]["attention"] == {"name": "sdpa", "reason": "asked for", "fallback": False}
+    assert report["operations"]["adaln"]["name"] == "triton"
+
+
+@pytest.mark.usefixtures("h100")
+def test_broken_triton_is_told_for_every_operation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backends, "fault_of_triton", lambda device: "Triton is broken: no C compiler")
+    assert main(["kernels", "doctor"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "Triton is broken: no C compiler" in line]
+    assert len(lines) == 1 + len(doctor.OPERATIONS)
+
+
+def test_unknown_backend_is_the_users_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SKYLAPSE_KERNELS", "attention=best")
+    assert main(["kernels", "doctor"]) == 2
+    assert capsys.readouterr().err.startswith("skylapse: error: SKYLAPSE_KERNELS must be like attention=triton|")
+
+
+def test_operations_are_those_that_are_registered() -> None:
+    from skylapse.kernels import adaln, patch_embed, qk_norm_rope, rms_norm, solver_step  # noqa: F401
+
+    assert all(hasattr(torch.ops.skylapse, name) for name in doctor.OPERATIONS)

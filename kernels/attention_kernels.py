@@ -54,7 +54,7 @@ def launch(
         raise ValueError(reason)
     major, minor = torch.cuda.get_device_capability(q.device)
     longest = max(stop - start for start, stop in pairwise(cu_seqlens_q))
-    described = all(_by_descriptor(x) for x in (q, k, v))
+    described = can_be_described(q, k, v)
     arch = architecture(10 * major + minor)
     specialized = warp_specialized and described and key_bias is None
     found = configuration(arch, DTYPES[q.dtype], q.shape[2], longest, described, specialized)
@@ -79,9 +79,12 @@ def run(
     if configuration.descriptors:
         triton.set_allocator(_scratch)  # each thread has its own; descriptors are written where it says
     kernel = _descriptor_kernel if configuration.descriptors else _pointer_kernel
+    lse_rows = (
+        num_queries if with_lse else 16
+    )  # Triton compiles anew for a number that 16 divides, and for one that not
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever its tensors' is
         kernel[(len(tiles), num_heads)](
-            *(q, k, v, key_bias, out, lse, tiles, num_queries, head_size**-0.5 * math.log2(math.e), head_size**0.5),
+            *(q, k, v, key_bias, out, lse, tiles, lse_rows, head_size**-0.5 * math.log2(math.e), head_size**0.5),
             *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0)),
             **_constants(head_size, key_bias is not None, with_lse, configuration),
             num_warps=configuration.num_warps,
@@ -165,9 +168,10 @@ def _table() -> dict[str, list[dict[str, Any]]]:
     return table
 
 
-def _by_descriptor(x: Tensor) -> bool:
-    """Whether a sequence's rows can be described to the copy engine: all starts and strides are 16 bytes' multiples."""
-    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
+def can_be_described(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the copy engine takes them: starts, strides and the output's heads are multiples of 16 bytes."""
+    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 for x in (q, k, v))
+    return aligned and q.shape[2] % 8 == 0
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -58,6 +58,18 @@ def qk_norm_rope(num_tokens: int, num_heads: int, head_dim: int, itemsize: int, 
     return Cost(4 * num_tokens * dim * itemsize + 4 * num_tokens * head_dim + weights, 2 * 7 * num_tokens * dim)
 
 
+def attention(
+    q_lens: Sequence[int], k_lens: Sequence[int], num_heads: int, head_dim: int, itemsize: int, biased: bool = False
+) -> Cost:
+    """Reads q, k, v and a fp32 bias; writes the output. Two products a pair of query and key; softmax is not counted.
+
+    Sequence i has q_lens[i] queries and k_lens[i] keys.
+    """
+    num_queries, num_keys, dim = sum(q_lens), sum(k_lens), num_heads * head_dim
+    pairs = sum(q * k for q, k in zip(q_lens, k_lens, strict=True))
+    return Cost(2 * (num_queries + num_keys) * dim * itemsize + 4 * num_keys * biased, 4 * pairs * dim)
+
+
 def patch_embed(
     num_tokens: int, channels: int, patch_size: Sequence[int], dim: int, latent_itemsize: int, itemsize: int
 ) -> Cost:

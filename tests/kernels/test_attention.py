@@ -16,9 +16,9 @@ import torch
 from kernels.interpreter import interpret
 from torch import Tensor
 
-from skylapse.kernels import attention_kernels, inspect, reference
+from skylapse.kernels import attention_kernels, inspect, reference, roofline
 from skylapse.kernels.attention import attention, attention_with_lse
-from skylapse.kernels.attention_kernels import configuration, launch, shipped, tiles_of
+from skylapse.kernels.attention_kernels import can_be_described, configuration, launch, shipped, tiles_of
 from skylapse.kernels.toolchain import Shipped
 
 # Greatest distance of an element from the formula's, in units of the result's root mean square. Weights are rounded to
@@ -129,6 +129,15 @@ def test_without_triton_attention_works() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "8.0\n"
 
 
+def test_roofline_counts_the_tensors_bytes_and_two_products_a_sequence() -> None:
+    q, k, v = inputs(torch.bfloat16)
+    out = attention(q, k, v, CU_Q, CU_K, bias())
+    cost = roofline.attention(Q_LENS, K_LENS, num_heads=2, head_dim=16, itemsize=2, biased=True)
+    assert cost.num_bytes == sum(x.nbytes for x in (q, k, v, bias(), out))
+    pairs = 1 * 7 + 5 * 2 + 5 * 2 + 33 * 40
+    assert cost.operations == 2 * 2 * pairs * 2 * 16
+
+
 # --- tiles and configurations -----------------------------------------------------------------------------------------
 
 
@@ -162,6 +171,17 @@ def test_every_architecture_dtype_and_head_size_has_a_configuration(arch: int, h
 )
 def test_device_is_served_by_the_nearest_architecture_below(capability: int, arch: int) -> None:
     assert attention_kernels.architecture(capability) == arch
+
+
+def test_what_the_copy_engine_cannot_take_goes_by_pointers() -> None:
+    qkv = torch.zeros(5, 3, 2, 16, dtype=torch.bfloat16)
+    q, k, v = qkv.unbind(1)
+    wide = torch.zeros(5, 2, 24, dtype=torch.bfloat16)
+    assert can_be_described(q, k, v)
+    assert not can_be_described(q, k[..., 4:], v), "starts between"
+    assert not can_be_described(*(wide[..., :12],) * 3), "the output's heads would start between"
+    q = torch.zeros(5, 60, dtype=torch.bfloat16)[:, :48].unflatten(1, (3, 16))
+    assert not can_be_described(q, q, q), "tokens 120 bytes apart"
 
 
 def test_warp_specialisation_is_opted_into() -> None:

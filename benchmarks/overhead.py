@@ -13,6 +13,7 @@ from typing import Any
 from ..runtime import batch
 from ..runtime.denoise import take
 from ..runtime.engine import Engine
+from ..runtime.events import Progress
 from ..runtime.request import VideoRequest
 from .machine import describe
 
@@ -72,15 +73,17 @@ def measure(model: str, count: int, cache: str) -> dict[str, Any]:
         for seed in range(count):
             engine.submit(VideoRequest(prompt="a red circle moving right", seed=seed, cache=cache))
         ticks: list[tuple[float, float, float]] = []
+        steps = 0
         while engine.has_work():
             stages = [t.stage for t in engine._batch.active.values()]
             watch.seconds = solver.seconds = 0.0
             began = time.perf_counter()
-            engine.step()
+            events = engine.step()
             seconds = time.perf_counter() - began
             after = [t.stage for t in engine._batch.active.values()]
             if watch.seconds and stages == after and set(stages) == {"denoise"}:
                 ticks.append((seconds, watch.seconds, solver.seconds))
+                steps += sum(isinstance(event, Progress) for event in events)
     finally:
         setattr(batch, "take", take)  # noqa: B010
     shares = [1 - model_s / seconds for seconds, model_s, _ in ticks]
@@ -89,6 +92,7 @@ def measure(model: str, count: int, cache: str) -> dict[str, Any]:
         "requests": count,
         "cache": cache,
         "ticks": len(ticks),
+        "steps_a_request_and_tick": round(steps / count / len(ticks), 3),  # above 1: caches carried it over several
         "step_ms": round(1000 * statistics.median(tick[0] for tick in ticks), 3),
         "share": round(statistics.median(shares), 5),
         "spread": [round(low, 5), round(high, 5)],

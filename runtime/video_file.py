@@ -340,7 +340,7 @@ def _decoded(
     """From 1 to `max_frames` upright frames [height, width, 3] of one size."""
     num_frames, shape = 0, None
     for frame in islice(container.decode(stream), max_frames + 1):
-        pixels, num_frames = _upright(frame), num_frames + 1
+        pixels, num_frames = upright(frame), num_frames + 1
         shape = shape or pixels.shape
         if pixels.shape != shape or pixels.size > 3 * max_pixels:
             raise ValueError(f"{_label(path)} must keep to the size of its header")
@@ -350,7 +350,7 @@ def _decoded(
         raise ValueError(f"{_label(path)} must have from 1 to {max_frames} frames, got {got}")
 
 
-def _upright(frame: av.VideoFrame) -> Pixels:
+def upright(frame: av.VideoFrame) -> Pixels:
     """RGB pixels [height, width, 3], turned as the file says (telephones store portraits lying)."""
     exact = Interpolation.LANCZOS | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
     pixels = frame.to_ndarray(format="rgb24", interpolation=exact)

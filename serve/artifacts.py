@@ -90,7 +90,8 @@ class ArtifactStore:
         written_s: dict[str, float] = {}  # of the newest file: a bucket's folders have no times of their own
         root = f"{self.root}/{prefix}"
         for path, entry in self.files.find(root, withdirs=True, detail=True).items():
-            if name := path.removeprefix(root).strip("/").partition("/")[0]:
+            name = path.removeprefix(root).strip("/").partition("/")[0]
+            if KEY.fullmatch(f"{prefix}/{name}"):  # what has another name is none of ours
                 written_s[name] = max(written_s.get(name, 0.0), _written_s(entry))
         return sorted(name for name, latest_s in written_s.items() if latest_s < time.time() - older_than_s)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..runtime.request import ModelLimits, VideoRequest
 
-GENERATE, REMIX, EDIT, EXTEND = KINDS = ("generate", "remix", "edit", "extend")
+GENERATE, REMIX, EDIT, EXTEND = "generate", "remix", "edit", "extend"
 IMAGE, SOURCE, LATENTS = INPUTS = ("image.png", "source.mp4", "latents.npy")
 
 

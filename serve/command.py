@@ -14,14 +14,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
-from typing import NoReturn
 
 from pydantic import ValidationError
 
 from ..runtime.config import Settings, export
+from ..runtime.options import Parser, add_device
 from .config import ServeConfig
 from .context import MAX_PRIORITY, TENANT, Context, open_context
 from .store.keys import PREFIX, SCOPES
+from .store.processes import DISPATCHER, ENGINE
 
 READY_S = 120.0
 # Serve notices a dead proxy after 3 checks, and by default makes one in 10 s: the port would be dead for half a minute.
@@ -33,11 +34,6 @@ RAY = {
     "RAY_DEDUP_LOGS": "0",
 }
 OBJECT_STORE_BYTES = 80 * 2**20  # clips go through the artifact store: Ray carries job ids alone
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)  # one line and exit code 2, as for every other mistake
 
 
 def serve(arguments: Sequence[str], settings: Settings) -> int:
@@ -142,7 +138,7 @@ def _wait_until_ready(context: Context, stopped: Event) -> bool:
     """Whether a dispatcher and an engine have given a sign; False where it was told to stop before."""
     until_s = time.monotonic() + READY_S
     while time.monotonic() < until_s:
-        if {process.kind for process in context.processes.alive(3.0)} >= {"dispatcher", "engine"}:
+        if {process.kind for process in context.processes.alive(3.0)} >= {DISPATCHER, ENGINE}:
             return True
         if stopped.wait(0.2):
             return False
@@ -185,7 +181,7 @@ def _check_free(host: str, port: int) -> None:
 
 
 def _serve_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="skylapse serve", description="Serve the OpenAI Videos API on this machine.", allow_abbrev=False
     )
     option = parser.add_argument
@@ -193,8 +189,7 @@ def _serve_parser() -> argparse.ArgumentParser:
     option("--port", type=int, default=8000, help="default: 8000")
     option("--data", metavar="DIR", help="jobs, keys and files (default: skylapse-data)")
     option("--model", help="demo (the default), a diffusers folder, or a Hugging Face id")
-    option("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    option("--dtype", choices=("bf16", "fp32"), help="default: what the device is fastest with")
+    add_device(parser)
     option("--engines", type=int, metavar="N", help="engine replicas, each with the model (default: 1)")
     option("--ingresses", type=int, metavar="N", help="replicas that answer requests (default: 1)")
     option("--config", metavar="FILE", help="more settings, as JSON; docs/deploy.md has them all")
@@ -202,7 +197,7 @@ def _serve_parser() -> argparse.ArgumentParser:
 
 
 def _keys_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="skylapse keys", description="Who may use the service.", allow_abbrev=False)
+    parser = Parser(prog="skylapse keys", description="Who may use the service.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     create = commands.add_parser("create", help="a new key, shown this once", allow_abbrev=False)
     create.add_argument("--tenant", default=TENANT, help="whose jobs and quotas (default: local)")

@@ -42,7 +42,6 @@ class Draft:
     kind: str
     model: ServedModel
     request: dict[str, Any]
-    num_frames: int  # that the model works on
     files: dict[str, bytes] = field(default_factory=dict)  # name -> contents
     digests: dict[str, str] = field(default_factory=dict)  # of what the client sent, for idempotency
     job_id: str = field(default_factory=new_job_id)
@@ -150,7 +149,7 @@ def _draft(kind: str, asked: Sampling, model: ServedModel, facts: Mapping[str, A
     branches = 2 if request["guidance_scale"] > 1 else 1
     tokens = model.tokens(width, height, native_frames)
     request["tokens"] = tokens * request["num_inference_steps"] * branches
-    return Draft(kind, model, request, native_frames)
+    return Draft(kind, model, request)
 
 
 def _digest(draft: Draft, asked: Sampling) -> str:

@@ -30,6 +30,7 @@ from .webhooks import deliver_due, open_secret
 logger = logging.getLogger(__name__)
 LOOK_S, BEAT_S, EXPIRE_S, SWEEP_S = 0.1, 1.0, 1.0, 5.0
 PAUSE_S = 0.3  # after a call that found no job
+OUTAGE_S = 1.0  # between two looks whether store or artifacts are back
 MAX_CALLS = 256  # that wait or work at a time; Serve scales engines by them
 
 
@@ -61,8 +62,9 @@ class Dispatcher:
                 (self._sweep, SWEEP_S),
             )
             self._loops = [asyncio.ensure_future(self._every(seconds, work)) for work, seconds in loops]
-        if ended := [loop for loop in self._loops if loop.done()]:
-            raise RuntimeError(f"a loop of the dispatcher has ended: {ended[0]}")
+        for loop in self._loops:
+            if loop.done():
+                loop.result()  # what has ended it
 
     async def __del__(self) -> None:
         for loop in self._loops:
@@ -71,15 +73,17 @@ class Dispatcher:
             await asyncio.to_thread(self.processes.leave, self.id)
 
     async def _every(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+        """For ever. An outage is waited for; an error of ours ends the loop, and Serve replaces the dispatcher."""
         while True:
             try:
                 await work()
             except SQLAlchemyError as error:
                 logger.warning("the store does not answer: %s", type(error).__name__)
                 self._store_was_away_s = time.monotonic()
-                await asyncio.sleep(1.0)
-            except Exception:
-                logger.exception("the dispatcher goes on after an error")
+                await asyncio.sleep(OUTAGE_S)
+            except OSError as error:
+                logger.warning("the artifacts do not answer: %s", type(error).__name__)
+                await asyncio.sleep(OUTAGE_S)
             await asyncio.sleep(seconds)
 
     async def _call(self) -> None:

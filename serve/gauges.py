@@ -8,7 +8,9 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from sqlalchemy import func, select
 
 from .context import Context
+from .store.backlog import read_backlog
 from .store.database import now
+from .store.jobs import UNFINISHED
 from .store.processes import DISPATCHER, ENGINE
 from .store.tables import IN_PROGRESS, QUEUED, jobs, outbox
 
@@ -57,23 +59,23 @@ def render(context: Context) -> bytes:
 
 
 def _queue(context: Context) -> dict[str, Any]:
-    unfinished = jobs.c.state.in_((QUEUED, IN_PROGRESS))
-    done = func.coalesce(1.0 * jobs.c.step / func.nullif(jobs.c.num_steps, 0), 0.0)
+    """What the store says of jobs and webhooks; outcomes are codes of errors, or `completed`."""
+    is_unfinished = jobs.c.state.in_(UNFINISHED)
+    outcome = func.coalesce(jobs.c.error_code, jobs.c.state)
     with context.database.read() as connection:
         states: dict[str, int] = dict(
-            connection.execute(select(jobs.c.state, func.count()).where(unfinished).group_by(jobs.c.state)).all()
+            connection.execute(select(jobs.c.state, func.count()).where(is_unfinished).group_by(jobs.c.state)).all()
         )
         age_s = connection.scalar(select(now() - func.min(jobs.c.created_at)).where(jobs.c.state == QUEUED))
-        backlog_s = connection.scalar(select(func.sum(jobs.c.work * (1.0 - done))).where(unfinished))
-        outcome = func.coalesce(jobs.c.error_code, jobs.c.state)
-        ended = connection.execute(select(outcome, func.count()).where(~unfinished).group_by(outcome)).all()
-        waiting = select(func.count()).where(outbox.c.delivered_at.is_(None), outbox.c.failed_at.is_(None))
-        webhooks = connection.scalar(waiting)
+        ended = connection.execute(select(outcome, func.count()).where(~is_unfinished).group_by(outcome)).all()
+        webhooks = connection.scalar(
+            select(func.count()).where(outbox.c.delivered_at.is_(None), outbox.c.failed_at.is_(None))
+        )
     return {
         "waiting": states.get(QUEUED, 0),
         "running": states.get(IN_PROGRESS, 0),
         "age_s": age_s or 0.0,
-        "backlog_s": backlog_s or 0.0,
+        "backlog_s": read_backlog(context.database).engine_s,
         "webhooks": webhooks or 0,
         "ended": dict(ended),
     }

@@ -28,7 +28,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from ..runtime.video_file import _upright, read_image
+from ..runtime.video_file import read_image, upright
 
 MIN_SIDE, MAX_SIDE = 16, 4096
 MAX_FPS = 120
@@ -129,7 +129,7 @@ def decode_video(source: BinaryIO, output: BinaryIO, task: Task) -> dict[str, An
     source.seek(0)
     with opened(source, task) as (container, stream):
         for frame in islice(container.decode(stream), skipped, skipped + task.max_frames):
-            pixels = _upright(frame)
+            pixels = upright(frame)
             if shape is None:
                 shape = pixels.shape
             if (

@@ -73,14 +73,14 @@ class KeyStore:
                 insert(api_keys).values(
                     id=key_id,
                     tenant=tenant,
-                    digest=_digest(text),
+                    digest=digest_of(text),
                     scopes=list(scopes),
                     max_priority=max_priority,
                     created_at=now(),
                     expires_at=None if valid_s is None else now() + valid_s,
                 )
             )
-            return _key(connection.execute(select(api_keys).where(api_keys.c.id == key_id)).one()), text
+            return to_key(connection.execute(select(api_keys).where(api_keys.c.id == key_id)).one()), text
 
     def ensure(self, tenant: str, secret: str, scopes: Iterable[str], max_priority: int = 0) -> None:
         """Let there be a key of the operator's own text, whoever else makes it at the same time."""
@@ -92,31 +92,31 @@ class KeyStore:
         """The key that this text is, unless it has expired or was revoked."""
         with self.database.read() as connection:
             row = connection.execute(
-                select(api_keys).where(api_keys.c.digest == _digest(text), _is_valid())
+                select(api_keys).where(api_keys.c.digest == digest_of(text), is_valid())
             ).one_or_none()
-        return None if row is None else _key(row)
+        return None if row is None else to_key(row)
 
     def page(self) -> list[ApiKey]:
         """Every key there was, the newest first."""
         with self.database.read() as connection:
             rows = connection.execute(select(api_keys).order_by(api_keys.c.created_at.desc(), api_keys.c.id))
-            return [_key(row) for row in rows]
+            return [to_key(row) for row in rows]
 
     def revoke(self, key_id: str) -> bool:
         """Whether there was a valid key of this id; from now on there is none."""
         with self.database.write() as connection:
-            valid = and_(api_keys.c.id == key_id, _is_valid())
+            valid = and_(api_keys.c.id == key_id, is_valid())
             return connection.execute(update(api_keys).where(valid).values(revoked_at=now())).rowcount == 1
 
 
-def _is_valid() -> ColumnElement[bool]:
+def is_valid() -> ColumnElement[bool]:
     return and_(api_keys.c.revoked_at.is_(None), or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now()))
 
 
-def _digest(text: str) -> str:
+def digest_of(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _key(row: Row[Any]) -> ApiKey:
+def to_key(row: Row[Any]) -> ApiKey:
     values = {field.name: getattr(row, field.name) for field in fields(ApiKey)}
     return ApiKey(**{**values, "scopes": tuple(values["scopes"])})

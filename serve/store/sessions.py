@@ -11,7 +11,7 @@ import secrets
 from sqlalchemy import delete, insert, select
 
 from .database import Database, now
-from .keys import ApiKey, _digest, _is_valid, _key
+from .keys import ApiKey, digest_of, is_valid, to_key
 from .tables import api_keys, sessions
 
 
@@ -26,7 +26,7 @@ class Sessions:
         if not valid_s > 0:
             raise ValueError(f"valid_s must be above 0, got {valid_s}")
         token = secrets.token_urlsafe(32)
-        row = dict(digest=_digest(token), key_id=key.id, created_at=now(), expires_at=now() + valid_s)
+        row = dict(digest=digest_of(token), key_id=key.id, created_at=now(), expires_at=now() + valid_s)
         with self.database.write() as connection:
             connection.execute(insert(sessions).values(**row))
         return token
@@ -34,15 +34,15 @@ class Sessions:
     def find(self, token: str) -> ApiKey | None:
         """The key that was exchanged for this token, while the session and the key are both valid."""
         lives = sessions.c.expires_at > now()
-        found = select(api_keys).join(sessions).where(sessions.c.digest == _digest(token), lives, _is_valid())
+        found = select(api_keys).join(sessions).where(sessions.c.digest == digest_of(token), lives, is_valid())
         with self.database.read() as connection:
             row = connection.execute(found).one_or_none()
-        return None if row is None else _key(row)
+        return None if row is None else to_key(row)
 
     def close(self, token: str) -> bool:
         """Whether there was such a session; from now on there is none."""
         with self.database.write() as connection:
-            return connection.execute(delete(sessions).where(sessions.c.digest == _digest(token))).rowcount == 1
+            return connection.execute(delete(sessions).where(sessions.c.digest == digest_of(token))).rowcount == 1
 
     def remove_expired(self) -> int:
         """Forget sessions that have ended by themselves; returns how many."""

@@ -59,7 +59,7 @@ jobs = Table(
     Column("has_expired", Boolean, nullable=False, default=False),  # nor those
     Column("error_code", String(64)),
     Column("error_message", Text),
-    Column("webhook_url", Text),  # told once it has ended, beside the operator's own receiver
+    Column("webhook_url", Text),  # told once it has ended
     CheckConstraint(f"state in {STATES}", name="jobs_state"),
 )
 Index("jobs_waiting", jobs.c.state, jobs.c.lease_until, jobs.c.priority)

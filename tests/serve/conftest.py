@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from postgres import own_postgres
 
+from skylapse.serve.errors import ApiError
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.jobs import JobStore
 from skylapse.serve.store.leases import Leases
+from skylapse.serve.uploads import Body
+
+from .bodies import reader, refuser
 
 if TYPE_CHECKING:
     from skylapse.runtime.engine import Engine
@@ -78,3 +82,15 @@ def sdk_facts(
 
     with sdk_facts(service, demo_engine, tmp_path_factory.mktemp("sdk")) as facts:
         yield facts
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[..., Body]:
+    """Reads a body as an ingress does."""
+    return reader(tmp_path)
+
+
+@pytest.fixture
+def refuse(tmp_path: Path) -> Callable[..., ApiError]:
+    """The refusal that a body meets."""
+    return refuser(tmp_path)

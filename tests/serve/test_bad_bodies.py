@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -12,18 +11,7 @@ from skylapse.serve.errors import ApiError
 from skylapse.serve.strict_json import MAX_DEPTH
 from skylapse.serve.uploads import Body
 
-from .bodies import FORM, JSON, field, file, form, part, reader, refuser
-
-
-@pytest.fixture
-def read(tmp_path: Path) -> Callable[..., Body]:
-    return reader(tmp_path)
-
-
-@pytest.fixture
-def refuse(tmp_path: Path) -> Callable[..., ApiError]:
-    return refuser(tmp_path)
-
+from .bodies import FORM, JSON, field, file, form, part
 
 BAD_FORMS = {
     "unknown_file": (form(file("mask")), "unknown_parameter", "mask"),

@@ -26,19 +26,8 @@ from skylapse.serve.strict_json import MAX_BYTES
 from skylapse.serve.uploads import Body, Unread, read_body
 
 from .bad_media import media
-from .bodies import FORM, JSON, MAX, field, file, files_in, form, reader, refuser, request
+from .bodies import FORM, JSON, MAX, field, file, files_in, form, request
 from .raw_http import Client
-
-
-@pytest.fixture
-def read(tmp_path: Path) -> Callable[..., Body]:
-    return reader(tmp_path)
-
-
-@pytest.fixture
-def refuse(tmp_path: Path) -> Callable[..., ApiError]:
-    return refuser(tmp_path)
-
 
 # ------------------------------------------------------------------------------------------------ what SDKs send
 

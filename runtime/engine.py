@@ -7,7 +7,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -197,33 +197,22 @@ class Engine:
         finally:
             del self._listeners[ticket]
 
-    async def stream(
-        self, request: VideoRequest, latents: Tensor | None = None, **terms: Any
-    ) -> AsyncGenerator[Event, None]:
+    def stream(self, request: VideoRequest, latents: Tensor | None = None, **terms: Any) -> AsyncGenerator[Event, None]:
         """The events of one request, as they happen; leaving the loop early aborts it.
 
         Steps run in a thread of their own, shared by all streams of the engine, so the event loop never waits for the
-        device. Raises at once what `submit` raises.
+        device. The first event raises what `submit` raises.
         """
         ticket = next(self._tickets)
+        return self._loop.events(ticket, lambda: self._join(self._trajectory(ticket, request, latents, Terms(**terms))))
 
-        def join() -> None:
-            self._join(self._trajectory(ticket, request, latents, Terms(**terms)))
-
-        async with aclosing(self._loop.events(ticket, join)) as events:
-            async for event in events:
-                yield event
-
-    async def stream_resumed(self, folder: str | Path, deadline_s: float | None = None) -> AsyncGenerator[Event, None]:
-        """As `stream`, of a request that goes on from its checkpoint. Raises at once what `resume` raises."""
+    def stream_resumed(self, folder: str | Path, deadline_s: float | None = None) -> AsyncGenerator[Event, None]:
+        """As `stream`, of a request that goes on from its checkpoint. The first event raises what `resume` raises."""
         ticket = next(self._tickets)
-
-        def join() -> None:
-            self._join(load_trajectory(Path(folder), ticket, self.model, self.text_cache, deadline_s))
-
-        async with aclosing(self._loop.events(ticket, join)) as events:
-            async for event in events:
-                yield event
+        return self._loop.events(
+            ticket,
+            lambda: self._join(load_trajectory(Path(folder), ticket, self.model, self.text_cache, deadline_s)),
+        )
 
     def close(self) -> None:
         """Stop the thread that streams have started, if any; their requests stay where they are."""
@@ -236,11 +225,7 @@ class Engine:
     def generate(self, request: VideoRequest, latents: Tensor | None = None) -> Video:
         """Make one video beside everything already queued, whose events the next `step` returns."""
         ticket = next(self._tickets)
-
-        def join() -> None:
-            self._join(self._trajectory(ticket, request, latents, Terms()))
-
-        ended = self._end_of(ticket, join)
+        ended = self._end_of(ticket, lambda: self._join(self._trajectory(ticket, request, latents, Terms())))
         if isinstance(ended, Failed):
             raise ended.error
         return ended.video
@@ -282,7 +267,7 @@ class Engine:
         check_supported(self.model, request)
         return Trajectory(ticket, self.model, request, self.text_cache, latents, terms)
 
-    def _end_of(self, ticket: Ticket, join: Callable[[], None]) -> Finished | Failed:
+    def _end_of(self, ticket: Ticket, join: Callable[[], object]) -> Finished | Failed:
         """Submit by `join` and wait for the request's end, stepping unless a stream's thread does."""
         ends: SimpleQueue[Finished | Failed] = SimpleQueue()
         with self.listening(ticket, lambda event: ends.put(event) if isinstance(event, Finished | Failed) else None):

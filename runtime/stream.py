@@ -23,7 +23,7 @@ class StepLoop:
         self._thread = threading.Thread(target=self._run, name="skylapse-steps", daemon=True)
         self._thread.start()
 
-    async def events(self, ticket: Ticket, join: Callable[[], None]) -> AsyncGenerator[Event, None]:
+    async def events(self, ticket: Ticket, join: Callable[[], object]) -> AsyncGenerator[Event, None]:
         """Submit by `join`, off the event loop, and hand on the ticket's events up to the last."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Event] = asyncio.Queue()

@@ -29,6 +29,7 @@ READY_S = 120.0
 RAY = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "skylapse.serve.edge.middlewares",
     "RAY_SERVE_ENABLE_HA_PROXY": "0",  # it binds all addresses, and ends long requests when it reloads
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",

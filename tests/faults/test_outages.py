@@ -105,9 +105,8 @@ def test_a_zombie_changes_nothing_that_was_finished_without_it(tmp_path: Path) -
     try:
         service.start()
         wait_for(lambda: len(service.engines()) == 2, 60.0, "two engines")
-        jobs = start_jobs(
-            service, 2, steps=40, seconds="4"
-        )  # soon done: Serve ends who does not answer for half a minute
+        # soon done: Serve ends who does not answer for half a minute
+        jobs = start_jobs(service, 2, steps=40, seconds="4")
         wait_until_stepping(service, jobs, 10)
         zombie = service.pids("engine")[0]
         os.kill(zombie, signal.SIGSTOP)

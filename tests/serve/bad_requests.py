@@ -117,24 +117,13 @@ CASES: list[Case] = [
     shorter("cut_edit", FORM, form(text("prompt", b"a"), file("video", bytes(100_000)))[:-4], EDITS),
     as_form("no_closing_boundary", BODIES, lambda: [b"--b\r\n\r\n"], code="invalid_body"),
     as_json("form_without_boundary", BODIES, b"--x\r\n", code="invalid_json"),
-    # uvicorn on h11 refuses such headers; on httptools, which Ray brings, it has no bound for them
-    plain(
-        "header_of_a_megabyte",
-        BODIES,
-        VIDEOS,
-        {200, 400, 431},
-        headers=[("X", "a" * MIB)],
-        by_proxy=True,
-        may_hang_up=True,
-    ),
-    plain(
-        "10000_headers",
-        BODIES,
-        VIDEOS,
-        {200, 400, 431},
-        headers=[("X", "a" * 50)] * 10_000,
-        by_proxy=True,
-        may_hang_up=True,
+    # uvicorn on h11 refuses such headers; on httptools, which Ray brings, serve/edge.py does
+    *(
+        plain(name, BODIES, VIDEOS, {400, 431}, headers=headers, by_proxy=True, may_hang_up=True)
+        for name, headers in {
+            "header_of_a_megabyte": [("X", "a" * MIB)],
+            "10000_headers": [("X", "a" * 50)] * 10_000,
+        }.items()
     ),
     plain("target_of_a_megabyte", BODIES, f"/{'a' * MIB}", {400, 404, 414, 431}, by_proxy=True, may_hang_up=True),
     # ---------------------------------------------------------------------------------------- wrong or truncated media

@@ -8,12 +8,14 @@ The kernel gives a program a whole row, kept in registers: each element is read 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .launches import DTYPES, arch_of, find, points
 from .toolchain import Shipped, check_floats, jit, launches, next_power_of_2, tl
 
 
@@ -30,14 +32,28 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, ids: Tensor) -> Tensor:
 
 
 def gated_residual_adaln(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, ids: Tensor, eps: float
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, ids: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """r = x + y * gate, and adaln(r) of the next layer; shapes as above. Returns both, [N, dim] in x's dtype.
 
-    The norm reads r as it is stored, in x's dtype, so fusing changes nothing but the number of passes.
+    gate: None adds y as it is. The norm reads r as it is stored, in x's dtype, so fusing changes nothing but the number
+    of passes.
     """
     run = _gated_residual_adaln_op if launches(x) else _gated_residual_adaln_cpu
     return run(x, y, gate, shift, scale, ids, eps)
+
+
+def gated_residual_norm(
+    x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """r = x + y * gate, and LayerNorm(r) * weight + bias; weight and bias [dim] fp32. Returns both, as above.
+
+    To the kernel they are a scale and a shift that all tokens share.
+    """
+    if launches(x):
+        return _gated_residual_adaln_op(x, y, gate, bias.expand_as(gate), (weight - 1).expand_as(gate), ids, eps)
+    residual = _gated_residual_cpu(x, y, gate, ids)
+    return residual, F.layer_norm(residual.float(), weight.shape, weight, bias, eps).to(x.dtype)
 
 
 def rows(table: Tensor, ids: Tensor) -> Tensor:
@@ -58,9 +74,9 @@ def _gated_residual_cpu(x: Tensor, y: Tensor, gate: Tensor, ids: Tensor) -> Tens
 
 
 def _gated_residual_adaln_cpu(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, ids: Tensor, eps: float
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, ids: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    residual = _gated_residual_cpu(x, y, gate, ids)
+    residual = x + y if gate is None else _gated_residual_cpu(x, y, gate, ids)
     return residual, _adaln_cpu(residual, shift, scale, ids, eps)
 
 
@@ -99,7 +115,9 @@ def _kernel(
     value = tl.load(x + row * stride_x + columns, mask=inside, other=0.0).to(tl.float32)
     if GATED:
         added = tl.load(y + row * stride_y + columns, mask=inside, other=0.0).to(tl.float32)
-        value += added * tl.load(gate + index * stride_gate + columns, mask=inside, other=0.0).to(tl.float32)
+        if gate is not None:
+            added *= tl.load(gate + index * stride_gate + columns, mask=inside, other=0.0).to(tl.float32)
+        value += added
         stored = value.to(residual.dtype.element_ty)
         tl.store(residual + row * dim + columns, stored, mask=inside)
         value = stored.to(tl.float32)
@@ -128,9 +146,10 @@ def _gated_residual_triton(x: Tensor, y: Tensor, gate: Tensor, ids: Tensor) -> T
 
 
 def _gated_residual_adaln_triton(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, ids: Tensor, eps: float
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, ids: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    _check(x, ids, {"x": x, "y": y}, {"gate": gate, "shift": shift, "scale": scale})
+    tables = {"shift": shift, "scale": scale} | ({} if gate is None else {"gate": gate})
+    _check(x, ids, {"x": x, "y": y}, tables)
     residual = torch.empty_like(x, memory_format=torch.contiguous_format)
     out = torch.empty_like(residual)
     _launch(x, y, gate, shift, scale, ids, residual, out, eps)
@@ -153,17 +172,20 @@ def _launch(
     table = gate if shift is None else shift
     assert table is not None
     strides = [0 if tensor is None else tensor.stride(0) for tensor in (x, y, gate, shift, scale)]
-    constants, num_warps = _configuration(x.shape[1], len(table) == 1, gate is not None, shift is not None)
+    op = {(False, True): "adaln", (True, False): "gated_residual", (True, True): "gated_residual_adaln"}[
+        y is not None, shift is not None
+    ]
+    num_warps = find("adaln", op, arch_of(x.device), DTYPES[x.dtype], x.shape[1], len(x))["num_warps"]
+    constants = _constants(op, x.shape[1], len(table) == 1)
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its tensors' is
         _kernel[(len(x),)](
             x, y, gate, shift, scale, ids, residual, out, x.shape[1], *strides, eps, **constants, num_warps=num_warps
         )
 
 
-def _configuration(dim: int, one_row: bool, gated: bool, normed: bool) -> tuple[dict[str, Any], int]:
-    """Constants and warps: at most 32 elements a thread, so that a row of 5120 fits into registers."""
-    block = next_power_of_2(dim)
-    return dict(ONE_ROW=one_row, GATED=gated, NORMED=normed, BLOCK=block), max(1, min(8, block // 512))
+def _constants(op: str, dim: int, one_row: bool) -> dict[str, Any]:
+    flags = dict(ONE_ROW=one_row, GATED=op != "adaln", NORMED=op != "gated_residual")
+    return dict(**flags, BLOCK=next_power_of_2(dim))
 
 
 def _check(x: Tensor, ids: Tensor, tokens: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
@@ -205,26 +227,28 @@ _gated_residual_adaln_op.register_fake(
 
 
 def shipped() -> list[Shipped]:
-    """Wan's widths (1.3B, 5B, 14B) in bf16; fp32 once."""
-    ops = {"adaln": (False, True), "gated_residual": (True, False), "gated_residual_adaln": (True, True)}
+    """Every row of adaln.json, at Wan's widths (1.3B, 5B, 14B) and at the least and greatest."""
     return [
-        _shipped(op, gated, normed, dim, dtype)
-        for dim, dtype in ((1536, "bf16"), (3072, "bf16"), (5120, "bf16"), (5120, "fp32"))
-        for op, (gated, normed) in ops.items()
+        compiled(arch, op, dtype, dim, row.launch, has_gate)
+        for op in ("adaln", "gated_residual", "gated_residual_adaln")
+        for arch, row, dtype, dim in points("adaln", op, (512, 1024, 1536, 3072, 5120, 16384))
+        for has_gate in ((True, False) if op == "gated_residual_adaln" and dtype == "bf16" else (True,))
     ]
 
 
-def _shipped(op: str, gated: bool, normed: bool, dim: int, dtype: str) -> Shipped:
-    constants, num_warps = _configuration(dim, False, gated, normed)
+def compiled(arch: int, op: str, dtype: str, dim: int, launch: Mapping[str, Any], has_gate: bool = True) -> Shipped:
+    constants = _constants(op, dim, one_row=False)
     types = dict(x=f"*{dtype}", y=f"*{dtype}", gate="*fp32", shift="*fp32", scale="*fp32", ids="*i64")
     types |= dict(residual=f"*{dtype}", out=f"*{dtype}", dim="i32", eps="fp32")
     types |= {f"stride_{name}": "i32" for name in ("x", "y", "gate", "shift", "scale")}
-    unused = [*([] if gated else ["y", "gate", "residual"]), *([] if normed else ["shift", "scale", "out"])]
+    unused = ["y", "gate", "residual"] if op == "adaln" else [] if has_gate else ["gate"]
+    unused += ["shift", "scale", "out"] if op == "gated_residual" else []
     return Shipped(
         op=op,
-        configuration=f"{dtype} dim {dim}",
+        configuration=f"{dtype} dim {dim}{'' if has_gate else ', no gate'}",
         kernel=_kernel,
         types={name: type_ for name, type_ in types.items() if name not in unused},
         constants=constants | dict.fromkeys(unused),
-        num_warps=num_warps,
+        num_warps=launch["num_warps"],
+        architectures=(arch,),
     )

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.adaln import adaln, gated_residual
+from ...kernels.adaln import adaln, gated_residual, gated_residual_adaln, gated_residual_norm
 from ...kernels.attention import attention
 from ...kernels.patch_embed import PatchSize, patch_embed, unpatchify
 from ...kernels.qk_norm_rope import qk_norm_rope
+from ...kernels.rms_norm import rms_norm
 from ..pack import Context, Pack, TextContext
 from .linear import Linear
 
@@ -151,9 +152,14 @@ class WanBlock(nn.Module):
         table = self.scale_shift_table + modulation.float()
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table.unbind(1)
         ids = pack.modulation_ids
-        x = gated_residual(x, self.attn1(adaln(x, shift_1, scale_1, ids, self.eps), pack), gate_1, ids)
-        x = x + self.attn2(x if self.norm2 is None else self.norm2(x.float()).to(x.dtype), pack, index)
-        return gated_residual(x, self.ffn(adaln(x, shift_2, scale_2, ids, self.eps)), gate_2, ids)
+        y = self.attn1(adaln(x, shift_1, scale_1, ids, self.eps), pack)
+        if self.norm2 is None:
+            x = normed = gated_residual(x, y, gate_1, ids)
+        else:
+            x, normed = gated_residual_norm(x, y, gate_1, self.norm2.weight, self.norm2.bias, ids, self.eps)
+        y = self.attn2(normed, pack, index)
+        x, normed = gated_residual_adaln(x, y, None, shift_2, scale_2, ids, self.eps)
+        return gated_residual(x, self.ffn(normed), gate_2, ids)
 
 
 class SelfAttention(nn.Module):
@@ -189,12 +195,13 @@ class CrossAttention(nn.Module):
         self.norm_q = nn.RMSNorm(dim, config.eps)
         self.norm_k = nn.RMSNorm(dim, config.eps)
         self.out = Linear(dim, {"to_out.0": dim})
+        self.eps = config.eps
         if config.added_kv_proj_dim is not None:
             self.added_kv = Linear(config.added_kv_proj_dim, {"add_k_proj": dim, "add_v_proj": dim})
             self.norm_added_k = nn.RMSNorm(dim, config.eps)
 
     def forward(self, x: Tensor, pack: Pack, index: int) -> Tensor:
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
+        q = rms_norm(self.q(x), self.norm_q.weight, self.eps).unflatten(-1, (self.num_heads, -1))
         return self.out(self.attend(q, pack, index).flatten(1))
 
     def attend(self, q: Tensor, pack: Pack, index: int) -> Tensor:
@@ -208,15 +215,16 @@ class CrossAttention(nn.Module):
 
     def text_keys_values(self, rows: Tensor) -> Tensor:
         """Projected text rows [n, dim] -> [2, n, H, D]."""
-        return self._keys_values(self.kv(rows), self.norm_k)
+        return self._keys_values(self.kv(rows), self.norm_k.weight)
 
     def image_keys_values(self, rows: Tensor) -> Tensor:
         """Projected image rows [n, dim] -> [2, n, H, D]."""
-        return self._keys_values(self.added_kv(rows), self.norm_added_k)
+        return self._keys_values(self.added_kv(rows), self.norm_added_k.weight)
 
-    def _keys_values(self, kv: Tensor, norm: nn.Module) -> Tensor:
+    def _keys_values(self, kv: Tensor, norm_weight: Tensor) -> Tensor:
         keys, values = kv.chunk(2, dim=-1)
-        return torch.stack((norm(keys), values)).unflatten(-1, (self.num_heads, -1))
+        keys = rms_norm(keys, norm_weight, self.eps)
+        return torch.stack((keys, values)).unflatten(-1, (self.num_heads, -1))
 
 
 class FeedForward(nn.Module):

@@ -12,6 +12,7 @@ NAMES = (
     "adaln",
     "gated_residual",
     "gated_residual_adaln",
+    "gated_residual_adaln_ungated",
     "rms_norm",
     "qk_norm_rope",
     "patch_embed",
@@ -36,6 +37,7 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
         "adaln": (x, shift, scale, ids, 1e-6),
         "gated_residual": (x, y, gate, ids),
         "gated_residual_adaln": (x, y, gate, shift, scale, ids, 1e-6),
+        "gated_residual_adaln_ungated": (x, y, None, shift, scale, ids, 1e-6),
         "rms_norm": (x, draw(24).to(dtype), 1e-6),
         "qk_norm_rope": (draw(5, 96).to(dtype), draw(32).to(dtype), draw(32).to(dtype), draw(5, 8, 2), 2, 1e-6),
         "patch_embed": (
@@ -52,4 +54,4 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
 
 def operation(name: str) -> Any:
     """The overload that torch calls."""
-    return getattr(torch.ops.skylapse, name.removesuffix("_uncorrected")).default
+    return getattr(torch.ops.skylapse, name.removesuffix("_uncorrected").removesuffix("_ungated")).default

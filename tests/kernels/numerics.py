@@ -45,13 +45,19 @@ def residuals() -> Case:
         for num_tokens, dim, num_rows in ((1, 64, 1), (7, 100, 3), (3, 1536, 2)):
             x, y = draw(num_tokens, dim).to(dtype), draw(num_tokens, dim).to(dtype)
             gate, shift, scale = draw(num_rows, 6, dim).unbind(1)[:3]
-            ids = torch.randint(num_rows, (num_tokens,))
+            ids, weight, bias = torch.randint(num_rows, (num_tokens,)), draw(dim), draw(dim)
             name, expected = f"{num_tokens}x{dim}, {num_rows} rows", reference.gated_residual(x, y, gate, ids)
             yield name, adaln._gated_residual_triton(x, y, gate, ids), expected
             residual, normed = adaln._gated_residual_adaln_triton(x, y, gate, shift, scale, ids, 1e-6)
             yield name + ", fused", residual, expected
             yield name + ", its norm", normed, reference.adaln(residual, shift, scale, ids, 1e-6)
             assert torch.equal(normed, adaln._adaln_triton(residual, shift, scale, ids, 1e-6)), "fusing changes bits"
+            residual, normed = adaln._gated_residual_adaln_triton(x, y, None, shift, scale, ids, 1e-6)
+            yield name + ", without a gate", residual, x.double() + y.double()
+            yield name + ", its norm", normed, reference.adaln(residual, shift, scale, ids, 1e-6)
+            norm = bias.expand_as(gate), weight.expand_as(gate)  # one row for all tokens, by a stride of 0
+            residual, normed = adaln._gated_residual_adaln_triton(x, y, gate, *norm, ids, 1e-6)
+            yield name + ", an affine norm", normed, reference.adaln(residual, *norm, ids, 1e-6)
 
 
 def rms() -> Case:

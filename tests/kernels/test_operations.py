@@ -54,8 +54,9 @@ def test_all_operations_compile_into_one_graph() -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if "solver" not in name])
 def test_cpu_path_computes_the_plain_formula(name: str, dtype: torch.dtype) -> None:
     inputs = arguments(name, dtype)
-    if name == "gated_residual_adaln":
+    if name.startswith("gated_residual_adaln"):
         x, y, gate, shift, scale, ids, eps = inputs
+        gate = torch.ones_like(shift) if gate is None else gate
         residual, normed = adaln.gated_residual_adaln(*inputs)
         pairs = [(residual, reference.gated_residual(x, y, gate, ids))]
         pairs.append((normed, reference.adaln(residual, shift, scale, ids, eps)))
@@ -67,6 +68,35 @@ def test_cpu_path_computes_the_plain_formula(name: str, dtype: torch.dtype) -> N
         actual, expected = operation(name)(*inputs), getattr(reference, name)(*inputs)
         pairs = [(actual, torch.stack(expected[:2]) if name == "qk_norm_rope" else expected)]
     assert all(relative_l2(one, other) < TOLERANCES[dtype] for one, other in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_residual_and_norm_on_a_cpu_are_torchs_to_the_bit(dtype: torch.dtype) -> None:
+    x, y, table = torch.randn(5, 24).to(dtype), torch.randn(5, 24).to(dtype), torch.randn(3, 24)
+    ids, norm = torch.tensor([0, 2, 1, 1, 0]), torch.nn.LayerNorm(24, 1e-6)
+    with torch.no_grad():
+        torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+        residual, normed = adaln.gated_residual_norm(x, y, table, norm.weight, norm.bias, ids, 1e-6)
+    assert torch.equal(residual, adaln.gated_residual(x, y, table, ids))
+    assert torch.equal(normed, norm(residual.float()).to(dtype))
+
+
+def test_gated_residual_and_norm_on_cuda_is_one_call_of_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a scale and a shift of all tokens; the CPU's implementation stands for the kernel."""
+    monkeypatch.setattr(adaln, "launches", lambda x: True)
+    x, y, gate, weight, bias = (
+        torch.randn(5, 24),
+        torch.randn(5, 24),
+        torch.randn(2, 24),
+        torch.rand(24),
+        torch.rand(24),
+    )
+    ids = torch.tensor([0, 1, 1, 1, 0])
+    residual, normed = adaln.gated_residual_norm(x, y, gate, weight, bias, ids, 1e-6)
+    zero = torch.zeros(1, 24)
+    expected = reference.adaln(reference.gated_residual(x, y, gate, ids), zero, zero, ids, 1e-6) * weight + bias
+    assert torch.equal(residual, adaln._gated_residual_cpu(x, y, gate, ids))
+    assert relative_l2(normed, expected) < TOLERANCES[torch.float32]
 
 
 def test_heads_are_normed_each_by_itself_when_the_weight_is_one_heads() -> None:

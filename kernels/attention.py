@@ -38,11 +38,26 @@ def attention(
     """
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias)
-    name = _backend(q, k, v, key_bias)
+    return attention_by(_backend(q, k, v, key_bias), q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias)
+
+
+def attention_by(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: tuple[int, ...],
+    cu_seqlens_k: tuple[int, ...],
+    key_bias: Tensor | None = None,
+) -> Tensor:
+    """`attention` by one of `backends.CHOICES`, which must take these tensors; for who compares them."""
     if name in ("triton", "triton-ws"):
         return _op(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, False, name == "triton-ws")[0]
     if name in attention_peers.PEERS:
         return attention_peers.PEERS[name](q, k, v, cu_seqlens_q, cu_seqlens_k)
+    if name in attention_peers.TORCH:
+        with attention_peers.torch_uses(name):
+            return _sdpa(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias)
     return _sdpa(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias)
 
 
@@ -71,8 +86,10 @@ def _backend(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> str:
     reason = None
     if name != "sdpa":
         reason = unfit(q, k, v, key_bias)
-        if name in attention_peers.PEERS and key_bias is not None:
+        if (name in attention_peers.PEERS or name in attention_peers.TORCH) and key_bias is not None:
             reason = "it takes no bias of keys"
+        if reason is None and name in attention_peers.TORCH and not attention_peers.torch_takes(name, q, k, v):
+            reason = f"torch does not use it for {q.dtype} and head size {q.shape[2]} here"
     if reason is not None:
         backends.tell_once(f"attention: sdpa instead of {name}: {reason}")
         return "sdpa"

@@ -1,13 +1,16 @@
-"""Other libraries' variable-length attention, where they are installed; imported when they are first called."""
+"""Other libraries' variable-length attention, imported when they are first called, and torch's kernels by name."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.backends import cuda
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Sequence[int], cu_seqlens_k: Sequence[int]) -> Tensor:
@@ -47,3 +50,18 @@ def _uploaded(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 PEERS = {"xformers": _xformers, "flash3": _flash3}
+TORCH = {
+    "cudnn": (SDPBackend.CUDNN_ATTENTION, cuda.can_use_cudnn_attention),
+    "flash": (SDPBackend.FLASH_ATTENTION, cuda.can_use_flash_attention),
+}
+
+
+def torch_uses(name: str) -> AbstractContextManager[None]:
+    """Inside it, torch's scaled dot product attention is this kernel of its own, or an error."""
+    return sdpa_kernel(TORCH[name][0])
+
+
+def torch_takes(name: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether this kernel of torch's serves such tensors [N, H, D] on their device."""
+    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return TORCH[name][1](cuda.SDPAParams(query, key, value, None, 0.0, False, False))

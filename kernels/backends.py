@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # What may be asked for; the last of each needs nothing but torch and serves everything.
-CHOICES = {"attention": ("triton", "triton-ws", "xformers", "flash3", "sdpa")}
+CHOICES = {"attention": ("triton", "triton-ws", "xformers", "flash3", "cudnn", "flash", "sdpa")}
 NEEDS = {"xformers": "xformers.ops", "flash3": "flash_attn_interface"}
 
 # By architecture, from measurements on such a device; without one it is our own kernels, and the reason says so.
@@ -96,6 +96,8 @@ def decide(op: str, capability: int, fault: Callable[[], str | None]) -> Choice:
         missing = f"{NEEDS[name].partition('.')[0]} is not installed"
     elif name == "triton-ws" and capability // 10 not in (9, 10):
         missing = f"needs sm_90 or sm_100, this is sm_{capability}"
+    elif name in ("cudnn", "flash"):
+        missing = _fault_of_torch(name, capability)
     elif name.startswith("triton"):
         missing = fault()
     if missing is None:
@@ -131,6 +133,17 @@ def fault_of_triton(device: torch.device) -> str | None:
     except Exception as error:  # whatever a broken installation raises is the reason
         return f"Triton is broken: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return "Triton is broken: a kernel computed nonsense" if wrong else None
+
+
+def _fault_of_torch(name: str, capability: int) -> str | None:
+    """Why torch cannot use this kernel of its own on such a device; what single tensors lack is asked at each call."""
+    import torch
+
+    if capability < 80:
+        return f"needs sm_80 or newer, this is sm_{capability}"
+    if name == "cudnn":
+        return None if torch.backends.cudnn.is_available() else "this torch has no cuDNN"
+    return None if torch.backends.cuda.is_flash_attention_available() else "this torch is built without it"
 
 
 def tell_once(message: str) -> None:

@@ -65,12 +65,17 @@ def test_measured_winner_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None
         ("flash3", 90, None, "flash3 (asked for) cannot serve: flash_attn_interface is not installed"),
         ("triton-ws", 89, None, "triton-ws (asked for) cannot serve: needs sm_90 or sm_100, this is sm_89"),
         ("triton", 90, "it is broken", "triton (asked for) cannot serve: it is broken"),
+        ("cudnn", 75, None, "cudnn (asked for) cannot serve: needs sm_80 or newer, this is sm_75"),
+        ("cudnn", 90, None, "cudnn (asked for) cannot serve: this torch has no cuDNN"),
+        ("flash", 90, None, "flash (asked for) cannot serve: this torch is built without it"),
     ],
 )
 def test_torch_serves_where_what_was_asked_for_cannot(
     asked: str, capability: int, fault: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backends, "_importable", lambda name: False)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
     select({"attention": asked})
     assert decide("attention", capability, lambda: fault) == Choice("sdpa", reason, fallback=True)
 
@@ -80,9 +85,9 @@ def test_sdpa_asked_for_needs_no_triton() -> None:
     assert decide("attention", 90, never) == Choice("sdpa", "asked for")
 
 
-@pytest.mark.parametrize("text", ["attention", "attention=cudnn", "adaln=triton", "attention=sdpa,", "=", "a=b=c"])
+@pytest.mark.parametrize("text", ["attention", "attention=best", "adaln=triton", "attention=sdpa,", "=", "a=b=c"])
 def test_unknown_operation_or_backend_is_refused_with_what_there_is(text: str) -> None:
-    with pytest.raises(ValueError, match=r"^must be like attention=triton\|triton-ws\|xformers\|flash3\|sdpa, got "):
+    with pytest.raises(ValueError, match=r"^must be like attention=triton\|.*\|cudnn\|flash\|sdpa, got "):
         parse(text)
 
 
@@ -176,6 +181,9 @@ def tensors(dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
             "sdpa",
             "sdpa instead of flash3: q must be bfloat16 or float16",
         ),
+        ("cudnn", torch.bfloat16, False, "cudnn", None),
+        ("flash", torch.float16, False, "flash", None),
+        ("flash", torch.bfloat16, True, "sdpa", "sdpa instead of flash: it takes no bias of keys"),
     ],
 )
 def test_call_that_a_backend_cannot_serve_goes_to_sdpa_and_is_told_once(
@@ -188,12 +196,43 @@ def test_call_that_a_backend_cannot_serve_goes_to_sdpa_and_is_told_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(backends, "_importable", lambda name: True)
+    monkeypatch.setattr(backends, "_fault_of_torch", lambda name, capability: None)
+    monkeypatch.setattr(attention_peers, "torch_takes", lambda name, q, k, v: True)
     select({"attention": asked})
     bias = torch.zeros(9).as_subclass(Elsewhere) if biased else None
     q, k, v = tensors(dtype)
     assert [module._backend(q, k, v, bias) for _ in range(2)] == [served] * 2
     assert [record.getMessage().removeprefix("attention: ") for record in caplog.records if said is None] == []
     assert said is None or [record.getMessage().count(said) for record in caplog.records] == [1]
+
+
+@pytest.mark.usefixtures("h100")
+@pytest.mark.parametrize("asked", ["cudnn", "flash"])
+def test_tensors_that_torchs_kernel_refuses_go_to_what_torch_chooses(
+    asked: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As those of this machine: they only say that they are on a GPU, and torch itself is asked."""
+    monkeypatch.setattr(backends, "_fault_of_torch", lambda name, capability: None)
+    select({"attention": asked})
+    q, k, v = tensors()
+    assert module._backend(q, k, v, None) == "sdpa"
+    assert f"sdpa instead of {asked}: torch does not use it for torch.bfloat16 and head size 16 here" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash"])
+def test_named_kernel_of_torch_is_the_only_one_that_it_may_use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = []
+
+    def attend(q: Tensor, *_: object, **__: object) -> Tensor:
+        cuda = torch.backends.cuda
+        flags = cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()
+        allowed.append((*flags, cuda.math_sdp_enabled()))
+        return q
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    q, k, v = torch.randn(3, 9, 2, 16)
+    module.attention_by(name, q, k, v, (0, 4, 9), (0, 4, 9))
+    assert allowed == [(name == "cudnn", name == "flash", False, False)] * 2
 
 
 @pytest.mark.usefixtures("h100")

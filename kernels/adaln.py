@@ -8,12 +8,14 @@ The kernel gives a program a whole row, kept in registers: each element is read 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .launches import DTYPES, arch_of, find, points
 from .toolchain import Shipped, check_floats, jit, launches, next_power_of_2, tl
 
 
@@ -170,17 +172,20 @@ def _launch(
     table = gate if shift is None else shift
     assert table is not None
     strides = [0 if tensor is None else tensor.stride(0) for tensor in (x, y, gate, shift, scale)]
-    constants, num_warps = _configuration(x.shape[1], len(table) == 1, y is not None, shift is not None)
+    op = {(False, True): "adaln", (True, False): "gated_residual", (True, True): "gated_residual_adaln"}[
+        y is not None, shift is not None
+    ]
+    num_warps = find("adaln", op, arch_of(x.device), DTYPES[x.dtype], x.shape[1], len(x))["num_warps"]
+    constants = _constants(op, x.shape[1], len(table) == 1)
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its tensors' is
         _kernel[(len(x),)](
             x, y, gate, shift, scale, ids, residual, out, x.shape[1], *strides, eps, **constants, num_warps=num_warps
         )
 
 
-def _configuration(dim: int, one_row: bool, gated: bool, normed: bool) -> tuple[dict[str, Any], int]:
-    """Constants and warps: at most 32 elements a thread, so that a row of 5120 fits into registers."""
-    block = next_power_of_2(dim)
-    return dict(ONE_ROW=one_row, GATED=gated, NORMED=normed, BLOCK=block), max(1, min(8, block // 512))
+def _constants(op: str, dim: int, one_row: bool) -> dict[str, Any]:
+    flags = dict(ONE_ROW=one_row, GATED=op != "adaln", NORMED=op != "gated_residual")
+    return dict(**flags, BLOCK=next_power_of_2(dim))
 
 
 def _check(x: Tensor, ids: Tensor, tokens: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
@@ -222,30 +227,28 @@ _gated_residual_adaln_op.register_fake(
 
 
 def shipped() -> list[Shipped]:
-    """Wan's widths (1.3B, 5B, 14B) in bf16; fp32 once."""
-    ops = {"adaln": (False, True), "gated_residual": (True, False), "gated_residual_adaln": (True, True)}
+    """Every row of adaln.json, at Wan's widths (1.3B, 5B, 14B) and at its greatest."""
     return [
-        *(
-            _shipped(op, gated, normed, dim, dtype)
-            for dim, dtype in ((1536, "bf16"), (3072, "bf16"), (5120, "bf16"), (5120, "fp32"))
-            for op, (gated, normed) in ops.items()
-        ),
-        *(_shipped("gated_residual_adaln", True, True, dim, "bf16", has_gate=False) for dim in (1536, 3072, 5120)),
+        compiled(arch, op, dtype, dim, row.launch, has_gate)
+        for op in ("adaln", "gated_residual", "gated_residual_adaln")
+        for arch, row, dtype, dim in points("adaln", op, (1536, 3072, 5120))
+        for has_gate in ((True, False) if op == "gated_residual_adaln" and dtype == "bf16" else (True,))
     ]
 
 
-def _shipped(op: str, gated: bool, normed: bool, dim: int, dtype: str, has_gate: bool = True) -> Shipped:
-    constants, num_warps = _configuration(dim, False, gated, normed)
+def compiled(arch: int, op: str, dtype: str, dim: int, launch: Mapping[str, Any], has_gate: bool = True) -> Shipped:
+    constants = _constants(op, dim, one_row=False)
     types = dict(x=f"*{dtype}", y=f"*{dtype}", gate="*fp32", shift="*fp32", scale="*fp32", ids="*i64")
     types |= dict(residual=f"*{dtype}", out=f"*{dtype}", dim="i32", eps="fp32")
     types |= {f"stride_{name}": "i32" for name in ("x", "y", "gate", "shift", "scale")}
-    unused = [*([] if gated else ["y", "gate", "residual"]), *([] if normed else ["shift", "scale", "out"])]
-    unused += [] if has_gate else ["gate"]
+    unused = ["y", "gate", "residual"] if op == "adaln" else [] if has_gate else ["gate"]
+    unused += ["shift", "scale", "out"] if op == "gated_residual" else []
     return Shipped(
         op=op,
         configuration=f"{dtype} dim {dim}{'' if has_gate else ', no gate'}",
         kernel=_kernel,
         types={name: type_ for name, type_ in types.items() if name not in unused},
         constants=constants | dict.fromkeys(unused),
-        num_warps=num_warps,
+        num_warps=launch["num_warps"],
+        architectures=(arch,),
     )

@@ -10,18 +10,19 @@ Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1.
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .toolchain import ARCHITECTURES, Shipped, jit, next_power_of_2, tl, triton
+from . import launches
+from .launches import architecture as architecture  # others have it from here
+from .tables import PerLayout, upload
+from .toolchain import Shipped, jit, next_power_of_2, tl, triton
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_HEAD_SIZE = 128
@@ -52,10 +53,9 @@ def launch(
     """Outputs [N, H, D] and log-sum-exp [H, N] fp32 (empty unless asked for) of checked sequences."""
     if (reason := unfit(q, k, v, key_bias)) is not None:
         raise ValueError(reason)
-    major, minor = torch.cuda.get_device_capability(q.device)
     longest = max(stop - start for start, stop in pairwise(cu_seqlens_q))
     described = can_be_described(q, k, v)
-    arch = architecture(10 * major + minor)
+    arch = launches.arch_of(q.device)
     specialized = warp_specialized and described and key_bias is None
     found = configuration(arch, DTYPES[q.dtype], q.shape[2], longest, described, specialized)
     return run(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, with_lse, found)
@@ -115,57 +115,40 @@ def unfit(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> str | Non
     return None
 
 
-@lru_cache(maxsize=64)
+@PerLayout
 def tiles_of(
     cu_seqlens_q: tuple[int, ...], cu_seqlens_k: tuple[int, ...], block_m: int, device: torch.device
 ) -> Tensor:
-    """Tiles [num_tiles, 4] int32: first query, queries from there, first key, keys; those of most keys start first.
-
-    A layout lives as long as its requests, so its tiles are uploaded once, without waiting for the device.
-    """
+    """Tiles [num_tiles, 4] int32: first query, queries from there, first key, keys; those of most keys start first."""
     rows = [
         (query, q_stop - query, k_start, k_stop - k_start)
         for (q_start, q_stop), (k_start, k_stop) in zip(pairwise(cu_seqlens_q), pairwise(cu_seqlens_k), strict=True)
         for query in range(q_start, q_stop, block_m)
     ]
-    tiles = torch.tensor(sorted(rows, key=lambda row: -row[3]), dtype=torch.int32)
-    return tiles.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tiles.to(device)
+    return upload(sorted(rows, key=lambda row: -row[3]), device)
 
 
 # --- configurations ---------------------------------------------------------------------------------------------------
 
 
-def architecture(capability: int) -> int:
-    """The one of ours whose configurations serve a device of this compute capability."""
-    if capability < ARCHITECTURES[0]:
-        raise ValueError(f"attention kernels need sm_{ARCHITECTURES[0]} or newer, this is sm_{capability}")
-    if capability == 86:  # has sm_89's shared memory, not sm_80's
-        return 89
-    return max(arch for arch in ARCHITECTURES if arch <= capability)
-
-
 def configuration(
     arch: int, dtype: str, head_size: int, longest: int, described: bool = True, warp_specialized: bool = False
 ) -> Configuration:
-    """Of attention.json: the first row whose head size and length (queries of the longest sequence) are enough.
+    """Of attention.json, by head size and length (queries of the longest sequence).
 
     described: whether descriptors can be made of the tensors; pointers take any.
     """
-    for row in _table()[str(arch)]:
-        how = Configuration(**row["launch"])
-        enough = head_size <= row["head_size"] and longest <= (row["longest"] or longest)
-        asked = how.warp_specialized == warp_specialized and (described or not how.descriptors)
-        if dtype in row["dtypes"] and enough and asked:
-            return how
-    if warp_specialized:
+
+    def fits(launch: Mapping[str, Any]) -> bool:
+        specialized = launch.get("warp_specialized", False)
+        return specialized == warp_specialized and (described or not launch.get("descriptors", False))
+
+    try:
+        return Configuration(**launches.find("attention", "attention", arch, dtype, head_size, longest, fits))
+    except ValueError:
+        if not warp_specialized:
+            raise
         return configuration(arch, dtype, head_size, longest, described)  # the opt-in has few rows
-    raise ValueError(f"no attention of {dtype} and head size {head_size} for sm_{arch}")
-
-
-@lru_cache(maxsize=1)
-def _table() -> dict[str, list[dict[str, Any]]]:
-    table: dict[str, list[dict[str, Any]]] = json.loads(Path(__file__).with_name("attention.json").read_text())
-    return table
 
 
 def can_be_described(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -190,28 +173,35 @@ def shipped() -> list[Shipped]:
     Warps are specialised where there is no bias alone: Triton 3.7 fails over sm_90's loop with one.
     """
     return [
-        _shipped(int(arch), row, dtype, biased)
-        for arch, rows in _table().items()
+        _shipped(arch, row, dtype, biased)
+        for arch, rows in launches.table("attention").items()
         for row in rows
-        for dtype in row["dtypes"]
+        for dtype in row.dtypes
         for biased in (False, True)
-        if not (biased and row["launch"].get("warp_specialized"))
+        if not (biased and row.launch.get("warp_specialized"))
     ]
 
 
-def _shipped(arch: int, row: dict[str, Any], dtype: str, biased: bool) -> Shipped:
-    how = Configuration(**row["launch"])
+def _shipped(arch: int, row: launches.Row, dtype: str, biased: bool) -> Shipped:
+    assert row.width is not None
+    words = [f"{dtype} head {row.width}", f"to {row.longest} queries" if row.longest else "any length"]
+    return compiled(arch, dtype, row.width, biased, Configuration(**row.launch), words)
+
+
+def compiled(
+    arch: int, dtype: str, head_size: int, biased: bool, how: Configuration, words: Sequence[str] = ()
+) -> Shipped:
+    """As `run` launches it with a log-sum-exp."""
     kernel = _descriptor_kernel if how.descriptors else _pointer_kernel
     types = dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}")
     types |= dict(bias="*fp32", lse="*fp32", tiles="*i32", num_queries="i32", scale="fp32", unscale="fp32")
     types |= {f"stride_{name}": "i32" for name in ("qn", "qh", "kn", "kh", "vn", "vh", "on")}
-    constants = _constants(row["head_size"], biased, True, how) | ({} if biased else {"bias": None})
-    words = [f"{dtype} head {row['head_size']}", f"to {row['longest']} queries" if row["longest"] else "any length"]
-    words += ["biased"] if biased else []
-    words += ["specialised"] if how.warp_specialized else ["descriptors"] if how.descriptors else []
+    constants = _constants(head_size, biased, True, how) | ({} if biased else {"bias": None})
+    way = ["biased"] if biased else []
+    way += ["specialised"] if how.warp_specialized else ["descriptors"] if how.descriptors else []
     return Shipped(
         op="attention",
-        configuration=", ".join(words),
+        configuration=", ".join([*words, *way]),
         kernel=kernel,
         types={name: type_ for name, type_ in types.items() if name not in constants},
         constants=constants,

@@ -4,26 +4,30 @@ token = W . patch + b, the patch's elements read in the order (C, p, q, r) of th
 
 Shape letters: C channels, T, H, W latent frames, rows and columns; p, q, r the patch's size along them; K = C p q r.
 
-One launch serves latents of any number of shapes: a table says for each tile of tokens whose it is and which patch it
-begins with, another where each request's latents lie. Patches are gathered into registers: there is no im2col tensor.
+One launch serves latents of up to 16 shapes: a table says for each tile of tokens whose it is and which patch it begins
+with, another how each request's latents lie. Both are uploaded when a layout is new, and addresses are the kernel's
+arguments, so that a call copies nothing and can be captured into a CUDA graph whose latents stay where they are.
+Patches are gathered into registers: there is no im2col tensor.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .launches import DTYPES, arch_of, find, points
 from .linear import linear
+from .tables import PerLayout, upload
 from .toolchain import Shipped, check_floats, jit, launches, next_power_of_2, tl
 
 PatchSize = tuple[int, int, int]
 Grid = tuple[int, int, int]
-TILE = 64  # tokens
+LATENTS = [f"latents_{i}" for i in range(16)]  # the kernel's arguments: what one launch takes
 GEOMETRY = tl and tl.constexpr(8)  # numbers in a request's row of the table
 
 
@@ -76,29 +80,47 @@ def _unpatchify_flat_cpu(tokens: Tensor, sides: Sequence[int], patch_size: Seque
 
 
 @jit
-def _place(tiles, geometry, TOKENS: tl.constexpr):
+def _place(tiles, geometry, first_tile, TOKENS: tl.constexpr):
     """Of a program's tile: its request, its patches, which of them there are, their positions in the grid.
 
     All are 32-bit: with 64-bit offsets a tile of 64 x 64 spilt up to 448 bytes a thread (sm_120).
     """
-    request = tl.load(tiles + 2 * tl.program_id(0))
+    tile = tiles + 2 * (first_tile + tl.program_id(0))
+    request = tl.load(tile)
     row = geometry + request * GEOMETRY
-    patch = tl.load(tiles + 2 * tl.program_id(0) + 1) + tl.arange(0, TOKENS)
+    patch = tl.load(tile + 1) + tl.arange(0, TOKENS)
     height, width = tl.load(row + 2), tl.load(row + 3)
     frame, rest = patch // (height * width), patch % (height * width)
     return request, patch, patch < tl.load(row), frame, rest // width, rest % width
 
 
-@jit
+# Neither alignment nor numbers of these arguments make another kernel: one is compiled, whatever a pack is made of.
+@jit(do_not_specialize=["first_tile", "first_request"], do_not_specialize_on_alignment=LATENTS)
 def _patch_embed_kernel(
-    pointers,
+    latents_0,
+    latents_1,
+    latents_2,
+    latents_3,
+    latents_4,
+    latents_5,
+    latents_6,
+    latents_7,
+    latents_8,
+    latents_9,
+    latents_10,
+    latents_11,
+    latents_12,
+    latents_13,
+    latents_14,
+    latents_15,
+    first_tile,
+    first_request,
     tiles,
     geometry,
     weight,
     bias,
     out,
     dim,
-    ELEMENT: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
     R: tl.constexpr,
@@ -107,8 +129,24 @@ def _patch_embed_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    request, patch, there, frame, line, column = _place(tiles, geometry, BLOCK_M)
-    latents = tl.load(pointers + request).to(tl.pointer_type(ELEMENT))
+    request, patch, there, frame, line, column = _place(tiles, geometry, first_tile, BLOCK_M)
+    slot = request - first_request
+    latents = latents_0
+    latents = tl.where(slot == 1, latents_1, latents)
+    latents = tl.where(slot == 2, latents_2, latents)
+    latents = tl.where(slot == 3, latents_3, latents)
+    latents = tl.where(slot == 4, latents_4, latents)
+    latents = tl.where(slot == 5, latents_5, latents)
+    latents = tl.where(slot == 6, latents_6, latents)
+    latents = tl.where(slot == 7, latents_7, latents)
+    latents = tl.where(slot == 8, latents_8, latents)
+    latents = tl.where(slot == 9, latents_9, latents)
+    latents = tl.where(slot == 10, latents_10, latents)
+    latents = tl.where(slot == 11, latents_11, latents)
+    latents = tl.where(slot == 12, latents_12, latents)
+    latents = tl.where(slot == 13, latents_13, latents)
+    latents = tl.where(slot == 14, latents_14, latents)
+    latents = tl.where(slot == 15, latents_15, latents)
     row = geometry + request * GEOMETRY
     stride_c, stride_t, stride_h, stride_w = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
     corner = frame * P * stride_t + line * Q * stride_h + column * R * stride_w
@@ -141,7 +179,7 @@ def _unpatchify_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    request, patch, there, frame, line, column = _place(tiles, geometry, BLOCK_M)
+    request, patch, there, frame, line, column = _place(tiles, geometry, 0, BLOCK_M)
     row = geometry + request * GEOMETRY
     stride_c, stride_t, stride_h, stride_w = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
     K: tl.constexpr = P * Q * R * C
@@ -157,17 +195,24 @@ def _unpatchify_kernel(
 
 def _patch_embed_triton(latents: Sequence[Tensor], weight: Tensor, bias: Tensor, patch_size: Sequence[int]) -> Tensor:
     _check_latents(latents, weight, bias, patch_size)
-    dim = len(weight)
-    shapes = [x.shape for x in latents]
-    layout = _layout(tuple(_grid(s, patch_size) for s in shapes), tuple(x.stride() for x in latents), weight.device)
-    tiles, geometry, num_tokens = layout
-    pointers = torch.tensor([x.data_ptr() for x in latents], dtype=torch.int64, pin_memory=weight.is_cuda)
-    pointers = pointers.to(weight.device, non_blocking=True)  # pinned: a pageable copy would wait for the stream
+    dim, k = weight.shape
+    grids, strides = tuple(_grid(x.shape, patch_size) for x in latents), tuple(_strides(x) for x in latents)
+    num_tokens = sum(math.prod(grid) for grid in grids)
+    launch = find("patch_embed", "patch_embed", arch_of(weight.device), DTYPES[weight.dtype], k, num_tokens)
+    layout = layout_of(grids, strides, launch["block_m"], weight.device)
     out = weight.new_empty(num_tokens, dim)
-    constants, num_warps = _patch_embed_configuration(shapes[0][0], dim, patch_size, latents[0].dtype, weight.dtype)
-    grid = (len(tiles), -(-dim // constants["BLOCK_N"]))
+    constants = _patch_embed_constants(dim, k, patch_size, launch)
+    how = dict(num_warps=launch["num_warps"], num_stages=launch["num_stages"])
     with torch.cuda.device_of(weight):  # Triton launches on the current device, whatever its tensors' is
-        _patch_embed_kernel[grid](pointers, tiles, geometry, weight, bias, out, dim, **constants, num_warps=num_warps)
+        for first in range(0, len(latents), len(LATENTS)):
+            some = latents[first : first + len(LATENTS)]
+            begin, end = layout.first_tiles[first], layout.first_tiles[first + len(some)]
+            _patch_embed_kernel[(end - begin, -(-dim // constants["BLOCK_N"]))](
+                *(*some, *[some[0]] * (len(LATENTS) - len(some)), begin, first),
+                *(layout.tiles, layout.geometry, weight, bias, out, dim),
+                **constants,
+                **how,
+            )
     return out
 
 
@@ -182,31 +227,44 @@ def _unpatchify_triton(tokens: Tensor, sides: Sequence[int], patch_size: Sequenc
         raise ValueError(f"a sequence's tokens exceed 2^31 elements: grids {grids}, rows of {tokens.stride(0)}")
     channels = tokens.shape[1] // (p * q * r)
     strides = tuple((t * p * h * q * w * r, h * q * w * r, w * r, 1) for t, h, w in grids)
-    tiles, geometry, _ = _layout(tuple(grids), strides, tokens.device)
+    call = (arch_of(tokens.device), DTYPES[tokens.dtype], tokens.shape[1], num_tokens)
+    launch = find("patch_embed", "unpatchify", *call)
+    layout = layout_of(tuple(grids), strides, launch["block_m"], tokens.device)
     out = tokens.new_empty(tokens.numel())
-    constants, num_warps = _unpatchify_configuration(channels, patch_size)
+    constants = _unpatchify_constants(channels, patch_size, launch)
     with torch.cuda.device_of(tokens):  # Triton launches on the current device, whatever its tensors' is
-        _unpatchify_kernel[(len(tiles),)](
-            tokens, tiles, geometry, out, tokens.stride(0), **constants, num_warps=num_warps
+        _unpatchify_kernel[(len(layout.tiles),)](
+            *(tokens, layout.tiles, layout.geometry, out, tokens.stride(0)), **constants, num_warps=launch["num_warps"]
         )
     return out
 
 
-@lru_cache(maxsize=64)
-def _layout(
-    grids: tuple[Grid, ...], strides: tuple[tuple[int, ...], ...], device: torch.device
-) -> tuple[Tensor, Tensor, int]:
-    """For each tile (request, first patch); for each request (count, offset, H/q, W/r, strides); number of tokens.
+class Layout(NamedTuple):
+    """Where a pack's requests lie; it changes when one joins or leaves, not from step to step."""
 
-    It changes when a request joins or leaves, not from step to step, so it is copied to the device that often.
-    """
-    tiles, geometry, offset = [], [], 0
-    for index, ((t, h, w), stride) in enumerate(zip(grids, strides, strict=True)):
-        tiles += [(index, first) for first in range(0, t * h * w, TILE)]
-        geometry.append((t * h * w, offset, h, w, *stride))
-        offset += t * h * w
-    table = torch.tensor(geometry, dtype=torch.int32, device=device)
-    return torch.tensor(tiles, dtype=torch.int32, device=device), table, offset
+    tiles: Tensor  # [num_tiles, 2] int32: request, first patch
+    geometry: Tensor  # [num_requests, 8] int32: patches, offset among the tokens, H/q, W/r, strides
+    first_tiles: tuple[int, ...]  # of each request, and the number of tiles: the host's
+
+
+@PerLayout
+def layout_of(
+    grids: tuple[Grid, ...], strides: tuple[tuple[int, ...], ...], block_m: int, device: torch.device
+) -> Layout:
+    counts = [t * h * w for t, h, w in grids]
+    offsets = accumulate(counts, initial=0)
+    tiles = [(index, first) for index, count in enumerate(counts) for first in range(0, count, block_m)]
+    geometry = [
+        (count, offset, h, w, *stride)
+        for count, offset, (_, h, w), stride in zip(counts, offsets, grids, strides, strict=False)
+    ]
+    first_tiles = accumulate((-(-count // block_m) for count in counts), initial=0)
+    return Layout(upload(tiles, device), upload(geometry, device), tuple(first_tiles))
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """A side of one is never stepped along, and its stride may be any number."""
+    return tuple(stride if side > 1 else 0 for side, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def _grid(shape: Sequence[int], patch_size: Sequence[int]) -> Grid:
@@ -218,26 +276,19 @@ def _grids(sides: Sequence[int]) -> list[Grid]:
     return [(sides[i], sides[i + 1], sides[i + 2]) for i in range(0, len(sides), 3)]
 
 
-def _patch_embed_configuration(
-    channels: int, dim: int, patch_size: Sequence[int], dtype: torch.dtype, weight_dtype: torch.dtype
-) -> tuple[dict[str, Any], int]:
-    """A tile of fp32 has no matrix instruction: its products are unrolled, and at 64 x 128 x 64 spilt 1 kB a thread."""
+def _patch_embed_constants(dim: int, k: int, patch_size: Sequence[int], launch: Mapping[str, Any]) -> dict[str, Any]:
+    """A tile is no larger than the matrix; patch_embed.json goes by K. fp32 has no matrix instruction: its products are
+    unrolled, and at 64 x 128 x 64 spilt 1 kB a thread.
+    """
     p, q, r = patch_size
-    k = channels * p * q * r
-    widest_n, widest_k = (64, 16) if weight_dtype == torch.float32 else (128, 64)
-    block_n, block_k = min(widest_n, max(16, next_power_of_2(dim))), min(widest_k, max(16, next_power_of_2(k)))
-    constants = dict(ELEMENT=_element(dtype), P=p, Q=q, R=r, K=k, BLOCK_M=TILE, BLOCK_N=block_n, BLOCK_K=block_k)
-    return constants, 4 if k <= 64 and weight_dtype != torch.float32 else 8
+    block_n = min(launch["block_n"], max(16, next_power_of_2(dim)))
+    block_k = min(launch["block_k"], max(16, next_power_of_2(k)))
+    return dict(P=p, Q=q, R=r, K=k, BLOCK_M=launch["block_m"], BLOCK_N=block_n, BLOCK_K=block_k)
 
 
-def _unpatchify_configuration(channels: int, patch_size: Sequence[int]) -> tuple[dict[str, Any], int]:
+def _unpatchify_constants(channels: int, patch_size: Sequence[int], launch: Mapping[str, Any]) -> dict[str, Any]:
     p, q, r = patch_size
-    block = next_power_of_2(p * q * r * channels)
-    return dict(P=p, Q=q, R=r, C=channels, BLOCK_M=TILE, BLOCK_K=block), max(4, min(16, block // 16))
-
-
-def _element(dtype: torch.dtype) -> Any:
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+    return dict(P=p, Q=q, R=r, C=channels, BLOCK_M=launch["block_m"], BLOCK_K=next_power_of_2(p * q * r * channels))
 
 
 def _check_latents(latents: Sequence[Tensor], weight: Tensor, bias: Tensor, patch_size: Sequence[int]) -> None:
@@ -283,21 +334,36 @@ _unpatchify_op.register_fake(lambda tokens, sides, patch_size: tokens.new_empty(
 
 
 def shipped() -> list[Shipped]:
-    """Wan's channels (text 16, image 36, 5B 48) and widths."""
-    embeds = [(16, 1536, "bf16"), (16, 5120, "bf16"), (36, 5120, "bf16"), (48, 3072, "bf16"), (16, 1536, "fp32")]
-    return [_shipped_patch_embed(*case) for case in embeds] + [_shipped_unpatchify(c) for c in (16, 48)]
+    """Every row of patch_embed.json: Wan's channels (text 16, image 36, 5B 48) and widths; unpatchify's 16 to 48."""
+    wan = {64: (1536, 5120), 144: (5120,), 192: (3072,)}
+    embeds = [
+        compiled(arch, dtype, k // 4, dim, row.launch)
+        for arch, row, dtype, k in points("patch_embed", "patch_embed", wan)
+        for dim in (wan[k] if dtype == "bf16" else wan[k][:1])
+    ]
+    found = points("patch_embed", "unpatchify", (64, 128, 192))
+    return embeds + [compiled_unpatchify(arch, dtype, k // 4, row.launch) for arch, row, dtype, k in found]
 
 
-def _shipped_patch_embed(channels: int, dim: int, dtype: str) -> Shipped:
-    weight_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
-    constants, num_warps = _patch_embed_configuration(channels, dim, (1, 2, 2), torch.float32, weight_dtype)
-    types = dict(pointers="*i64", tiles="*i32", geometry="*i32", dim="i32")
-    types |= dict.fromkeys(("weight", "bias", "out"), f"*{dtype}")
-    name = f"{dtype} {channels} channels, dim {dim}"
-    return Shipped("patch_embed", name, _patch_embed_kernel, types, constants, num_warps, multiplies=dtype != "fp32")
+def compiled(arch: int, dtype: str, channels: int, dim: int, launch: Mapping[str, Any]) -> Shipped:
+    """Latents in fp32 and patches of 1 x 2 x 2, as Wan has them; dtype: the weight's."""
+    types = dict.fromkeys(LATENTS, "*fp32") | dict.fromkeys(("weight", "bias", "out"), f"*{dtype}")
+    types |= dict(first_tile="i32", first_request="i32", tiles="*i32", geometry="*i32", dim="i32")
+    return Shipped(
+        op="patch_embed",
+        configuration=f"{dtype} {channels} channels, dim {dim}",
+        kernel=_patch_embed_kernel,
+        types=types,
+        constants=_patch_embed_constants(dim, 4 * channels, (1, 2, 2), launch),
+        num_warps=launch["num_warps"],
+        num_stages=launch["num_stages"],
+        multiplies=dtype != "fp32",
+        architectures=(arch,),
+    )
 
 
-def _shipped_unpatchify(channels: int) -> Shipped:
-    constants, num_warps = _unpatchify_configuration(channels, (1, 2, 2))
-    types = dict(tokens="*bf16", out="*bf16", tiles="*i32", geometry="*i32", stride_token="i32")
-    return Shipped("unpatchify", f"bf16 {channels} channels", _unpatchify_kernel, types, constants, num_warps)
+def compiled_unpatchify(arch: int, dtype: str, channels: int, launch: Mapping[str, Any]) -> Shipped:
+    constants = _unpatchify_constants(channels, (1, 2, 2), launch)
+    types = dict(tokens=f"*{dtype}", out=f"*{dtype}", tiles="*i32", geometry="*i32", stride_token="i32")
+    name, num_warps = f"{dtype} {channels} channels", launch["num_warps"]
+    return Shipped("unpatchify", name, _unpatchify_kernel, types, constants, num_warps, architectures=(arch,))

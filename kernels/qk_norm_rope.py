@@ -10,12 +10,14 @@ neither: attention reads it where it lies, by its stride.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .launches import DTYPES, arch_of, find, points
 from .toolchain import Shipped, check_floats, jit, launches, next_power_of_2, tl
 
 
@@ -118,7 +120,9 @@ def _triton(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, pairs: Tensor, num_
     head_dim = _check(qkv, q_weight, k_weight, pairs, num_heads)
     out = qkv.new_empty(2, len(qkv), num_heads, head_dim)
     if qkv.numel():
-        constants, num_warps = _configuration(num_heads, head_dim, len(q_weight) == head_dim and num_heads > 1)
+        constants = _constants(num_heads, head_dim, len(q_weight) == head_dim and num_heads > 1)
+        call = (arch_of(qkv.device), DTYPES[qkv.dtype], _width(num_heads, head_dim), len(qkv))
+        num_warps = find("qk_norm_rope", "qk_norm_rope", *call)["num_warps"]
         strides = (qkv.stride(0), eps)
         with torch.cuda.device_of(qkv):  # Triton launches on the current device, whatever its tensors' is
             _kernel[(len(qkv), 2)](
@@ -127,10 +131,14 @@ def _triton(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, pairs: Tensor, num_
     return out
 
 
-def _configuration(num_heads: int, head_dim: int, per_head: bool) -> tuple[dict[str, Any], int]:
+def _constants(num_heads: int, head_dim: int, per_head: bool) -> dict[str, Any]:
     block_h, block_d = next_power_of_2(num_heads), next_power_of_2(head_dim)
-    constants = dict(D=head_dim, PER_HEAD=per_head, BLOCK_H=block_h, BLOCK_D=block_d)
-    return constants, max(1, min(8, block_h * block_d // 512))
+    return dict(D=head_dim, PER_HEAD=per_head, BLOCK_H=block_h, BLOCK_D=block_d)
+
+
+def _width(num_heads: int, head_dim: int) -> int:
+    """Elements of a program's tile: what qk_norm_rope.json goes by."""
+    return next_power_of_2(num_heads) * next_power_of_2(head_dim)
 
 
 def _check(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, pairs: Tensor, num_heads: int) -> int:
@@ -159,14 +167,23 @@ _op.register_fake(
 
 
 def shipped() -> list[Shipped]:
-    """Wan's heads (1.3B, 5B, 14B) across all and per head, and the sizes 64 and 96 that attention serves too."""
+    """Every row of qk_norm_rope.json: Wan's heads (1.3B, 5B, 14B) across all and each, sizes 64 and 96, few heads."""
     cases = [(12, 128, False), (24, 128, False), (40, 128, False), (40, 128, True), (24, 64, False), (32, 96, False)]
-    return [_shipped(*case) for case in cases]
+    wan: dict[int, list[tuple[int, int, bool]]] = {}
+    for heads, size, per_head in cases:
+        wan.setdefault(_width(heads, size), []).append((heads, size, per_head))
+    return [
+        compiled(arch, dtype, *case, row.launch)
+        for arch, row, dtype, width in points("qk_norm_rope", "qk_norm_rope", wan)
+        for case in (wan[width] if dtype == "bf16" else [(width // 128, 128, False)])
+    ]
 
 
-def _shipped(num_heads: int, head_dim: int, per_head: bool) -> Shipped:
-    constants, num_warps = _configuration(num_heads, head_dim, per_head)
-    types = dict.fromkeys(("qkv", "q_weight", "k_weight", "out"), "*bf16") | dict(pairs="*fp32", eps="fp32")
+def compiled(
+    arch: int, dtype: str, num_heads: int, head_dim: int, per_head: bool, launch: Mapping[str, Any]
+) -> Shipped:
+    constants, num_warps = _constants(num_heads, head_dim, per_head), launch["num_warps"]
+    types = dict.fromkeys(("qkv", "q_weight", "k_weight", "out"), f"*{dtype}") | dict(pairs="*fp32", eps="fp32")
     types |= dict.fromkeys(("num_tokens", "num_heads", "stride_token"), "i32")
-    name = f"bf16 {num_heads} heads of {head_dim}{', each' if per_head else ''}"
-    return Shipped("qk_norm_rope", name, _kernel, types, constants, num_warps)
+    name = f"{dtype} {num_heads} heads of {head_dim}{', each' if per_head else ''}"
+    return Shipped("qk_norm_rope", name, _kernel, types, constants, num_warps, architectures=(arch,))

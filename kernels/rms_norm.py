@@ -5,12 +5,14 @@ Source: Zhang & Sennrich (arXiv 1910.07467). A program keeps a whole row in regi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .launches import DTYPES, arch_of, find, points
 from .toolchain import Shipped, check_floats, jit, launches, next_power_of_2, tl
 
 
@@ -41,15 +43,18 @@ def _triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         raise ValueError(f"x must be [N, dim], weight [dim], dim at most 16384, got {[*x.shape]} and {[*weight.shape]}")
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
-        constants, num_warps = _configuration(x.shape[1])
+        constants, num_warps = _configuration(arch_of(x.device), DTYPES[x.dtype], x.shape[1], len(x))
         with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its tensors' is
             _kernel[(len(x),)](x, weight, out, x.shape[1], x.stride(0), eps, **constants, num_warps=num_warps)
     return out
 
 
-def _configuration(dim: int) -> tuple[dict[str, Any], int]:
-    block = next_power_of_2(dim)
-    return dict(BLOCK=block), max(1, min(8, block // 512))
+def _configuration(arch: int, dtype: str, dim: int, num_tokens: int) -> tuple[dict[str, Any], int]:
+    return _constants(dim), find("rms_norm", "rms_norm", arch, dtype, dim, num_tokens)["num_warps"]
+
+
+def _constants(dim: int) -> dict[str, Any]:
+    return dict(BLOCK=next_power_of_2(dim))
 
 
 _op = torch.library.custom_op("skylapse::rms_norm", _cpu, mutates_args=(), device_types="cpu")
@@ -58,10 +63,12 @@ _op.register_fake(lambda x, weight, eps: x.new_empty(x.shape))
 
 
 def shipped() -> list[Shipped]:
-    """Wan's widths in bf16."""
-    configurations = [(dim, *_configuration(dim)) for dim in (1536, 3072, 5120)]
-    types = dict(x="*bf16", weight="*bf16", out="*bf16", dim="i32", stride_x="i32", eps="fp32")
-    return [
-        Shipped("rms_norm", f"bf16 dim {dim}", _kernel, types, constants, num_warps)
-        for dim, constants, num_warps in configurations
-    ]
+    """Every row of rms_norm.json, at Wan's widths (1.3B, 5B, 14B) and at its greatest."""
+    found = points("rms_norm", "rms_norm", (1536, 3072, 5120))
+    return [compiled(arch, dtype, dim, row.launch) for arch, row, dtype, dim in found]
+
+
+def compiled(arch: int, dtype: str, dim: int, launch: Mapping[str, Any]) -> Shipped:
+    types = dict(x=f"*{dtype}", weight=f"*{dtype}", out=f"*{dtype}", dim="i32", stride_x="i32", eps="fp32")
+    name, num_warps = f"{dtype} dim {dim}", launch["num_warps"]
+    return Shipped("rms_norm", name, _kernel, types, _constants(dim), num_warps, architectures=(arch,))

@@ -12,18 +12,18 @@ p = (s, 1 - s) with s = next sigma / sigma. At the sizes of latents these are la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .launches import DTYPES, arch_of, find, points
 from .toolchain import Shipped, check_floats, jit, launches, next_power_of_2, tl
 
 MAX_EARLIER = 3  # clean predictions that UniPC's corrector of order 3 reads
 SCALE = 4  # pixels a side for each latent; runtime/preview.py fits maps of this size
-POSITIONS = 128  # of a program's tile
 
 
 class SolverStep(NamedTuple):
@@ -226,24 +226,25 @@ def _triton(
     reads = max(len(predictor), len(corrector)) - 2
     tensors = [*earlier[: max(0, reads)], None, None, None][:MAX_EARLIER]
     p, c = ([*weights, *[0.0] * 5][:5] for weights in (predictor, corrector))
-    constants, num_warps = _configuration(
-        num_channels, uncond is not None, bool(corrector), max(0, reads), weight is not None
-    )
+    call = (arch_of(latents.device), DTYPES[cond.dtype], num_channels, t * h * w)
+    launch = find("solver_step", "solver_step", *call)
+    flags = (uncond is not None, bool(corrector), max(0, reads), weight is not None)
+    constants = _constants(num_channels, *flags, launch["block_p"])
     with torch.cuda.device_of(latents):  # Triton launches on the current device, whatever its tensors' is
-        _kernel[(-(-t * h * w // POSITIONS),)](
+        _kernel[(-(-t * h * w // launch["block_p"]),)](
             *(latents, cond, uncond, last_sample, *tensors, weight, bias, moved, clean, sample, pixels),
             *(num_channels, t * h * w, h, w, guidance_scale, sigma, *p, *c),
             **constants,
-            num_warps=num_warps,
+            num_warps=launch["num_warps"],
         )
     return moved, clean, sample, pixels
 
 
-def _configuration(
-    num_channels: int, guided: bool, corrects: bool, earlier: int, previews: bool
-) -> tuple[dict[str, Any], int]:
+def _constants(
+    num_channels: int, guided: bool, corrects: bool, earlier: int, previews: bool, positions: int
+) -> dict[str, Any]:
     flags = dict(GUIDED=guided, CORRECTS=corrects, EARLIER=earlier, PREVIEWS=previews)
-    return dict(**flags, SIDE=SCALE, BLOCK_C=next_power_of_2(num_channels), BLOCK_P=POSITIONS), 8
+    return dict(**flags, SIDE=SCALE, BLOCK_C=next_power_of_2(num_channels), BLOCK_P=positions)
 
 
 def _check(
@@ -306,22 +307,43 @@ def _(
 
 
 def shipped() -> list[Shipped]:
-    """UniPC of order 2 with guidance, with and without a preview; the first step; order 3; 48 channels."""
+    """Every row of solver_step.json: UniPC of order 2 with guidance, with and without a preview, and order 3; the first
+    step; 48 channels.
+    """
     cases = [(16, True, True, 2, True), (16, True, True, 2, False), (16, False, False, 0, False)]
-    return [_shipped(*case) for case in [*cases, (16, True, True, 3, True), (48, True, True, 2, True)]]
+    cases += [(16, True, True, 3, True), (48, True, True, 2, True)]
+    found = points("solver_step", "solver_step", [channels for channels, *_ in cases])
+    return [
+        compiled(arch, dtype, *case, row.launch)
+        for arch, row, dtype, width in found
+        for case in cases
+        if case[0] == width
+    ]
 
 
-def _shipped(num_channels: int, guided: bool, corrects: bool, earlier: int, previews: bool) -> Shipped:
-    constants, num_warps = _configuration(num_channels, guided, corrects, earlier, previews)
+def compiled(
+    arch: int,
+    dtype: str,
+    num_channels: int,
+    guided: bool,
+    corrects: bool,
+    earlier: int,
+    previews: bool,
+    launch: Mapping[str, Any],
+) -> Shipped:
+    """dtype: of the velocities."""
+    constants = _constants(num_channels, guided, corrects, earlier, previews, launch["block_p"])
     types = dict.fromkeys(("latents", "last_sample", "moved", "clean_out", "sample_out", "weight", "bias"), "*fp32")
-    types |= dict(cond="*bf16", uncond="*bf16", pixels="*u8")
+    types |= dict(cond=f"*{dtype}", uncond=f"*{dtype}", pixels="*u8")
     types |= {f"earlier_{i}": "*fp32" for i in range(MAX_EARLIER)}
     types |= dict.fromkeys(("num_channels", "num_positions", "height", "width"), "i32")
     types |= dict.fromkeys(("guidance_scale", "sigma", *(f"{x}_{i}" for x in "pc" for i in range(5))), "fp32")
     unused = [f"earlier_{i}" for i in range(earlier, MAX_EARLIER)]
     unused += [*([] if guided else ["uncond"]), *([] if corrects else ["last_sample"])]
     unused += [] if previews else ["weight", "bias"]
-    words = [f"{num_channels} channels, {earlier} earlier"]
+    words = [f"{dtype} {num_channels} channels, {earlier} earlier"]
     words += [w for w, on in (("guided", guided), ("corrected", corrects), ("preview", previews)) if on]
     types = {name: type_ for name, type_ in types.items() if name not in unused}
-    return Shipped("solver_step", ", ".join(words), _kernel, types, constants | dict.fromkeys(unused), num_warps)
+    constants |= dict.fromkeys(unused)
+    name, num_warps = ", ".join(words), launch["num_warps"]
+    return Shipped("solver_step", name, _kernel, types, constants, num_warps, architectures=(arch,))

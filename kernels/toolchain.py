@@ -30,9 +30,11 @@ ARCHITECTURES = (80, 89, 90, 100, 120)
 broken: str | None = None  # why kernels cannot run here though Triton imports; backends.prepare finds out
 
 
-def jit(function: Callable[..., Any]) -> Any:
+def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """triton.jit, or the function itself."""
-    return function if triton is None else triton.jit(function)
+    if function is None:
+        return lambda function: jit(function, **options)
+    return function if triton is None else triton.jit(function, **options)
 
 
 def launches(x: Tensor) -> bool:

@@ -10,11 +10,9 @@ import json
 from dataclasses import replace
 from itertools import accumulate
 
-import numpy as np
 import torch
-import triton.language as tl
+from bf16 import bf16_products
 from torch import Tensor
-from triton.runtime import interpreter
 
 from skylapse.kernels import reference
 from skylapse.kernels.attention_kernels import Configuration, run
@@ -97,22 +95,6 @@ def surrounded(num_tokens: int, num_heads: int, head_size: int) -> Tensor:
     tokens = torch.full((num_tokens + 70, 3, num_heads, head_size), torch.nan)
     tokens[1 : num_tokens + 1, 1] = torch.randn(num_tokens, num_heads, head_size)
     return tokens[1 : num_tokens + 1, 1]
-
-
-def bf16_products() -> None:
-    """The interpreter hands bf16's bit patterns to numpy in tl.dot (triton-lang/triton#11584): multiply the numbers."""
-    original = interpreter.InterpreterBuilder.create_dot
-
-    def numbers(x: interpreter.TensorHandle) -> np.ndarray:
-        return (x.data.astype(np.uint32) << 16).view(np.float32) if x.dtype.scalar == tl.bfloat16 else x.data
-
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):  # type: ignore[no-untyped-def]
-        if a.dtype.scalar != tl.bfloat16:
-            return original(self, a, b, d, input_precision, max_num_imprecise_acc)
-        product = np.matmul(numbers(a), numbers(b), dtype=np.float32)
-        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
-
-    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import json
 from collections.abc import Iterator
 
 import torch
+from bf16 import bf16_products
 from torch import Tensor
 
-from skylapse.kernels import adaln, patch_embed, qk_norm_rope, reference, rms_norm, solver_step
+from skylapse.kernels import adaln, launches, patch_embed, qk_norm_rope, reference, rms_norm, solver_step
 
 Case = Iterator[tuple[str, Tensor, Tensor]]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -22,6 +23,7 @@ def main() -> None:
     assert getattr(torch.utils.deterministic, "fill_uninitialized_memory")  # noqa: B009 - torch types it as absent
     assert torch.empty_like(torch.ones(3)).isnan().all() and torch.ones(3).new_empty(3).isnan().all()
     torch.manual_seed(0)
+    bf16_products()
     for check in (norms, residuals, rms, qk, embed, unpatchify, solver):
         for name, actual, expected in check():
             assert actual.shape == expected.shape, (name, actual.shape, expected.shape)
@@ -84,9 +86,8 @@ def qk() -> Case:
 
 
 def embed() -> Case:
-    """The interpreter multiplies bf16's bit patterns in tl.dot, so fp32 and fp16 stand for it."""
     ragged = [(1, 2, 2), (3, 8, 10), (2, 18, 14)]  # 1, 60 and 126 tokens: less than a tile, and a tile and a bit
-    for dtype, latent_dtype in ((torch.float32, torch.float32), (torch.float16, torch.float32), (torch.float16,) * 2):
+    for dtype, latent_dtype in [(dtype, torch.float32) for dtype in DTYPES] + [(torch.bfloat16,) * 2]:
         for channels, dim, patch_size in ((16, 96, (1, 2, 2)), (5, 200, (1, 2, 2)), (36, 64, (1, 2, 2))):
             latents = [draw(channels, *shape).to(latent_dtype) for shape in ragged]
             latents[1] = latents[1].transpose(2, 3)  # read by their strides
@@ -97,6 +98,13 @@ def embed() -> Case:
     latents, weight, bias = [draw(3, 4, 6, 9), draw(3, 2, 3, 3)], draw(33, 54), draw(33)
     expected = reference.patch_embed(latents, weight, bias, (2, 3, 3))
     yield "odd patches", patch_embed._patch_embed_triton(latents, weight, bias, (2, 3, 3)), expected
+    launch = dict(block_m=32, block_n=16, block_k=32, num_warps=4, num_stages=1)
+    with launches.forced("patch_embed", launch):
+        yield "other tiles", patch_embed._patch_embed_triton(latents, weight, bias, (2, 3, 3)), expected
+    latents = [draw(3, 1, 2 * (1 + i % 3), 2) for i in range(35)]  # more than two launches take
+    weight, bias = draw(16, 12), draw(16)
+    expected = reference.patch_embed(latents, weight, bias, (1, 2, 2))
+    yield "35 requests", patch_embed._patch_embed_triton(latents, weight, bias, (1, 2, 2)), expected
 
 
 def unpatchify() -> Case:

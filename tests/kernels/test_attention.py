@@ -16,10 +16,9 @@ import torch
 from kernels.interpreter import interpret
 from torch import Tensor
 
-from skylapse.kernels import attention_kernels, inspect, reference, roofline
+from skylapse.kernels import inspect, launches, reference, roofline
 from skylapse.kernels.attention import attention, attention_with_lse
 from skylapse.kernels.attention_kernels import can_be_described, configuration, launch, shipped, tiles_of
-from skylapse.kernels.toolchain import Shipped
 
 # Greatest distance of an element from the formula's, in units of the result's root mean square. Weights are rounded to
 # the values' dtype before they are multiplied, as on the device; measured: 2e-6, 2e-3 and 2e-2.
@@ -170,7 +169,7 @@ def test_every_architecture_dtype_and_head_size_has_a_configuration(arch: int, h
     [(80, 80), (86, 89), (87, 80), (89, 89), (90, 90), (100, 100), (103, 100), (120, 120), (121, 120)],
 )
 def test_device_is_served_by_the_nearest_architecture_below(capability: int, arch: int) -> None:
-    assert attention_kernels.architecture(capability) == arch
+    assert launches.architecture(capability) == arch
 
 
 def test_what_the_copy_engine_cannot_take_goes_by_pointers() -> None:
@@ -198,14 +197,6 @@ MATRIX = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 def test_matrix_instruction_is_the_architectures_own(arch: int) -> None:
     item = next(item for item in shipped() if arch in item.architectures)
     assert inspect.compile_for(item, arch).matrix == MATRIX[arch]
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize("item", shipped(), ids=lambda item: f"sm_{item.architectures[0]} {item.configuration}")
-def test_every_configuration_has_its_matrix_instruction_and_no_spills(item: Shipped) -> None:
-    (arch,) = item.architectures
-    compiled = inspect.compile_for(item, arch)
-    assert (compiled.matrix, compiled.faults) == (MATRIX[arch], ())
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import attention_peers, backends
 from .attention_kernels import launch, shipped, unfit
+from .attention_quantized import QUANTIZED, quantized_attention
 
 __all__ = ["attention", "attention_with_lse", "shipped"]
 
@@ -53,6 +54,8 @@ def attention_by(
     """`attention` by one of `backends.CHOICES`, which must take these tensors; for who compares them."""
     if name in ("triton", "triton-ws"):
         return _op(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, False, name == "triton-ws")[0]
+    if name in QUANTIZED:
+        return quantized_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, QUANTIZED[name])[0]
     if name in attention_peers.PEERS:
         return attention_peers.PEERS[name](q, k, v, cu_seqlens_q, cu_seqlens_k)
     if name in attention_peers.TORCH:
@@ -75,6 +78,8 @@ def attention_with_lse(
     name = _backend(q, k, v, key_bias)
     if name in ("triton", "triton-ws"):
         return _op(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, True, name == "triton-ws")
+    if name in QUANTIZED:
+        return quantized_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, QUANTIZED[name], with_lse=True)
     return plain(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias)
 
 

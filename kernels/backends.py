@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # What may be asked for; the last of each needs nothing but torch and serves everything.
-CHOICES = {"attention": ("triton", "triton-ws", "xformers", "flash3", "cudnn", "flash", "sdpa")}
+CHOICES = {
+    "attention": ("triton", "triton-ws", "triton-int8", "triton-fp8", "xformers", "flash3", "cudnn", "flash", "sdpa")
+}
 NEEDS = {"xformers": "xformers.ops", "flash3": "flash_attn_interface"}
 
 # By architecture, from measurements on such a device; without one it is our own kernels, and the reason says so.
@@ -96,6 +98,8 @@ def decide(op: str, capability: int, fault: Callable[[], str | None]) -> Choice:
         missing = f"{NEEDS[name].partition('.')[0]} is not installed"
     elif name == "triton-ws" and capability // 10 not in (9, 10):
         missing = f"needs sm_90 or sm_100, this is sm_{capability}"
+    elif name == "triton-fp8" and capability < 89:
+        missing = f"needs sm_89 or newer, this is sm_{capability}"
     elif name in ("cudnn", "flash"):
         missing = _fault_of_torch(name, capability)
     elif name.startswith("triton"):

@@ -36,7 +36,7 @@ class Report:
         gpu = f"{self.gpu} ({self.capability})" if self.gpu else "none that torch can use"
         facts = {"GPU": gpu, "driver": self.driver or "none", **self.versions}
         listed = [f"{name:16s}{value or 'not installed'}" for name, value in facts.items()]
-        return [*listed, "", *(f"{op:16s}{choice.name:10s}{choice.reason}" for op, choice in self.operations.items())]
+        return [*listed, "", *(f"{op:16s}{choice.name:12s}{choice.reason}" for op, choice in self.operations.items())]
 
 
 def examine() -> Report:
@@ -50,7 +50,7 @@ def examine() -> Report:
     }
     if not torch.cuda.is_available():
         choice = Choice("torch", "no CUDA device" if torch.version.cuda else "this torch is built without CUDA")
-        return Report(None, None, _driver(), versions, dict.fromkeys((*CHOICES, *OPERATIONS), choice))
+        return Report(None, None, driver(), versions, dict.fromkeys((*CHOICES, *OPERATIONS), choice))
     device = torch.device("cuda", torch.cuda.current_device())
     backends.prepare(device)
     chosen = {op: backends.choose(op, device) for op in CHOICES}
@@ -58,7 +58,7 @@ def examine() -> Report:
     rest = Choice("triton", "its only kernel") if fault is None else Choice("torch", fault, fallback=True)
     major, minor = torch.cuda.get_device_capability(device)
     operations = chosen | dict.fromkeys(OPERATIONS, rest)
-    return Report(torch.cuda.get_device_name(device), f"sm_{major}{minor}", _driver(), versions, operations)
+    return Report(torch.cuda.get_device_name(device), f"sm_{major}{minor}", driver(), versions, operations)
 
 
 def _version(package: str) -> str | None:
@@ -68,7 +68,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _driver() -> str | None:
+def driver() -> str | None:
     """NVIDIA's, as its module tells it on Linux; None elsewhere or without one."""
     if platform.system() != "Linux" or not DRIVER.exists():
         return None

@@ -70,6 +70,24 @@ def attention(
     return Cost(2 * (num_queries + num_keys) * dim * itemsize + 4 * num_keys * biased, 4 * pairs * dim)
 
 
+def quantized_attention(
+    q_lens: Sequence[int],
+    k_lens: Sequence[int],
+    num_heads: int,
+    head_dim: int,
+    itemsize: int,
+    form: str,
+    biased: bool = False,
+) -> Cost:
+    """`attention`, and what quantising moves: 8 bits and a scale a token are written and read again, and k (for fp8
+    v too) is read once more for its columns. Half of the operations are of 8 bits, with fp8 all."""
+    exact, dim = attention(q_lens, k_lens, num_heads, head_dim, itemsize, biased), num_heads * head_dim
+    num_queries, num_keys = sum(q_lens), sum(k_lens)
+    columns = num_keys * dim * (2 if form == "fp8" else 1)
+    written = num_queries * dim + columns + 4 * num_heads * (num_queries + num_keys)
+    return Cost(exact.num_bytes + 2 * written + columns * itemsize, exact.operations)
+
+
 def patch_embed(
     num_tokens: int, channels: int, patch_size: Sequence[int], dim: int, latent_itemsize: int, itemsize: int
 ) -> Cost:

@@ -67,7 +67,11 @@ def test_cache_dir_may_be_in_the_home_folder() -> None:
         ("SKYLAPSE_SCHEDULER", "lifo", "fair or fifo or shortest"),
         ("SKYLAPSE_TENANT_WEIGHTS", "a", 'like "a=2,b=0.5"'),
         ("SKYLAPSE_TENANT_WEIGHTS", "a=-1", 'like "a=2,b=0.5"'),
-        ("SKYLAPSE_KERNELS", "attention=best", "like attention=triton|triton-ws|xformers|flash3|cudnn|flash|sdpa"),
+        (
+            "SKYLAPSE_KERNELS",
+            "attention=best",
+            "like attention=triton|triton-ws|triton-int8|triton-fp8|xformers|flash3|cudnn|flash|sdpa",
+        ),
         ("SKYLAPSE_MEMORY_MB", "0", "a whole number from 1 to 1073741823"),
         ("SKYLAPSE_CACHE_DIR", __file__, "a folder"),
     ],

@@ -14,7 +14,10 @@ from . import backends, toolchain
 from .backends import CHOICES, Choice
 
 # The operations of one kernel each: Triton's where it works, torch's elsewhere.
-OPERATIONS = ("patch_embed", "unpatchify", "adaln", "gated_residual", "rms_norm", "qk_norm_rope", "solver_step")
+OPERATIONS = (
+    *("patch_embed", "unpatchify", "adaln", "gated_residual", "rms_norm", "qk_norm_rope", "solver_step"),
+    "linear_quantized",
+)
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -36,7 +39,7 @@ class Report:
         gpu = f"{self.gpu} ({self.capability})" if self.gpu else "none that torch can use"
         facts = {"GPU": gpu, "driver": self.driver or "none", **self.versions}
         listed = [f"{name:16s}{value or 'not installed'}" for name, value in facts.items()]
-        return [*listed, "", *(f"{op:16s}{choice.name:12s}{choice.reason}" for op, choice in self.operations.items())]
+        return [*listed, "", *(f"{op:18s}{choice.name:12s}{choice.reason}" for op, choice in self.operations.items())]
 
 
 def examine() -> Report:

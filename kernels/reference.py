@@ -136,3 +136,50 @@ def attention(
             lse[head, q_start:q_stop] = logits.logsumexp(-1)
             out[q_start:q_stop, head] = logits.softmax(-1) @ values
     return out, lse
+
+
+def quantize_rows(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """x [N, dim] -> the nearest of `levels`, rising from 0, to |x| / s with x's sign; s = max|row| / largest."""
+    x = x.double()
+    scales = x.abs().amax(-1) / levels[-1]
+    distances = (x.abs() / scales[:, None])[..., None] - levels
+    return levels[distances.abs().argmin(-1)] * x.sign(), scales
+
+
+def linear_quantized(
+    values: Tensor, scales: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    """act((values s) (weight t)^T + bias), with GELU(y) = y / 2 (1 + tanh(sqrt(2 / pi) (y + 0.044715 y^3)))."""
+    y = (values.double() * scales.double()[:, None]) @ (weight.double() * weight_scale.double()[:, None]).T
+    if bias is not None:
+        y = y + bias.double()
+    if activation == "gelu_tanh":
+        y = y / 2 * (1 + ((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)).tanh())
+    return y
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Sequence[int],
+    cu_k: Sequence[int],
+    seen: Sequence[Tensor],
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`attention` over the keys that each query sees alone; seen[i] [H, queries, keys] is of sequence i.
+
+    A query that sees none gets zeros, and -inf.
+    """
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float64)
+    for mask, (q_start, q_stop), (k_start, _) in zip(seen, pairwise(cu_q), pairwise(cu_k), strict=True):
+        for query in range(q_start, q_stop):
+            for head in range(q.shape[1]):
+                keys = mask[head, query - q_start].nonzero()[:, 0] + k_start
+                logits = k[keys, head].double() @ q[query, head].double() / q.shape[2] ** 0.5
+                logits = logits if bias is None else logits + bias[keys].double()
+                if (logits > -torch.inf).any():
+                    lse[head, query] = logits.logsumexp(0)
+                    out[query, head] = logits.softmax(0) @ v[keys, head].double()
+    return out, lse

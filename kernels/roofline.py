@@ -70,6 +70,17 @@ def attention(
     return Cost(2 * (num_queries + num_keys) * dim * itemsize + 4 * num_keys * biased, 4 * pairs * dim)
 
 
+def quantize_rows(num_tokens: int, dim: int, itemsize: int) -> Cost:
+    """Reads x; writes a byte an element and a fp32 scale a row. 3 operations an element: maximum, product, rounding."""
+    return Cost(num_tokens * dim * (itemsize + 1) + 4 * num_tokens, 3 * num_tokens * dim)
+
+
+def linear_quantized(num_tokens: int, num_inputs: int, num_outputs: int, itemsize: int) -> Cost:
+    """The product alone: reads rows and weight of a byte an element, their fp32 scales and the bias; writes y."""
+    operands = (num_tokens + num_outputs) * num_inputs + 4 * (num_tokens + num_outputs)
+    return Cost(operands + (num_tokens + 1) * num_outputs * itemsize, 2 * num_tokens * num_inputs * num_outputs)
+
+
 def quantized_attention(
     q_lens: Sequence[int],
     k_lens: Sequence[int],
@@ -86,6 +97,20 @@ def quantized_attention(
     columns = num_keys * dim * (2 if form == "fp8" else 1)
     written = num_queries * dim + columns + 4 * num_heads * (num_queries + num_keys)
     return Cost(exact.num_bytes + 2 * written + columns * itemsize, exact.operations)
+
+
+def sparse_attention(
+    num_queries: int,
+    num_keys: int,
+    num_pairs: int,
+    num_heads: int,
+    head_dim: int,
+    itemsize: int,
+    biased: bool = False,
+) -> Cost:
+    """Reads q, k, v and a fp32 bias; writes the output. num_pairs of query and key are multiplied, in all heads."""
+    num_bytes = 2 * (num_queries + num_keys) * num_heads * head_dim * itemsize + 4 * num_keys * biased
+    return Cost(num_bytes, 4 * num_pairs * head_dim)
 
 
 def patch_embed(

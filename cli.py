@@ -1,4 +1,4 @@
-"""The command line: skylapse generate | models | serve | keys | kernels."""
+"""The command line: skylapse generate | models | serve | keys | kernels | bench."""
 
 from __future__ import annotations
 
@@ -239,6 +239,7 @@ ELSEWHERE = {
     "serve": ("serve.command", "serve", "serve the OpenAI Videos API on this machine"),
     "keys": ("serve.command", "serve", "make, list and revoke the service's API keys"),
     "kernels": ("runtime.doctor", "gpu", "which kernels run on this machine, and why"),
+    "bench": ("benchmarks.command", "dev", "measure kernels beside their peers"),
 }
 
 

@@ -5,26 +5,37 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+PEERS = ("triton", "diffusers", "xformers", "flash_attn_3")
+
 
 def describe() -> dict[str, Any]:
-    """Commit, versions, threads and device."""
+    """Commit, versions (None: not installed), threads and device."""
     cuda = torch.cuda.is_available()
     return {
         "commit": _git("rev-parse", "--short", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "versions": {name: _version(name) for name in PEERS},
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "processor": _processor(),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "load_before": [round(value, 2) for value in os.getloadavg()],
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str:

@@ -103,7 +103,7 @@ def _torch(
     return plain(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, form, with_lse)
 
 
-_op = torch.library.custom_op("skylapse::quantized_attention", _torch, mutates_args=(), device_types="cpu")
+_op = torch.library.custom_op("skylapse::attention_quantized", _torch, mutates_args=(), device_types="cpu")
 _op.register_kernel("cuda")(launch)
 
 

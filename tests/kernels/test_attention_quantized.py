@@ -29,7 +29,7 @@ BOUNDS = {"int8": (0.012, 0.15), "fp8": (0.065, 0.6)}
 # maximum of a tile or the whole row's. Weights that are not rounded differ by fp32's order alone.
 APART = {("int8", "torch.float32"): 1e-5, ("int8", "torch.float16"): 1e-3, ("int8", "torch.bfloat16"): 1e-2}
 CU_Q, CU_K = (tuple(accumulate(lens, initial=0)) for lens in ((1, 5, 5, 33), (7, 2, 2, 40)))
-operation: Any = torch.ops.skylapse.quantized_attention.default
+operation: Any = torch.ops.skylapse.attention_quantized.default
 forms = pytest.mark.parametrize("form", ["int8", "fp8"])
 
 

@@ -80,6 +80,14 @@ def test_unknown_backend_is_the_users_mistake(
 
 
 def test_operations_are_those_that_are_registered() -> None:
-    from skylapse.kernels import adaln, linear_quantized, patch_embed, qk_norm_rope, rms_norm, solver_step  # noqa: F401
+    from skylapse.kernels import (  # noqa: F401
+        adaln,
+        attention_sparse,
+        linear_quantized,
+        patch_embed,
+        qk_norm_rope,
+        rms_norm,
+        solver_step,
+    )
 
     assert all(hasattr(torch.ops.skylapse, name) for name in doctor.OPERATIONS)

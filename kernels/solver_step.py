@@ -12,6 +12,7 @@ p = (s, 1 - s) with s = next sigma / sigma. At the sizes of latents these are la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -266,7 +267,8 @@ def _check(
             raise ValueError(f"{name} must be contiguous {list(latents.shape)}, [C, T, H, W], got {list(x.shape)}")
         if name in states and x.dtype != torch.float32:
             raise ValueError(f"{name} must be float32, got {x.dtype}")
-    if latents.shape[0] > 64 or max(latents.shape[0], 3 * SCALE**2) * latents[0].numel() >= 2**31:
+    num_channels, *sides = latents.shape
+    if num_channels > 64 or max(num_channels, 3 * SCALE**2) * math.prod(sides) >= 2**31:
         raise ValueError(f"latents must have at most 64 channels, and 2^31 elements or pixels, got {[*latents.shape]}")
     if (last_sample is None) and corrector:
         raise ValueError("a corrector reads last_sample, which is missing")

@@ -164,7 +164,7 @@ class Batch:
                     yield self._fail(t, outcome)
                     continue
                 try:
-                    stepped.append(take(t, outcome))
+                    stepped.append(take(t, outcome, self.previewer() if t.previews_next else None))
                 except Exception as error:
                     yield self._fail_or_raise(t, error)
             self.scheduler.served([works[ticket] for ticket in chosen])
@@ -215,9 +215,11 @@ class Batch:
     def _deliver(self, t: Trajectory) -> Iterator[Event]:
         """The preview and the checkpoint that are due after the step just taken."""
         step, terms = t.steps_done, t.terms
-        if t.clean is not None:
+        if t.pixels is not None:
+            yield Preview(t.ticket, step, t.pixels.cpu().numpy())
+        elif t.clean is not None:
             yield Preview(t.ticket, step, self.previewer()(t.clean))
-            t.clean = None
+        t.clean = t.pixels = None
         if terms.checkpoint_every and step % terms.checkpoint_every == 0 and step < t.num_steps:
             assert terms.checkpoint_dir is not None
             save_trajectory(t, terms.checkpoint_dir)

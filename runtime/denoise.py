@@ -16,6 +16,7 @@ from .cache.first_block import FirstBlockCache
 from .cache.policy import State
 from .layout import Layouts, Place
 from .models.model import Model
+from .preview import Previewer
 from .trajectory import Trajectory
 
 Tokens = dict[Place, Tensor]  # each sequence's [n, dim]
@@ -25,7 +26,7 @@ Tokens = dict[Place, Tensor]  # each sequence's [n, dim]
 class Outcome:
     """What a request's step came to; nothing of the request is changed before `take`, so a pack can be tried again."""
 
-    velocity: Tensor  # guided, [C, T, H, W] fp32
+    velocities: tuple[Tensor, ...]  # [C, T, H, W] of each branch, or the guided one alone
     computed: bool
     state: State  # of its cache, after this step
 
@@ -53,8 +54,8 @@ def skip_ahead(trajectories: Sequence[Trajectory]) -> tuple[list[Taken], dict[in
         candidates = [t for t in candidates if not t.cache.must_compute()]
         for t in candidates:
             try:
-                (velocity,) = t.cache.predict(t.plan.sigma, (t.current,))
-                stepped.append(take(t, Outcome(velocity, False, None)))
+                velocities = t.cache.predict(t.plan.sigma, (t.current,))
+                stepped.append(take(t, Outcome(velocities, False, None)))
             except Exception as error:  # who fails, fails alone
                 failed[t.ticket] = error
         candidates = [t for t in candidates if t.ticket not in failed and t.stage == "denoise" and not t.is_due]
@@ -107,10 +108,10 @@ def evaluate(model: Model, members: Sequence[Trajectory], layouts: Layouts) -> l
     return [_outcome(t, velocities, bases, exits, probes) for t in members]
 
 
-def take(trajectory: Trajectory, outcome: Outcome) -> Taken:
-    """The request's own part of a step: its solver, and its cache."""
+def take(trajectory: Trajectory, outcome: Outcome, previewer: Previewer | None = None) -> Taken:
+    """The request's own part of a step: its solver, and its cache. previewer: see `Trajectory.advance`."""
     latents = trajectory.current
-    trajectory.advance(outcome.velocity)
+    trajectory.advance(outcome.velocities, previewer)
     if outcome.computed:
         trajectory.cache.computed(outcome.state, latents)
     else:
@@ -130,14 +131,15 @@ def number_timesteps(members: Sequence[Trajectory]) -> tuple[list[float], list[t
 
 
 def _outcome(t: Trajectory, velocities: Tokens, bases: Tokens, exits: Tokens, probes: Tokens) -> Outcome:
-    velocity = t.guide([velocities[place] for place in t.places])
+    branches = tuple(velocities[place] for place in t.places)
     if t.cache.must_compute() is False:
-        return Outcome(velocity, False, None)
-    sigma = t.plan.sigma
-    if t.cache.policy.site == "velocity":
-        return Outcome(velocity, True, t.cache.commit(sigma, (t.current,), (velocity,)))
+        return Outcome(branches, False, None)
+    sigma, policy = t.plan.sigma, t.cache.policy
+    if policy.site == "velocity":
+        kept = branches if policy.name == "none" else (t.guide(branches),)
+        return Outcome(kept, True, t.cache.commit(sigma, (t.current,), kept))
     base, output, probe = ([part[place] for place in t.places if place in part] for part in (bases, exits, probes))
-    return Outcome(velocity, True, t.cache.commit(sigma, base, output, probe))
+    return Outcome(branches, True, t.cache.commit(sigma, base, output, probe))
 
 
 def _ask(asking: list[Trajectory], probes: Tokens) -> None:

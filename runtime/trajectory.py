@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
 from reprlib import repr as short
 
@@ -27,7 +27,9 @@ from .given import count_given, read_given, read_video_of
 from .models.model import Model
 from .models.text_cache import TextCache
 from .pack import Grid
+from .preview import Previewer
 from .request import Video, VideoMetadata, VideoRequest
+from .sampler.fused import fused_step, fuses
 from .sampler.guidance import combine
 from .sampler.schedule import first_step_of, make_schedule
 from .sampler.solver import get_solver
@@ -70,6 +72,7 @@ class Trajectory:
         self.conditioning: Conditioning | None = None
         self.video: Video | None = None
         self.clean: Tensor | None = None  # [C, T, H, W], the clean latents that the last step's velocity implied
+        self.pixels: Tensor | None = None  # or the preview of them, where the step's kernel has made it
         self.timings_s: dict[str, float] = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
         self.submitted_s = time.monotonic()
         self.arrived = 0  # the scheduler's clock at submission
@@ -138,6 +141,11 @@ class Trajectory:
         return self.latents
 
     @property
+    def previews_next(self) -> bool:
+        """Whether the step that comes next asks for a preview."""
+        return bool(self.terms.preview_every) and (self.steps_done + 1) % self.terms.preview_every == 0
+
+    @property
     def is_due(self) -> bool:
         """Whether the step just taken asks for a preview or a checkpoint before the next one."""
         step, terms = self.steps_done, self.terms
@@ -178,7 +186,7 @@ class Trajectory:
     @property
     def num_bytes(self) -> int:
         """Of the tensors and pixels that it holds between two steps."""
-        held = sum(tensor.nbytes for tensor in (self.latents, self.clean) if tensor is not None)
+        held = sum(tensor.nbytes for tensor in (self.latents, self.clean, self.pixels) if tensor is not None)
         held += self.branch_encoder.num_bytes
         held += self.conditioning.num_bytes if self.conditioning else 0
         return held + state_bytes(self.solver_state) + self.cache.num_bytes + sum(f.nbytes for f in self._frames)
@@ -224,7 +232,7 @@ class Trajectory:
                     conditioning = item
         if self.latents is None:
             self.latents = torch.randn((1, *self.shape), generator=self.generator)[0]
-        self.latents = self.latents.to(model.device, torch.float32)
+        self.latents = self.latents.to(model.device, torch.float32).contiguous()
         if request.strength is not None:
             source, chunks = (yield from read_video_of(request)), []
             for chunk in model.codec.encode_chunks(source):
@@ -266,23 +274,38 @@ class Trajectory:
         assert self.conditioning is not None and self.latents is not None
         return self.conditioning.model_input(self.latents)
 
-    def guide(self, velocities: list[Tensor]) -> Tensor:
-        """Velocities [C, T, H, W] of the branches -> the guided one, fp32, in memory of its own."""
-        scale = self.plan.guidance_scale
-        if scale is not None:
-            return combine(velocities[0].float(), velocities[1].float(), scale)
-        velocity = velocities[0].float()
+    def guide(self, velocities: Sequence[Tensor]) -> Tensor:
+        """Velocities [C, T, H, W] of the branches -> the guided one, fp32, in memory of its own: caches keep it."""
+        velocity = self._guided(velocities)
         shares_memory = velocity.untyped_storage().nbytes() > velocity.nbytes
         return velocity.clone() if shares_memory else velocity
 
-    def advance(self, velocity: Tensor) -> None:
-        """Take the step with this guided velocity [C, T, H, W] fp32."""
-        assert self.latents is not None and self.conditioning is not None
-        wants_preview = self.terms.preview_every and (self.steps_done + 1) % self.terms.preview_every == 0
-        self.clean = None
-        if wants_preview:
-            self.clean = self.conditioning.apply(predict_clean(self.latents, velocity, self.plan.sigma))
-        self.latents, self.solver_state = self.solver.step(self.solver_state, velocity, self.latents)
+    def _guided(self, velocities: Sequence[Tensor]) -> Tensor:
+        if len(velocities) == 1:
+            return velocities[0].float()
+        assert self.plan.guidance_scale is not None
+        return combine(velocities[0].float(), velocities[1].float(), self.plan.guidance_scale)
+
+    def advance(self, velocities: Sequence[Tensor], previewer: Previewer | None = None) -> None:
+        """Take the step with the branches' velocities [C, T, H, W], or with the guided one alone.
+
+        previewer: for a step that asks for a preview, which the step's kernel makes too where no frames are given.
+        """
+        latents, conditioning = self.current, self.conditioning
+        assert conditioning is not None
+        shows, self.clean, self.pixels = self.previews_next, None, None
+        if fuses(latents):
+            shown = (previewer.weight, previewer.bias) if shows and previewer and conditioning.given is None else None
+            scale = self.plan.guidance_scale or 1.0
+            moved, self.solver_state = fused_step(self.solver_state, velocities, scale, latents, shown)
+            self.latents, self.pixels = moved.latents, moved.preview
+            if shows and moved.preview is None:
+                self.clean = conditioning.apply(moved.clean)
+        else:
+            velocity = self._guided(velocities)
+            if shows:
+                self.clean = conditioning.apply(predict_clean(latents, velocity, self.plan.sigma))
+            self.latents, self.solver_state = self.solver.step(self.solver_state, velocity, latents)
         if self.steps_done == self.num_steps:  # beside others, so this is how long it took, not how long it worked
             self.timings_s["denoise"] += time.monotonic() - self._denoising_since_s
 

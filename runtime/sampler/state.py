@@ -99,10 +99,14 @@ def multistep(state: SolverState, velocity: Tensor, latents: Tensor) -> tuple[Te
     if weights.corrector:
         assert state.last_sample is not None
         sample = _weighted_sum(weights.corrector, (state.last_sample, *clean_predictions))
-    next_latents = _weighted_sum(weights.predictor, (sample, *clean_predictions))
+    return _weighted_sum(weights.predictor, (sample, *clean_predictions)), after_step(state, clean_predictions, sample)
 
+
+def after_step(state: SolverState, clean_predictions: tuple[Tensor, ...], sample: Tensor) -> SolverState:
+    """What to remember of a step: its clean prediction, those before it, the sample that its predictor began with."""
+    position = state.step_index - state.first_step
     following = state.plan[position + 1] if position + 1 < len(state.plan) else None
-    return next_latents, replace(
+    return replace(
         state,
         step_index=state.step_index + 1,
         clean_predictions=clean_predictions[: following.num_earlier] if following else (),

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from . import launches
-from .launches import architecture as architecture  # others have it from here
 from .tables import PerLayout, upload
 from .toolchain import Shipped, jit, next_power_of_2, tl, triton
 

@@ -218,6 +218,9 @@ def _patch_embed_triton(latents: Sequence[Tensor], weight: Tensor, bias: Tensor,
 
 def _unpatchify_triton(tokens: Tensor, sides: Sequence[int], patch_size: Sequence[int]) -> Tensor:
     check_floats(tokens=tokens)
+    _check_patch_size(patch_size)
+    if len(sides) % 3:
+        raise ValueError(f"grids must have three sides each, got {len(sides)} sides")
     p, q, r = patch_size
     grids = _grids(sides)
     num_tokens = sum(math.prod(grid) for grid in grids)
@@ -291,17 +294,23 @@ def _unpatchify_constants(channels: int, patch_size: Sequence[int], launch: Mapp
     return dict(P=p, Q=q, R=r, C=channels, BLOCK_M=launch["block_m"], BLOCK_K=next_power_of_2(p * q * r * channels))
 
 
+def _check_patch_size(patch_size: Sequence[int]) -> None:
+    if len(patch_size) != 3 or min(patch_size) < 1:
+        raise ValueError(f"patch_size must be three positive numbers, got {tuple(patch_size)}")
+
+
 def _check_latents(latents: Sequence[Tensor], weight: Tensor, bias: Tensor, patch_size: Sequence[int]) -> None:
     if not latents:
         raise ValueError("latents must not be empty")
+    _check_patch_size(patch_size)
     check_floats(weight=weight, bias=bias)
     channels = latents[0].shape[0]
     for i, x in enumerate(latents):
-        check_floats(**{"weight": weight, f"latents[{i}]": x.as_strided((1,), (1,))})  # any strides will do
         if x.dim() != 4 or x.shape[0] != channels or not x.numel() or x.dtype != latents[0].dtype:
             raise ValueError(
                 f"latents[{i}] must be [{channels}, T, H, W] {latents[0].dtype}, got {[*x.shape]} {x.dtype}"
             )
+        check_floats(**{"weight": weight, f"latents[{i}]": x.as_strided((1,), (1,))})  # any strides will do
         if any(side % patch for side, patch in zip(x.shape[1:], patch_size, strict=True)):
             raise ValueError(f"latents[{i}] must divide into patches of {tuple(patch_size)}, got {list(x.shape)}")
         last = sum((side - 1) * stride for side, stride in zip(x.shape, x.stride(), strict=True))

@@ -1,4 +1,4 @@
-"""The plain formula of every operation in float64, the judge of kernels and CPU paths: for tests alone.
+"""The plain formula of every operation in float64, the judge of kernels and CPU paths: for tests and tuning alone.
 
 Written from the formulas, one token or one patch at a time where that is plainer, and from nothing else in this folder.
 """

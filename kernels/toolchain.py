@@ -55,6 +55,8 @@ def check_floats(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
         if tensor.numel() and tensor.stride(-1) != 1:
             raise ValueError(f"{name}'s last dimension must be contiguous, got strides {tensor.stride()}")
+        if tensor.dim() and tensor.shape[0] >= 2**31:  # rows are counted in 32 bits, their elements in 64
+            raise ValueError(f"{name} must have fewer than 2^31 rows, got {tensor.shape[0]}")
         if tensor.device != device:
             raise ValueError(f"{name} must be on {device} as the others are, got {tensor.device}")
 

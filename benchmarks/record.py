@@ -93,6 +93,7 @@ class KernelReport(Report):
     """Of `kernels`; limits: measured on the device, bytes or operations a second."""
 
     benchmark: Literal["kernels"] = "kernels"
+    seed: int  # of the checks' shapes and numbers
     limits: dict[str, Spread]
     checks: list[Check]
     rows: list[Row]

@@ -33,6 +33,8 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative L2
 def cases(suite: Suite) -> Iterator[Case]:
     for model, config in (MODELS if suite.on_gpu else TINY).items():
         for size, grid in (GRIDS if suite.on_gpu else SMALL).items():
+            if suite.quick and size == "720p":
+                continue  # compiling each shape of diffusers' block takes a minute
             num_tokens = grid[0] * grid[1] * grid[2]
             cost = _cost(config, num_tokens, suite.dtype.itemsize)
             words = f"{model}, {size}: {num_tokens} tokens"

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ...kernels import adaln, attention, backends, patch_embed, qk_norm_rope, reference, rms_norm, solver_step
+from ...kernels.linear_quantized import DTYPES, linear_quantized, quantize_rows
 from ..harness import Missing, reason_of
 from ..record import Check
 from .attention import by
@@ -86,6 +87,9 @@ def claims(suite: Suite, seed: int) -> Iterator[Claim]:
         for earlier in range(4):
             shape = (16, rng.randrange(1, 5), rng.randrange(1, 20), rng.randrange(1, 20))
             yield _solver_step(suite, shape, earlier, dtype)
+        for kind in DTYPES:
+            sizes = rng.randrange(1, 200), 16 * rng.randrange(1, 40), 16 * rng.randrange(1, 40)
+            yield _linear(suite, kind, *sizes, dtype)
     for dtype in (torch.bfloat16, torch.float16):
         for size in (64, 96, 128):
             lengths = [(1, 1), (63, 64), (65, 129), *((rng.randrange(1, 700), rng.randrange(1, 700)) for _ in range(3))]
@@ -168,6 +172,17 @@ def _solver_step(suite: Suite, shape: tuple[int, int, int, int], earlier: int, d
     # Pixels are rounded to whole numbers: half a level, of levels whose root mean square is above 100.
     ours = partial(solver_step.solver_step, *given, preview)
     return Claim("solver_step", _words(dtype, list(shape), f"{earlier} earlier"), ours, levels, 6e-3)
+
+
+def _linear(suite: Suite, kind: str, num_tokens: int, inner: int, outer: int, dtype: torch.dtype) -> Claim:
+    """The product of operands in 8 bits, as exact as its dtype; what rounding the operands costs is not asked here."""
+    x, weight, bias = (suite.draw(*shape, dtype=dtype) for shape in ((num_tokens, inner), (outer, inner), (outer,)))
+    rows, columns = quantize_rows(x, DTYPES[kind]), quantize_rows(weight, DTYPES[kind])
+    formula = partial(reference.linear_quantized, *rows, *columns, bias, "gelu_tanh")
+    ours = partial(linear_quantized, x, *columns, bias, "gelu_tanh")
+    return Claim(
+        "linear", _words(dtype, kind, f"{num_tokens} tokens, {inner} to {outer}"), ours, formula, TOLERANCES[dtype]
+    )
 
 
 def _attention(suite: Suite, lengths: list[tuple[int, int]], size: int, dtype: torch.dtype) -> Iterator[Claim]:

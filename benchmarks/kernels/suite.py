@@ -25,6 +25,7 @@ OPS = {
     "rms_norm": "memory_bound",
     "qk_norm_rope": "memory_bound",
     "solver_step": "memory_bound",
+    "linear": "linear",
     "block": "block",
 }
 # By whether it is a GPU: bytes of the copy that shows the bandwidth (on a CPU within its caches, as the shapes there

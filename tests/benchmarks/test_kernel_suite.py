@@ -57,7 +57,7 @@ ASKED = ["bench", "kernels", "--suite", "cpu", "--quick", "--op", "adaln", "--op
 
 def test_run_of_the_cpu_suite_is_a_whole_result(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The real thing: formula, launcher, clock and file of one operation."""
-    asked = ["bench", "kernels", "--suite", "cpu", "--quick", "--op", "unpatchify", "--out", str(out)]
+    asked = ["bench", "kernels", "--suite", "cpu", "--quick", "--op", "unpatchify", "--seed", "3", "--out", str(out)]
     assert main(asked) == 0
     report = read(out, KernelReport)
     assert report.partial is None and {check.status for check in report.checks} == {"ok"} and len(report.checks) == 4
@@ -67,7 +67,7 @@ def test_run_of_the_cpu_suite_is_a_whole_result(out: Path, capsys: pytest.Captur
         ratio = row.contestants["torch"].ratio
         assert ratio is not None and ratio.n >= 6 and 0.2 < ratio.median < 5  # the same lines on a CPU
         assert row.contestants["skylapse"].ratio is None and row.contestants["copy"].roofline_share is None
-    assert report.machine["device"] and set(report.limits) == {"bytes_per_s", "operations_per_s"}
+    assert report.machine["device"] and report.seed == 3 and set(report.limits) == {"bytes_per_s", "operations_per_s"}
     assert "4 of 4 checks right, 2 comparisons" in capsys.readouterr().out
 
 
@@ -207,7 +207,7 @@ def test_poison_does_not_outlast_the_check() -> None:
 
 def test_every_operation_is_claimed_and_shapes_follow_the_seed() -> None:
     ops = {claim.op for claim in checks.claims(CPU, 0)}
-    assert ops >= {*suite.OPS} - {"attention_ragged", "block", "linear"}  # a block is compared with diffusers'
+    assert ops >= {*suite.OPS} - {"attention_ragged", "block"}  # a block is compared with diffusers'
     first, again, other = ([c.case for c in checks.claims(CPU, seed)] for seed in (0, 0, 1))
     assert first == again != other
 
@@ -251,6 +251,25 @@ def test_process_apart_that_is_out_of_time_ends_the_run() -> None:
         list(run_apart([sys.executable, "-c", code], ["a", "b"], limit_s=60))
 
 
+def test_gpu_suite_is_this_command_in_a_process_apart_and_what_libraries_print_is_no_result(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The device alone is not real: the process apart is given the CPU's suite."""
+    monkeypatch.setattr(command, "suite_of", lambda name, quick: CPU)
+
+    def on_the_cpu(asked: list[str], ops: list[str], limit_s: float) -> Iterator[Any]:
+        yield "Autotuning, please wait\n"
+        yield from run_apart(["cpu" if word == "gpu" else word for word in asked], ops, limit_s)
+
+    monkeypatch.setattr(command, "run_apart", on_the_cpu)
+    asked = ["bench", "kernels", "--suite", "gpu", "--quick", "--op", "unpatchify", "--seed", "5", "--out", str(out)]
+    assert main(asked) == 0
+    report = read(out, KernelReport)
+    assert (report.suite, report.seed, report.partial, len(report.rows)) == ("gpu", 5, None, 2)
+    assert len(report.checks) == 4 and report.limits
+    assert capsys.readouterr().err.startswith("Autotuning, please wait")
+
+
 @pytest.mark.usefixtures("small")
 def test_lines_for_the_process_that_waits_are_those_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["bench", "kernels", "--suite", "cpu", "--quick", "--op", "adaln", "--lines"]
@@ -282,6 +301,7 @@ def result(**changes: Any) -> KernelReport:
         machine={"capability": 90, "device": "a synthetic device", "commit": "abc1234", "dirty": False},
         elapsed_s=1.0,
         partial=None,
+        seed=0,
         limits={},
         checks=[],
         rows=[

@@ -24,14 +24,14 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 install = echo "installing $(1) (log: $(LOG))"; \
 	$(BIN)/python -m pip install -c constraints.txt $(2) >$(LOG) 2>&1 || { tail -n 40 $(LOG) >&2; exit 1; }
 
-.PHONY: help demo serve test test-faults test-kernels check train-demo clients clean
+.PHONY: help demo serve test test-faults test-kernels check train-demo clients triton-3.6 clean
 
 help:
 	@echo "make demo        a prompt becomes out/demo.mp4, on the CPU"
 	@echo "make serve       the OpenAI Videos API on this machine, with the demo model; PORT=8000, DATA=skylapse-data"
 	@echo "make test        the tests; TESTS='tests/runtime -k solver' for some of them"
 	@echo "make test-faults the tests that kill parts of a running service, and its load (a quarter of an hour)"
-	@echo "make test-kernels  every configuration of every kernel, compiled for GPUs that need not be there (a minute or two)"
+	@echo "make test-kernels  every configuration of every kernel, compiled by two Tritons for GPUs that need not be there (ten minutes)"
 	@echo "make check       ruff and mypy, as CI runs them"
 	@echo "make train-demo  train the embedded model anew into $(RUNS)/ (hours; resumes where it stopped)"
 	@echo "make clean       remove what was built; the environment and $(RUNS)/ stay"
@@ -52,8 +52,18 @@ test: $(VENV)/.dev clients
 test-faults: $(VENV)/.dev
 	@$(BIN)/python -m pytest -m faults -s tests/faults || $(BIN)/python -m pytest -m faults -s --last-failed tests/faults
 
-test-kernels: $(VENV)/.dev
+test-kernels: $(VENV)/.dev triton-3.6
 	@$(BIN)/python -m pytest -m kernels tests/kernels
+
+# The oldest Triton that is served, beside the one in the environment; where it cannot be had, its test skips and says so.
+triton-3.6: $(VENV)/.dev
+	@$(MAKE) --silent $(VENV)/triton-3.6/.installed || echo "Triton 3.6 could not be installed: its test skips" >&2
+
+$(VENV)/triton-3.6/.installed: tests/kernels/triton-3.6.txt
+	@rm -rf $(@D)
+	@echo "installing Triton 3.6 (log: $(LOG))"
+	@$(BIN)/python -m pip install --no-deps --target $(@D) -r $< >$(LOG) 2>&1
+	@touch $@
 
 # mypy is given the name `skylapse` by a link to this folder: it does not find editable packages, and a checkout may have any name.
 check: $(VENV)/.dev

@@ -1,6 +1,11 @@
 """What every kernel becomes on every architecture, compiled here without a GPU."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +28,23 @@ def test_one_configuration_of_an_operation_compiles_without_spills(pair: tuple[S
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("pair", ALL, ids=name)
-def test_configuration_compiles_without_spills(pair: tuple[Shipped, int]) -> None:
-    assert inspect.compile_for(*pair).faults == ()
+@pytest.mark.parametrize("version", ["installed", "3.6"])
+def test_every_configuration_compiles_without_faults(version: str, root: Path) -> None:
+    """3.6 is what torch 2.11 pins, the oldest that may be installed with skylapse."""
+    environment = dict(os.environ)
+    if version != "installed":
+        folder = root / ".venv" / f"triton-{version}"
+        if not (folder / "triton").exists():
+            pytest.skip(f"{folder.name} is not installed: `make triton-{version}` does, where a package index has it")
+        environment["PYTHONPATH"] = str(folder)
+    command = [sys.executable, "-m", "skylapse.kernels.inspect", "--json", "--jobs", str(os.cpu_count())]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root.parent)
+    assert done.stderr == ""
+    table = json.loads(done.stdout)
+    assert version == "installed" or table["triton"].startswith(f"{version}.")
+    assert Counter((row["op"], row["arch"]) for row in table["kernels"]) == Counter((i.op, arch) for i, arch in ALL)
+    attention = {(row["arch"], row["matrix"]) for row in table["kernels"] if row["op"] == "attention"}
+    assert attention == {(80, "HMMA"), (89, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA"), (120, "HMMA")}
 
 
 @pytest.mark.kernels
@@ -62,15 +81,32 @@ def test_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_spill_is_a_fault_and_the_commands_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(inspect, "_resources", lambda cubin: (255, 48))
-    assert inspect.main(["--arch", "90", "--op", "rms_norm", "--first"]) == 1
-    assert "48 bytes spilt" in capsys.readouterr().err
+    wide = next(item for item in SHIPPED if (item.op, item.configuration) == ("adaln", "fp32 dim 16384"))
+    monkeypatch.setattr(inspect, "shipped_kernels", lambda ops: [replace(wide, num_warps=1)])  # 512 numbers a thread
+    assert inspect.main(["--arch", "80"]) == 1
+    assert "bytes spilt" in capsys.readouterr().err
+
+
+def test_stack_that_nothing_loads_is_no_spill(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect, "_resources", lambda cubin: (40, 8))
+    item = next(item for item in SHIPPED if item.op == "rms_norm")
+    assert inspect.compile_for(item, 80).spill_bytes == 0
+    monkeypatch.setattr(inspect, "LOADS", re.compile("LDG"))  # it loads from global memory
+    assert inspect.compile_for(item, 80).spill_bytes == 8
+
+
+def test_processes_find_what_they_compile_by_its_name() -> None:
+    pairs = inspect.on((80,), inspect.shipped_kernels(["rms_norm", "unpatchify"]))
+    assert len(pairs) >= 8, "as many as are shared out"
+    together = inspect.compile_all(pairs, 2)
+    assert [(row.op, row.configuration) for row in together] == [(item.op, item.configuration) for item, _ in pairs]
+    assert together[-1] == inspect.compile_for(*pairs[-1])
 
 
 def test_missing_matrix_instruction_and_too_much_shared_memory_are_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     item = next(item for item in SHIPPED if item.op == "rms_norm")
     monkeypatch.setitem(inspect.SHARED_LIMIT, 90, 8)
-    faults = inspect.compile_for(replace(item, multiplies=True), 90).faults
+    faults = inspect.compile_for(replace(item, num_warps=8, multiplies=True), 90).faults
     assert len(faults) == 2 and "shared memory" in faults[0] and faults[1] == "no matrix instruction"
 
 

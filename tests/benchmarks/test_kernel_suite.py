@@ -362,3 +362,9 @@ def test_result_that_cannot_be_written_leaves_the_one_before(out: Path) -> None:
     with pytest.raises(ValueError, match="Unable to serialize unknown type"):
         write(result().model_copy(update={"machine": {"load": object()}}), out)
     assert out.read_text() == before and [path.name for path in out.parent.iterdir()] == ["kernels.json"]
+
+
+def test_committed_result_of_the_cpu_is_of_this_schema(root: Path) -> None:
+    report = read(root / "benchmarks" / "results" / "cpu" / "kernels.json", KernelReport)
+    assert report.is_publishable and {row.op for row in report.rows} == set(suite.OPS)
+    assert {check.status for check in report.checks} == {"ok"}

@@ -98,7 +98,11 @@ def _generate(options: argparse.Namespace, settings: Settings) -> int:
         from . import Engine  # torch: seconds
 
         engine = Engine.from_pretrained(
-            options.model, device=options.device, dtype=options.dtype, cache_dir=settings.cache_dir
+            options.model,
+            device=options.device,
+            dtype=options.dtype,
+            cache_dir=settings.cache_dir,
+            quantize=options.quantize,
         )
         if options.seconds is not None:
             num_frames = _frames_of(options.seconds, options.fps, engine.defaults, engine.limits)
@@ -159,6 +163,7 @@ def _summary(
         "model": model,
         "device": str(engine.device),
         "dtype": str(engine.dtype).removeprefix("torch."),
+        "quantize": engine.quantize,
         **{name: getattr(request, name) for name in (*asked, "solver", "shift", "cache")},
         "caching": video.metadata.cache and asdict(video.metadata.cache),
         **{name: getattr(request, name) for name in ("image", "last_image", "video", "strength")},

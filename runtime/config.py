@@ -11,6 +11,7 @@ from typing import Any
 from ..kernels.backends import parse
 
 MIB = 2**20
+QUANTIZE = ("none", "fp8", "int8")  # what the weights of a denoiser's blocks may be kept in
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +32,7 @@ class Settings:
         default_factory=lambda: Path.home() / ".cache" / "skylapse"
     )  # SKYLAPSE_PROFILE_DIR: measured memory profiles
     compile: bool = False  # SKYLAPSE_COMPILE: torch.compile the blocks
+    quantize: str = "none"  # SKYLAPSE_QUANTIZE: fp8 or int8 weights in the denoiser's blocks
     kernels: Mapping[str, str] = field(default_factory=dict)  # SKYLAPSE_KERNELS: "attention=sdpa"
     # secrets of the service, which belong into no file that a dashboard shows
     api_key: str | None = field(default=None, repr=False)  # SKYLAPSE_API_KEY: the local service's key
@@ -61,6 +63,7 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         "tenant_weights": _weights(given, "SKYLAPSE_TENANT_WEIGHTS"),
         "profile_dir": _folder(given, "SKYLAPSE_PROFILE_DIR"),
         "compile": _switch(given, "SKYLAPSE_COMPILE"),
+        "quantize": _choice(given, "SKYLAPSE_QUANTIZE", QUANTIZE),
         "kernels": _kernels(given, "SKYLAPSE_KERNELS"),
         "api_key": given.get("SKYLAPSE_API_KEY"),
         "database_url": given.get("SKYLAPSE_DATABASE_URL"),

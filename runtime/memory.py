@@ -154,9 +154,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _load_profile(model: Model, settings: Settings) -> MemoryProfile:
-    dtype = str(model.dtype).removeprefix("torch.")
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
-    name = f"{model.fingerprint[:16]}-{device}-{dtype}-{model.codec.chunk}-{torch.__version__}.json"
+    name = f"{model.fingerprint[:16]}-{device}-{model.precision}-{model.codec.chunk}-{torch.__version__}.json"
     path = settings.profile_dir / name.replace(" ", "_").replace("/", "_")
     try:
         return MemoryProfile(**json.loads(path.read_text()))

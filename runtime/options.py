@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
+from .config import QUANTIZE
 from .request import SOLVERS
 
 
@@ -16,6 +17,7 @@ class Parser(argparse.ArgumentParser):
 def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     command.add_argument("--dtype", choices=("bf16", "fp32"), help="default: what the device is fastest with")
+    command.add_argument("--quantize", choices=QUANTIZE, help="8 bits for the weights of the denoiser's blocks")
 
 
 def add_sampling(command: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:

@@ -186,7 +186,7 @@ def _belongs_to(model: Model) -> dict[str, str]:
     return {
         "weights": model.fingerprint,
         "device": model.device.type,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.precision,
     }
 
 

@@ -28,6 +28,7 @@ class ServeConfig(BaseModel):
     model: str = "demo"
     device: str | None = None
     dtype: str | None = None
+    quantize: Literal["none", "fp8", "int8"] | None = None  # weights of the denoiser's blocks; None: SKYLAPSE_QUANTIZE
     threads: Count | None = None  # of an engine on a CPU; None: as many as there are cores
     aliases: dict[str, str] = {"sora-2": "", "sora-2-pro": ""}  # name -> model; "": the model above
     engines: Count = 1  # engine and ingress replicas; a Serve config file's own numbers come on top

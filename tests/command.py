@@ -24,6 +24,7 @@ class FakeEngine:
 
     device = "cpu"
     dtype = "torch.float32"
+    quantize = None
     defaults = ModelDefaults(
         width=64, height=48, num_frames=9, fps=8, num_inference_steps=3, guidance_scale=4.0, solver="unipc", shift=3.0
     )

@@ -28,7 +28,9 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 def test_prompt_becomes_out_mp4(command: Command) -> None:
     result = command("generate", "a red circle")
     assert (result.status, result.stdout, result.files) == (0, "out.mp4\n", ["out.mp4"])
-    assert command.engine.loaded == [{"name": "demo", "device": None, "dtype": None, "cache_dir": None}]
+    assert command.engine.loaded == [
+        {"name": "demo", "device": None, "dtype": None, "cache_dir": None, "quantize": None}
+    ]
     assert command.engine.requests[0].size == (64, 48, 9)
 
 
@@ -40,11 +42,12 @@ def test_every_option_reaches_the_engine(command: Command) -> None:
         *("--frames", "13", "--fps", "10", "--steps", "5", "--guidance", "3.5", "--guidance-2", "2", "--seed", "7"),
         *("--negative", "blur", "--solver", "euler", "--shift", "5", "--image", "first.png"),
         *("--device", "cpu", "--dtype", "bf16", "--cache", "easy:0.1", "--last-image", "first.png"),
-        *("--video", "in.mp4", "--strength", "0.6"),
+        *("--video", "in.mp4", "--strength", "0.6", "--quantize", "int8"),
     )
     assert (result.status, result.stdout) == (0, "a.webp\nb.png\n")
     assert result.files == ["a.webp", "b.png", "first.png", "in.mp4"]
-    assert command.engine.loaded == [{"name": "org/model", "device": "cpu", "dtype": "bf16", "cache_dir": None}]
+    loaded = {"name": "org/model", "device": "cpu", "dtype": "bf16", "cache_dir": None, "quantize": "int8"}
+    assert command.engine.loaded == [loaded]
     assert command.engine.requests == [
         VideoRequest(
             prompt="a red circle", negative_prompt="blur", width=96, height=64, num_frames=13, fps=10, seed=7,
@@ -64,6 +67,7 @@ def test_json_is_one_object_with_what_was_made_and_what_it_cost(command: Command
         "model": "demo",
         "device": "cpu",
         "dtype": "float32",
+        "quantize": None,
         "prompt": "a red circle",
         "negative_prompt": "",
         "seed": 7,
@@ -282,14 +286,15 @@ class ModelReport:
     native_sizes: list[tuple[int, int]]
     defaults: ModelDefaults
     limits: ModelLimits
+    loaded_bytes: dict[str, int]
 
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     component = ComponentReport("transformer", "WanTransformer3DModel", 4_200_000, 16_800_000, ["float32"])
-    report = ModelReport(
-        "demo", Path("/demo"), [component], ["text-to-video"], [(64, 64)], FakeEngine.defaults, FakeEngine.limits
-    )
+    loaded = {"bf16": 8 * 2**20, "bf16+int8": 4 * 2**20, "fp32": 16 * 2**20, "fp32+int8": 6 * 2**20}
+    can_do = ["text-to-video"], [(64, 64)], FakeEngine.defaults, FakeEngine.limits
+    report = ModelReport("demo", Path("/demo"), [component], *can_do, loaded)
     entries = [ModelEntry("demo", "coloured shapes", "inside the package", 24 * 2**20), ModelEntry("x", "y", "z", None)]
     module = ModuleType("skylapse.runtime.models.registry")
     module.__dict__.update(list_models=lambda cache_dir: entries, inspect_model=lambda name, cache_dir: report)
@@ -334,6 +339,7 @@ def test_inspection_shows_components_tasks_and_limits(command: Command) -> None:
         "can do    text-to-video",
         "sizes     64x64; multiples of 16 up to 65,536 pixels",
         "frames    9 at 8 fps; up to 81",
+        "weights   8.0 MiB in bf16 (4.0 MiB with --quantize), 16.0 MiB in fp32 (6.0 MiB with --quantize)",
         "sampling  3 steps, guidance 4",
     ]
     report = json.loads(command("models", "inspect", "demo", "--json").stdout)

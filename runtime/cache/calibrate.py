@@ -76,6 +76,7 @@ def calibrate(
         magnitudes=tuple(np.mean([run.magnitudes for run in runs], axis=0).round(6).tolist()),
         coefficients=fit_coefficients(distances, runs),
         masks=choose_masks(engine, requests, runs, report),
+        quantize=engine.quantize,
     )
     store(fit(engine.model.codec), engine.model.folder.path)
     return write_calibration(engine.model.folder.path, entry)

@@ -1,6 +1,7 @@
 """What `skylapse models calibrate` measured of a checkpoint, and the file beside it that keeps this: cache.json.
 
-An entry holds for one solver, step count and shift, and the file for one set of weights; nothing is interpolated.
+An entry holds for one solver, step count, shift and quantisation of the blocks, and the file for one set of weights;
+nothing is interpolated.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ class Calibration:
     magnitudes: tuple[float, ...] = ()
     coefficients: tuple[float, ...] = ()
     masks: Mapping[str, str] = field(default_factory=dict)
+    quantize: str | None = None  # what the blocks' weights were kept in
+
+    @property
+    def key(self) -> tuple[str, int, float, str]:
+        """What there is one entry of."""
+        return self.solver, self.num_inference_steps, self.shift, self.quantize or ""
 
     def __post_init__(self) -> None:
         rows = {"magnitudes": len(self.magnitudes)}
@@ -61,6 +68,14 @@ class CalibrationFile:
 
     entries: tuple[Calibration, ...] = ()
     stale: str | None = None
+
+    def serving(self, quantize: str | None) -> CalibrationFile:
+        """For weights that are kept so: what was measured with such, then what was without quantisation.
+
+        As an entry serves bf16 and fp32 alike, one of exact weights serves quantised ones, but not the reverse.
+        """
+        own = [entry for entry in self.entries if entry.quantize == quantize]
+        return replace(self, entries=(*own, *(e for e in self.entries if quantize and e.quantize is None)))
 
     def find(self, solver: str, num_inference_steps: int, shift: float) -> Calibration | None:
         for entry in self.entries:
@@ -95,11 +110,10 @@ def read_calibrations(folder: Path) -> CalibrationFile:
 
 
 def write_calibration(folder: Path, entry: Calibration) -> Path:
-    """Add an entry (or replace the one for the same solver, steps and shift), whole or not at all."""
+    """Add an entry (or replace the one for the same solver, steps, shift and quantisation), whole or not at all."""
     there = read_calibrations(folder)
-    key = (entry.solver, entry.num_inference_steps, entry.shift)
-    kept = [] if there.stale else [e for e in there.entries if (e.solver, e.num_inference_steps, e.shift) != key]
-    entries = sorted([*kept, entry], key=lambda e: (e.solver, e.num_inference_steps, e.shift))
+    kept = [] if there.stale else [e for e in there.entries if e.key != entry.key]
+    entries = sorted([*kept, entry], key=lambda e: e.key)
     record = {"weights": fingerprint(folder), "entries": [asdict(e) for e in entries]}
     path, part = folder / FILE, folder / f"{FILE}.part"
     part.write_text(json.dumps(record, indent=1) + "\n")

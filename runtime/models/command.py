@@ -66,6 +66,12 @@ def _inspect_model(options: argparse.Namespace, settings: Settings) -> int:
     print(f"\ncan do    {', '.join(report.tasks)}")
     print(f"sizes     {sizes}; multiples of {limits.size_multiple} up to {limits.max_pixels:,} pixels")
     print(f"frames    {defaults.num_frames} at {defaults.fps} fps; up to {limits.max_num_frames}")
+    weights = [
+        f"{_mebibytes(report.loaded_bytes[name])} in {name} "
+        f"({_mebibytes(report.loaded_bytes[f'{name}+int8'])} with --quantize)"
+        for name in ("bf16", "fp32")
+    ]
+    print(f"weights   {', '.join(weights)}")
     print(f"sampling  {defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}")
     return 0
 
@@ -75,7 +81,11 @@ def _calibrate(options: argparse.Namespace, settings: Settings) -> int:
     from ..engine import Engine
 
     engine = Engine.from_pretrained(
-        options.model, device=options.device, dtype=options.dtype, cache_dir=settings.cache_dir
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        cache_dir=settings.cache_dir,
+        quantize=options.quantize,
     )
     request = VideoRequest(prompt="calibration", image=options.image, **sampling(options))
     path = calibrate(

@@ -23,6 +23,7 @@ from ..vae.wan import WanVAE, WanVAEConfig, checkpoint_name
 from .checkpoint import load_weights
 from .fingerprint import fingerprint
 from .image_encoder import ImageEncoder
+from .quantization import quantized_weights
 from .registry import ModelFolder, read_folder, resolve_folder
 from .text_encoder import TextEncoder
 from .wan import WanConfig, WanDenoiser
@@ -49,6 +50,12 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     calibrations: CalibrationFile
+    quantize: str | None = None  # "fp8" or "int8": what the weights of the blocks are kept in
+
+    @property
+    def precision(self) -> str:
+        """What results depend on beside the weights: "bfloat16", or "bfloat16+fp8"."""
+        return "+".join(filter(None, (str(self.dtype).removeprefix("torch."), self.quantize)))
 
     @property
     def cache_presets(self) -> dict[str, str]:
@@ -85,24 +92,33 @@ class Model:
 
 
 def load_model(
-    name: str, *, device: torch.device, dtype: torch.dtype, settings: Settings, cache_dir: Path | None = None
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    settings: Settings,
+    cache_dir: Path | None = None,
+    quantize: str | None = None,
 ) -> Model:
     """Load a model by name; ValueError names the model, the component and the key that do not fit.
 
+    quantize: "fp8" or "int8" for the weights of the denoiser's blocks; see `quantization`.
     The VAE stays fp32 whatever `dtype` is: encoding in bf16 visibly changes a given image, and so does decoding on a
     CPU.
     """
     path = resolve_folder(name, cache_dir or settings.cache_dir)
     try:
-        return _load_folder(name, path, device, dtype, settings)
+        return _load_folder(name, path, device, dtype, settings, quantize)
     except ValueError as error:
         raise ValueError(f"model {name!r}: {error}") from error
 
 
-def _load_folder(name: str, path: Path, device: torch.device, dtype: torch.dtype, settings: Settings) -> Model:
+def _load_folder(
+    name: str, path: Path, device: torch.device, dtype: torch.dtype, settings: Settings, quantize: str | None
+) -> Model:
     folder = read_folder(path)
     experts = tuple(
-        _load(WanDenoiser, WanConfig, config, path / part, device=device, dtype=dtype)
+        _load(WanDenoiser, WanConfig, config, path / part, device=device, dtype=dtype, quantize=quantize)
         for part, config in folder.transformers.items()
     )
     vae = _load(
@@ -128,7 +144,8 @@ def _load_folder(name: str, path: Path, device: torch.device, dtype: torch.dtype
         limits=folder.limits,
         device=device,
         dtype=dtype,
-        calibrations=read_calibrations(path),
+        calibrations=read_calibrations(path).serving(quantize),
+        quantize=quantize,
     )
 
 
@@ -141,6 +158,7 @@ def _load(
     device: torch.device,
     dtype: torch.dtype,
     rename: Callable[[str], str] = lambda key: key,
+    quantize: str | None = None,
 ) -> Any:
     """A module of a component folder: built without memory, then filled from its safetensors files."""
     with torch.device("meta"):
@@ -153,6 +171,7 @@ def _load(
         fp32_parameters=getattr(module_class, "fp32_parameters", ()),
         unexpected_keys=getattr(module_class, "unexpected_keys", ()),
         rename=rename,
+        quantized=quantized_weights(module, quantize),
     )
     return module
 

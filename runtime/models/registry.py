@@ -48,6 +48,7 @@ class ModelReport:
     native_sizes: list[tuple[int, int]]
     defaults: ModelDefaults
     limits: ModelLimits
+    loaded_bytes: dict[str, int]  # of all weights, by precision: "bf16", "bf16+fp8", ...
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,9 @@ def _cached_models(cache_dir: Path | None) -> Iterator[ModelEntry]:
 
 
 def inspect_model(name: str, cache_dir: Path | None = None) -> ModelReport:
-    """What a model consists of and can do, from its JSON files and its safetensors files' headers."""
+    """What a model consists of, takes and can do, from its JSON files and its safetensors files' headers."""
+    from .sizes import loaded_bytes  # it builds denoisers, whose configs are read with this module's help
+
     folder = read_folder(resolve_folder(name, cache_dir))
     components = [
         _inspect_component(folder.path, part, "diffusion_pytorch_model") for part in (*folder.transformers, "vae")
@@ -234,6 +237,7 @@ def inspect_model(name: str, cache_dir: Path | None = None) -> ModelReport:
         native_sizes=folder.native_sizes,
         defaults=folder.defaults,
         limits=folder.limits,
+        loaded_bytes=loaded_bytes(folder, components),
     )
 
 

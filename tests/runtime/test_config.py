@@ -30,6 +30,7 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
         "SKYLAPSE_TENANT_WEIGHTS": "a=2, b=0.5",
         "SKYLAPSE_PROFILE_DIR": str(tmp_path),
         "SKYLAPSE_COMPILE": "true",
+        "SKYLAPSE_QUANTIZE": "int8",
         "SKYLAPSE_KERNELS": "attention=sdpa",
         "HOME": "/root",
     }
@@ -46,6 +47,7 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
         tenant_weights={"a": 2.0, "b": 0.5},
         profile_dir=tmp_path,
         compile=True,
+        quantize="int8",
         kernels={"attention": "sdpa"},
     )
 

@@ -1,0 +1,46 @@
+"""What a model's weights take once they are loaded, from its configs and its files' headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..config import QUANTIZE
+from .model import parse_config
+from .quantization import quantized_weights
+from .registry import ComponentReport, ModelFolder
+from .wan import WanConfig, WanDenoiser
+
+FP32_COMPONENTS = ("vae", "image_encoder")  # whatever the engine's dtype is
+
+
+def loaded_bytes(folder: ModelFolder, components: Sequence[ComponentReport]) -> dict[str, int]:
+    """Of all components together on the engine's device, by precision: "bf16", "bf16+fp8", ..."""
+    return {
+        "+".join(filter(None, (name, quantize))): _bytes(folder, components, dtype, quantize)
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+        for quantize in (None, *QUANTIZE[1:])
+    }
+
+
+def _bytes(folder: ModelFolder, components: Sequence[ComponentReport], dtype: torch.dtype, quantize: str | None) -> int:
+    others = [part for part in components if part.name not in folder.transformers]
+    kept_in = {part.name: torch.float32 if part.name in FP32_COMPONENTS else dtype for part in others}
+    experts = sum(_expert_bytes(config, name, dtype, quantize) for name, config in folder.transformers.items())
+    return experts + sum(part.num_parameters * kept_in[part.name].itemsize for part in others)
+
+
+def _expert_bytes(config: dict[str, object], name: str, dtype: torch.dtype, quantize: str | None) -> int:
+    """By the rule that the loader follows, on a module without memory."""
+    with torch.device("meta"):
+        denoiser = WanDenoiser(parse_config(WanConfig, config, name))
+    in_8_bits = quantized_weights(denoiser, quantize)
+    total = 0
+    for name, parameter in denoiser.named_parameters():
+        if name in in_8_bits:
+            total += parameter.numel() + 4 * len(parameter)  # and a scale a row
+        else:
+            keep = any(part in name for part in WanDenoiser.fp32_parameters)
+            total += parameter.numel() * (4 if keep else dtype.itemsize)
+    return total

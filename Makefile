@@ -107,9 +107,9 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.runtime: $(VENV)/.python pyproject.toml constraints.txt
-	@$(call install,skylapse,-e '.[serve]')
+	@$(call install,skylapse,-e '.[serve$(comma)compile]')
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
-	@$(call install,the tools of development,-e '.[serve$(comma)s3$(comma)dev]')
+	@$(call install,the tools of development,-e '.[serve$(comma)compile$(comma)s3$(comma)dev]')
 	@touch $@

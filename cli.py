@@ -1,4 +1,4 @@
-"""The command line: skylapse generate | models | serve | keys | kernels | bench."""
+"""The command line: skylapse generate | models | compile | serve | keys | kernels | bench."""
 
 from __future__ import annotations
 
@@ -243,6 +243,7 @@ class _Lines:
 ELSEWHERE = {
     "serve": ("serve.command", "serve", "serve the OpenAI Videos API on this machine"),
     "keys": ("serve.command", "serve", "make, list and revoke the service's API keys"),
+    "compile": ("runtime.compile_command", "compile", "build a faster decoder for this machine"),
     "kernels": ("runtime.doctor", "gpu", "which kernels run on this machine, and why"),
     "bench": ("benchmarks.command", "dev", "measure kernels beside their peers"),
 }

@@ -11,6 +11,7 @@ from typing import Any
 from ..kernels.backends import parse
 
 MIB = 2**20
+DECODERS = ("auto", "eager", "onnxruntime", "inductor", "tensorrt")
 QUANTIZE = ("none", "fp8", "int8")  # what the weights of a denoiser's blocks may be kept in
 
 
@@ -31,6 +32,11 @@ class Settings:
     profile_dir: Path = field(
         default_factory=lambda: Path.home() / ".cache" / "skylapse"
     )  # SKYLAPSE_PROFILE_DIR: measured memory profiles
+    decoder: str = "auto"  # SKYLAPSE_DECODER: auto, eager, onnxruntime, inductor or tensorrt
+    decoder_dtype: str = "fp32"  # SKYLAPSE_DECODER_DTYPE: fp32, bf16 or fp16, of compiled decoders
+    compiled_dir: Path | None = None  # SKYLAPSE_COMPILED_DIR: compiled decoders; None is a folder in profile_dir
+    compiled_shared_dir: Path | None = None  # SKYLAPSE_COMPILED_SHARED_DIR: more of them, only read
+    compiled_bytes: int = 20 * 1024 * MIB  # SKYLAPSE_COMPILED_MB: what compiled_dir may hold
     compile: bool = False  # SKYLAPSE_COMPILE: torch.compile the blocks
     quantize: str = "none"  # SKYLAPSE_QUANTIZE: fp8 or int8 weights in the denoiser's blocks
     kernels: Mapping[str, str] = field(default_factory=dict)  # SKYLAPSE_KERNELS: "attention=sdpa"
@@ -51,6 +57,7 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     given = {name: text.strip() for name, text in environ.items() if name.startswith("SKYLAPSE_") and text.strip()}
     text_cache_mb = _whole(given, "SKYLAPSE_TEXT_CACHE_MB", 0, 2**20)
     memory_mb = _whole(given, "SKYLAPSE_MEMORY_MB", 1, 2**30 - 1)
+    compiled_mb = _whole(given, "SKYLAPSE_COMPILED_MB", 1, 2**30 - 1)
     found: dict[str, Any] = {
         "threads": _whole(given, "SKYLAPSE_THREADS", 1, 1024),
         "debug": _switch(given, "SKYLAPSE_DEBUG"),
@@ -62,6 +69,11 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         "memory_bytes": None if memory_mb is None else memory_mb * MIB,
         "tenant_weights": _weights(given, "SKYLAPSE_TENANT_WEIGHTS"),
         "profile_dir": _folder(given, "SKYLAPSE_PROFILE_DIR"),
+        "decoder": _choice(given, "SKYLAPSE_DECODER", DECODERS),
+        "decoder_dtype": _choice(given, "SKYLAPSE_DECODER_DTYPE", ("fp32", "bf16", "fp16")),
+        "compiled_dir": _folder(given, "SKYLAPSE_COMPILED_DIR"),
+        "compiled_shared_dir": _folder(given, "SKYLAPSE_COMPILED_SHARED_DIR"),
+        "compiled_bytes": None if compiled_mb is None else compiled_mb * MIB,
         "compile": _switch(given, "SKYLAPSE_COMPILE"),
         "quantize": _choice(given, "SKYLAPSE_QUANTIZE", QUANTIZE),
         "kernels": _kernels(given, "SKYLAPSE_KERNELS"),

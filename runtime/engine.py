@@ -21,6 +21,7 @@ from ..kernels import backends
 from .admission import check_supported
 from .batch import Batch
 from .config import Settings, load_settings
+from .decoders import Decoders
 from .denoise import evaluate, skip_ahead, take
 from .events import DeviceLost, EngineFull, Event, Failed, Finished, Ticket, is_device_lost
 from .layout import Layouts
@@ -86,7 +87,7 @@ class Engine:
         settings = load_settings()
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        where = _device(device)
+        where = parse_device(device)
         backends.select(settings.kernels)
         if where.type == "cuda":
             backends.prepare(where)
@@ -100,6 +101,7 @@ class Engine:
         # Loaded in 0.7 ms. Measured at the first start of all, which the first request would wait for instead: the
         # demo model's in 0.14 s by one thread, in 3.8 s by two that wait for each other on cores that others keep busy.
         _ = engine.memory
+        engine.decoders.attach()  # after it: what is measured is eager's memory
         return engine
 
     @property
@@ -136,6 +138,12 @@ class Engine:
     def memory(self) -> MemoryBudget:
         """What requests may take; the profile behind it is measured at the first start and stored."""
         return load_budget(self.model, self.settings)
+
+    @cached_property
+    def decoders(self) -> Decoders:
+        """What decodes, and builds what decodes faster."""
+        model, defaults = self.model, self.defaults
+        return Decoders(model.name, model.codec, (defaults.width, defaults.height), self.settings)
 
     @cached_property
     def previewer(self) -> Previewer:
@@ -226,7 +234,9 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Stop the thread that streams have started, if any; their requests stay where they are."""
+        """Stop the thread that streams have started, if any, and a build; requests stay where they are."""
+        if "decoders" in self.__dict__:
+            self.decoders.close()
         if "_loop" in self.__dict__:
             self._loop.close()
             del self.__dict__["_loop"]
@@ -332,7 +342,7 @@ class Engine:
             self._kept = [event for event in self._kept if event.ticket != ticket]
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def parse_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

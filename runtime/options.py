@@ -23,7 +23,7 @@ def add_device(command: argparse.ArgumentParser) -> None:
 def add_sampling(command: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
     """Size, length, steps and guidance; returns the group that says how long, for other ways of saying it."""
     option = command.add_argument
-    option("--size", type=_size, metavar="WxH", help="pixels, for example 64x64")
+    option("--size", type=size_of, metavar="WxH", help="pixels, for example 64x64")
     length = command.add_mutually_exclusive_group()
     length.add_argument("--frames", type=int, metavar="N", help="4k+1: 1, 5, 9, 13, 17, ...")
     option("--steps", type=int, metavar="N", help="denoising steps")
@@ -49,7 +49,7 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def _size(text: str) -> tuple[int, int]:
+def size_of(text: str) -> tuple[int, int]:
     width, times, height = text.lower().partition("x")
     if not (times and width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, for example 64x64, got {text!r}")

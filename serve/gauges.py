@@ -25,6 +25,7 @@ FACTS = {
     "steps_skipped": ("engine_steps_skipped", "Of these, the steps that a cache answered"),
     "lost_steps": ("engine_lost_steps", "Steps that dead engines had taken in vain"),
     "first_preview_s": ("engine_first_preview_seconds", "Seconds to the newest first preview"),
+    "decoder_demotions": ("engine_decoder_demotions", "Compiled decoders that were found wrong or failed"),
     "gpu_memory_bytes": ("engine_gpu_memory_bytes", "Device memory in use"),
     "gpu_utilisation": ("engine_gpu_utilisation", "Share of the last second in which the device worked"),
     "gpu_power_w": ("engine_gpu_power_watts", "Power that the device draws"),
@@ -55,6 +56,11 @@ def render(context: Context) -> bytes:
             metric = gauge(name, help, "engine")
             for engine, value in found:
                 metric.labels(engine).set(value)
+    decoders = [(p.id, p.facts["decoder"]) for p in processes if p.kind == ENGINE and "decoder" in p.facts]
+    if decoders:
+        metric = gauge("engine_decoder", "1 for the backend that decodes the clips that begin now", "engine", "backend")
+        for engine, backend in decoders:
+            metric.labels(engine, backend).set(1)
     return generate_latest(registry)
 
 

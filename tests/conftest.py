@@ -10,6 +10,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 _profiles = tempfile.TemporaryDirectory()  # nor writes into the home of who runs it
 os.environ.setdefault("SKYLAPSE_PROFILE_DIR", _profiles.name)
+os.environ.setdefault("SKYLAPSE_DECODER", "eager")  # or each service under test would build one, half a minute of CPU
 
 from pathlib import Path
 

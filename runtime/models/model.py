@@ -121,15 +121,6 @@ def _load_folder(
         _load(WanDenoiser, WanConfig, config, path / part, device=device, dtype=dtype, quantize=quantize)
         for part, config in folder.transformers.items()
     )
-    vae = _load(
-        WanVAE,
-        WanVAEConfig,
-        folder.vae,
-        path / "vae",
-        device=device,
-        dtype=torch.float32,
-        rename=checkpoint_name,
-    )
     solver = SolverConfig.from_diffusers(folder.scheduler)
     has_clip = folder.transformer.get("image_dim") is not None
     return Model(
@@ -138,7 +129,7 @@ def _load_folder(
         text_encoder=TextEncoder.load(path, device=device, dtype=dtype, max_tokens=folder.limits.max_prompt_tokens),
         image_encoder=ImageEncoder.load(path, device=device, dtype=torch.float32) if has_clip else None,
         experts=experts,
-        codec=VideoCodec(vae, device=device, chunk=settings.decode_chunk),
+        codec=load_codec(folder, device, settings),
         solver=solver,
         defaults=dataclasses.replace(folder.defaults, solver=solver.solver, shift=solver.shift),
         limits=folder.limits,
@@ -147,6 +138,20 @@ def _load_folder(
         calibrations=read_calibrations(path).serving(quantize),
         quantize=quantize,
     )
+
+
+def load_codec(folder: ModelFolder, device: torch.device, settings: Settings) -> VideoCodec:
+    """The VAE alone, in fp32."""
+    vae = _load(
+        WanVAE,
+        WanVAEConfig,
+        folder.vae,
+        folder.path / "vae",
+        device=device,
+        dtype=torch.float32,
+        rename=checkpoint_name,
+    )
+    return VideoCodec(vae, device=device, chunk=settings.decode_chunk)
 
 
 def _load(

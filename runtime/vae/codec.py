@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .tiling import Tiling, decode_tiled, encode_tiled
+from .tiling import Chunk, Tiling, decode_tiled, encode_tiled
 from .wan import WanVAE
 
 Frames = np.ndarray  # uint8 [frames, height, width, 3]
@@ -32,6 +32,8 @@ class VideoCodec:
         self.spatial_factor = config.scale_factor_spatial
         self.num_channels = config.z_dim
         shape = (1, config.z_dim, 1, 1, 1)
+        # What decodes a clip whose latents (or whose tiles of them) are h x w; asked once a clip. `Decoders` sets it.
+        self.choose_decoder: Callable[[int, int], Chunk] = lambda height, width: vae.decode_chunk
         self._mean = torch.tensor(list(config.latents_mean), dtype=torch.float32, device=device).view(shape)
         self._std = torch.tensor(list(config.latents_std), dtype=torch.float32, device=device).view(shape)
 
@@ -57,7 +59,7 @@ class VideoCodec:
         for start, stop in pairwise(starts):
             with torch.inference_mode():  # never across a yield: the caller would inherit it
                 chunk = self._pixels(frames, start, stop).to(self.dtype)
-                moments, states = encode_tiled(self.vae, chunk, states, self.tiling)
+                moments, states = encode_tiled(self.vae.encode_chunk, chunk, states, self.tiling, self.spatial_factor)
                 latents = (moments.float().chunk(2, dim=1)[0] - self._mean) / self._std
             yield latents[0]
 
@@ -73,10 +75,11 @@ class VideoCodec:
         with torch.inference_mode():
             z = (latents.to(self.device, torch.float32)[None] * self._std + self._mean).to(self.dtype)
         states = None
+        run = self.choose_decoder(*self.tiling.size(z.shape[-2], z.shape[-1], self.spatial_factor))
         for chunk in (z[:, :, :1], *z[:, :, 1:].split(self.chunk, dim=2)):
             if chunk.shape[2]:
                 with torch.inference_mode():
-                    frames, states = decode_tiled(self.vae, chunk, states, self.tiling)
+                    frames, states = decode_tiled(run, chunk, states, self.tiling, self.spatial_factor)
                 yield frames[0]
 
     def _num_frames(self, frames: Frames | Tensor) -> int:

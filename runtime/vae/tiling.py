@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .wan import States, WanVAE
+from .wan import States
 
 TileStates = list[States]
 Chunk = Callable[[Tensor, States | None], tuple[Tensor, States]]
@@ -26,6 +26,12 @@ class Tiling:
         if not 0 < self.overlap < self.tile:
             raise ValueError(f"overlap must lie between 0 and the tile's {self.tile} pixels, got {self.overlap}")
 
+    def size(self, height: int, width: int, factor: int) -> tuple[int, int]:
+        """(h, w) in latents of what is coded at a time, of a frame of height x width latents."""
+        if height * width * factor**2 <= self.threshold:
+            return height, width
+        return min(height, max(1, self.tile // factor)), min(width, max(1, self.tile // factor))
+
     def spans(self, length: int, factor: int) -> list[tuple[int, int]]:
         """(start, stop) in latents of the tiles along a side of `length` latents, `factor` pixels each."""
         tile, stride = max(1, self.tile // factor), max(1, (self.tile - self.overlap) // factor)
@@ -35,17 +41,22 @@ class Tiling:
         return [(start, start + tile) for start in starts]
 
 
-def decode_tiled(vae: WanVAE, latents: Tensor, states: TileStates | None, tiling: Tiling) -> tuple[Tensor, TileStates]:
-    """`WanVAE.decode_chunk` over tiles: latents [B, C, n, h, w] -> frames [B, 3, m, H, W] and every tile's states."""
-    factor = vae.config.scale_factor_spatial
-    return _tiled(vae.decode_chunk, latents, states, tiling, latents.shape[-2:], factor, in_scale=1, out_scale=factor)
+def decode_tiled(
+    run: Chunk, latents: Tensor, states: TileStates | None, tiling: Tiling, factor: int
+) -> tuple[Tensor, TileStates]:
+    """`WanVAE.decode_chunk` over tiles: latents [B, C, n, h, w] -> frames [B, 3, m, H, W] and every tile's states.
+
+    factor: pixels a side of one latent.
+    """
+    return _tiled(run, latents, states, tiling, latents.shape[-2:], factor, in_scale=1, out_scale=factor)
 
 
-def encode_tiled(vae: WanVAE, frames: Tensor, states: TileStates | None, tiling: Tiling) -> tuple[Tensor, TileStates]:
+def encode_tiled(
+    run: Chunk, frames: Tensor, states: TileStates | None, tiling: Tiling, factor: int
+) -> tuple[Tensor, TileStates]:
     """`WanVAE.encode_chunk` over tiles: frames [B, 3, m, H, W] -> moments [B, 2 C, n, h, w] and every tile's states."""
-    factor = vae.config.scale_factor_spatial
     size = torch.Size((frames.shape[-2] // factor, frames.shape[-1] // factor))
-    return _tiled(vae.encode_chunk, frames, states, tiling, size, factor, in_scale=factor, out_scale=1)
+    return _tiled(run, frames, states, tiling, size, factor, in_scale=factor, out_scale=1)
 
 
 def _tiled(

@@ -1,0 +1,78 @@
+"""What a backend has to offer: how it is asked whether it is there, what it builds, and how that is run.
+
+A backend's whole world is a Coder, a Plan and a folder. `build` fills the folder (in whatever process it likes), `load`
+makes of it a function of the coder's own signature, `run(x, states | None) -> (y, new states)`, where None means the
+graph `first` and states mean `next`. States are tensors that the caller keeps: [1, C, T, H, W] on the backend's device,
+in the plan's dtype, and what one backend returns another one takes. `run` may be called by one thread at a time.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from .stream import Coder, Plan, Run
+
+
+class Backend(Protocol):
+    name: str
+    device: torch.device
+
+    def missing(self, plan: Plan) -> str | None:
+        """None where it can build and run this here; else what is missing, and how to get it. Never raises."""
+
+    def options(self, plan: Plan) -> Mapping[str, Any]:
+        """Of the builder, as far as they change what it builds: part of the artifact's key."""
+
+    def versions(self) -> Mapping[str, str]:
+        """Of what builds and what runs: part of the key."""
+
+    def bound_to(self) -> str:
+        """Of the machine, what an artifact is valid for: nothing, an instruction set, a GPU's name and architecture."""
+
+    def plan(self, plan: Plan) -> Plan:
+        """The plan as this backend wants it exported."""
+
+    def build(self, coder: Coder, plan: Plan, folder: Path) -> None:
+        """Fill an empty folder; any exception is a failed build, its message the reason."""
+
+    def load(self, coder: Coder, plan: Plan, folder: Path) -> Run:
+        """What `build` has made, ready to run."""
+
+
+class Unavailable(ValueError):
+    """A backend that was asked for cannot be had here; the message says what to install."""
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """Of installed packages; one that is absent has none."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine_name(device: torch.device) -> str:
+    """Of what a measurement is true for: the GPU, or the processor."""
+    if device.type == "cuda":
+        capability = "".join(map(str, torch.cuda.get_device_capability(device)))
+        return f"{torch.cuda.get_device_name(device)} sm{capability}"
+    return f"{platform.machine()} {_processor()}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,63 @@
+"""Inductor: the coder compiled ahead of time into a library, for which a C++ compiler is needed once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import machine_name, versions_of
+from .stream import DTYPES, FIRST, NEXT, Coder, Plan, Run, States
+
+
+class Inductor:
+    name = "inductor"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def missing(self, plan: Plan) -> str | None:
+        if self.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+            return "inductor needs a C++ compiler: install g++"
+        return None
+
+    def options(self, plan: Plan) -> Mapping[str, Any]:
+        return {}
+
+    def versions(self) -> Mapping[str, str]:
+        return versions_of("torch", "triton")
+
+    def bound_to(self) -> str:
+        return machine_name(self.device)
+
+    def plan(self, plan: Plan) -> Plan:
+        return plan
+
+    def build(self, coder: Coder, plan: Plan, folder: Path) -> None:
+        from torch._inductor import aoti_compile_and_package
+
+        from .export import exported
+
+        for graph in (FIRST, NEXT):
+            with torch.no_grad():
+                program = exported(coder, plan, graph, self.device)
+                aoti_compile_and_package(program, package_path=str(folder / f"{graph}.pt2"))
+
+    def load(self, coder: Coder, plan: Plan, folder: Path) -> Run:
+        from torch._inductor import aoti_load_package
+
+        graphs: dict[str, Any] = {g: aoti_load_package(str(folder / f"{g}.pt2")) for g in (FIRST, NEXT)}
+        dtype = DTYPES[plan.dtype]
+
+        def run(x: Tensor, states: States | None) -> tuple[Tensor, States]:
+            graph = graphs[FIRST if states is None else NEXT]
+            given = [tensor.to(self.device, dtype).contiguous() for tensor in (x, *(states or ()))]
+            with torch.inference_mode():
+                y, *new = graph(*given)
+            return y, new
+
+        return run

@@ -1,0 +1,339 @@
+"""Which backend runs a clip: the fastest that is there, has been built, and was found right on this machine.
+
+An artifact is trusted after it has coded one tiny clip as eager does, and while it does not fail. The order is
+measured, once a machine, thread count and size. Who starts a clip with one backend ends it with that one: only a chunk
+that fails is done again by eager, from the same states, and its backend is demoted.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .backend import Backend, Unavailable, machine_name
+from .cache import Artifact, EngineCache, Key
+from .eager import Eager
+from .ledger import Ledger, Size
+from .stream import FIRST, NEXT, Coder, Plan, Run, States
+
+logger = logging.getLogger(__name__)
+# Greatest difference of a value in [-1, 1]. Half a level of 255 in fp32: rounding then moves a pixel by one at most.
+MAX_ERROR = {"fp32": 0.5 / 127.5, "fp16": 4 / 127.5, "bf16": 4 / 127.5}
+TINY: Size = (4, 6)  # latents; of an artifact for any size
+MEASURED_AREA = 16 * 16  # latents; larger sizes are measured when they are built for, not in front of a waiting clip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs clips of a size, and why."""
+
+    backend: str
+    why: str
+    run: Run
+    artifact: str | None = None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One backend, as `skylapse compile --status` shows it."""
+
+    backend: str
+    state: str
+    detail: str
+    seconds: float | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    backend: Backend
+    plan: Plan
+    key: Key
+    artifact: Artifact
+
+
+class Selector:
+    """Of one coder. `choose` may be called from any thread."""
+
+    def __init__(
+        self,
+        coder: Coder,
+        backends: Sequence[Backend],
+        cache: EngineCache,
+        *,
+        device: torch.device,
+        dtype: str = "fp32",
+        wanted: str = "auto",
+    ) -> None:
+        self.coder, self.cache, self.dtype, self.wanted = coder, cache, dtype, wanted
+        self.device, self.backends = device, tuple(backends)
+        self.eager = Eager(device).load(coder, Plan(), cache.root)
+        self._choices: dict[Size, Choice] = {}
+        self._lock = threading.RLock()
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(self.cache.root, machine_name(self.device), torch.get_num_threads(), self.coder.digest)
+
+    def backend(self, name: str) -> Backend:
+        found = next((backend for backend in self.backends if backend.name == name), None)
+        if found is None:
+            raise Unavailable(f"backend must be {' or '.join(b.name for b in self.backends)}, got {name!r}")
+        return found
+
+    def key(self, backend: Backend, plan: Plan) -> Key:
+        return Key(
+            {
+                "coder": self.coder.digest,
+                "kind": self.coder.kind,
+                "backend": backend.name,
+                "plan": asdict(backend.plan(plan)),
+                "options": dict(backend.options(plan)),
+                "versions": dict(backend.versions()),
+                "device": f"{backend.device.type} {backend.bound_to()}",
+                "system": f"{platform.system()} {platform.machine()}",
+            }
+        )
+
+    # --- choosing -------------------------------------------------------------------------------------------------
+
+    def choose(self, height: int, width: int) -> Choice:
+        """For a clip whose latents are height x width; the same until something is built or demoted."""
+        with self._lock:
+            if (height, width) not in self._choices:
+                choice = self._choose((height, width))
+                logger.info(
+                    "%ss of %d x %d latents: %s (%s)", self.coder.kind, height, width, choice.backend, choice.why
+                )
+                self._choices[height, width] = choice
+            return self._choices[height, width]
+
+    def refresh(self) -> None:
+        """Choose anew for clips that begin from now on."""
+        with self._lock:
+            self._choices.clear()
+
+    def _choose(self, size: Size) -> Choice:
+        if self.wanted == "eager":
+            return Choice("eager", "as configured", self.eager)
+        runs: dict[str, tuple[_Candidate, Run]] = {}
+        for candidate in self._candidates(size):
+            run = self._trusted(candidate)
+            if run is not None:
+                runs[candidate.backend.name] = candidate, run
+        if not runs:
+            return Choice("eager", self._why_none(), self.eager)
+        times, at = self._times(size, {name: run for name, (_, run) in runs.items()}, [c for c, _ in runs.values()])
+        names = ["eager", *runs] if self.wanted == "auto" else [*runs]
+        fastest = min(names, key=lambda name: times[name])
+        told = ", ".join(f"{name} {times[name]:.3g} s" for name in sorted(times, key=lambda n: times[n]))
+        why = f"measured at {at[0]} x {at[1]} latents: {told}"
+        if fastest == "eager":
+            return Choice("eager", why, self.eager)
+        candidate, run = runs[fastest]
+        return Choice(fastest, why, self._guarded(candidate, run), candidate.key.id)
+
+    def _candidates(self, size: Size) -> list[_Candidate]:
+        """The artifact of each backend for this size, or else for any."""
+        found, demoted = [], self.ledger.demoted()
+        for backend in self.backends:
+            if self.wanted not in ("auto", backend.name):
+                continue
+            for plan in (Plan(self.dtype, size), Plan(self.dtype)):
+                key = self.key(backend, plan)
+                if key.id in demoted:
+                    continue
+                artifact = self.cache.find(key)
+                if artifact is None:
+                    continue
+                if reason := backend.missing(plan):
+                    logger.warning("%s has an artifact but cannot run it: %s", backend.name, reason)
+                else:
+                    found.append(_Candidate(backend, backend.plan(plan), key, artifact))
+                break
+        return found
+
+    def _why_none(self) -> str:
+        reasons = [f"{told['backend']} was demoted: {told['reason']}" for told in self.ledger.demoted().values()]
+        return "; ".join(reasons) or "nothing is built: skylapse compile builds it"
+
+    def _trusted(self, candidate: _Candidate) -> Run | None:
+        """Its loaded artifact, if it does as eager does."""
+        backend, key = candidate.backend, candidate.key
+        try:
+            run = backend.load(self.coder, candidate.plan, candidate.artifact.folder)
+        except Exception as error:
+            logger.warning("%s does not load (%s): it has to be built again", backend.name, error)
+            self.cache.discard(candidate.artifact.folder)
+            return None
+        if self.ledger.checked(key.id) is not None:
+            return run
+        try:
+            difference = self.compare(run, candidate.plan)
+        except Exception as error:
+            self._demote(candidate, f"{type(error).__name__}: {error}")
+            return None
+        if not difference <= MAX_ERROR[self.dtype]:  # nan is not small enough
+            self._demote(candidate, f"differs from eager by {difference:.3g}, {MAX_ERROR[self.dtype]:.3g} is allowed")
+            return None
+        self.ledger.write("checks", key.id, difference)
+        return run
+
+    def _demote(self, candidate: _Candidate, reason: str) -> None:
+        logger.error("%s is demoted: %s", candidate.backend.name, reason)
+        self.ledger.demote(candidate.key.id, candidate.backend.name, reason)
+        self.refresh()
+
+    def _guarded(self, candidate: _Candidate, run: Run) -> Run:
+        def guarded(x: Tensor, states: States | None) -> tuple[Tensor, States]:
+            if candidate.key.id in self._failed:
+                return self.eager(x, states)
+            try:
+                return run(x, states)
+            except Exception as error:
+                self._failed.add(candidate.key.id)
+                self._demote(candidate, f"failed at work: {type(error).__name__}: {error}")
+            return self.eager(x, [state.to(x.dtype) for state in states] if states else states)
+
+        return guarded
+
+    @cached_property
+    def _failed(self) -> set[str]:
+        """Artifacts that have failed at work in this process."""
+        return set()
+
+    # --- checking and measuring -----------------------------------------------------------------------------------
+
+    def compare(self, run: Run, plan: Plan) -> float:
+        """Greatest difference of a tiny clip from eager, whose states it is given too; nan where it is not finite."""
+        height, width = plan.size or TINY
+        ours, theirs = (
+            _clip(run, self._latents(height, width, plan)),
+            _clip(self.eager, self._latents(height, width, plan)),
+        )
+        difference = torch.cat([(a.float() - b.float()).abs().flatten() for a, b in zip(ours, theirs, strict=True)])
+        return float(difference.max()) if torch.isfinite(difference).all() else float("nan")
+
+    def measure(self, runs: dict[str, Run], size: Size, plan: Plan, repeats: int = 3) -> dict[str, float]:
+        """Least seconds of a clip of two chunks by each, in turns, after one that warms it up.
+
+        On a CPU the process's own: by the clock, others on the same cores made eager ten times slower than it is.
+        """
+        clock = time.perf_counter if self.device.type == "cuda" else time.process_time
+        times = dict.fromkeys(runs, float("inf"))
+        chunks = self._latents(*size, plan)
+        for repeat in range(repeats + 1):
+            for name, run in runs.items():
+                began_s = clock()
+                _clip(run, chunks)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                if repeat:
+                    times[name] = min(times[name], clock() - began_s)
+        return times
+
+    def _latents(self, height: int, width: int, plan: Plan) -> list[Tensor]:
+        """Inputs of a clip: of `first`, then of a `next` of four latent frames, or as many as the plan says."""
+        generator = torch.Generator().manual_seed(0)
+        dtype = next(self.coder.module.parameters()).dtype
+        shapes = [self.coder.input_shape(plan.chunk or 4, height, width, graph) for graph in (FIRST, NEXT)]
+        return [torch.randn(shape, generator=generator).to(self.device, dtype) for shape in shapes]
+
+    def _times(
+        self, size: Size, runs: dict[str, Run], candidates: Sequence[_Candidate]
+    ) -> tuple[dict[str, float], Size]:
+        """Seconds of eager and these, at this size or the nearest that was measured; measured now if none was."""
+        names = {"eager", *runs}
+        known = self.ledger.times(size)
+        if names <= known.keys():
+            return {name: known[name] for name in names}, size
+        is_fixed = any(candidate.plan.size for candidate in candidates)
+        if not is_fixed and (found := self.ledger.nearest(size, names)) is not None:
+            return {name: found[1][name] for name in names}, found[0]
+        at = size if is_fixed or size[0] * size[1] <= MEASURED_AREA else _shrunk(size)
+        times = self.measure({"eager": self.eager, **runs}, at, Plan(self.dtype))
+        self.ledger.timed(at, times)
+        return times, at
+
+    # --- building -------------------------------------------------------------------------------------------------
+
+    def build(self, backend: Backend, size: Size | None, *, measure_at: Size, again: bool = False) -> Choice:
+        """Build for a size or for any, check and measure it; returns what is chosen at `measure_at` from now on.
+
+        Unavailable says what to install, BuildFailed why it could not be built.
+        """
+        plan = Plan(self.dtype, size)
+        if reason := backend.missing(plan):
+            raise Unavailable(reason)
+        key, exported = self.key(backend, plan), backend.plan(plan)
+        self.cache.build(key, lambda folder: backend.build(self.coder, exported, folder), again=again)
+        self._failed.discard(key.id)
+        self.ledger.pardon(key.id)
+        self.refresh()
+        runs = {c.backend.name: run for c in self._candidates(measure_at) if (run := self._trusted(c)) is not None}
+        if runs:
+            self.ledger.timed(measure_at, self.measure({"eager": self.eager, **runs}, measure_at, plan))
+        return self.choose(*measure_at)
+
+    def standings(self, size: Size) -> list[Standing]:
+        """Every backend, whether it was built for this size or for any, and how it does."""
+        times, found = self.ledger.times(size), []
+        demoted = self.ledger.demoted()
+        for backend in self.backends:
+            plans = [Plan(self.dtype, size), Plan(self.dtype)]
+            keys = [self.key(backend, plan) for plan in plans]
+            missing = backend.missing(plans[0])
+            failures = [failure for key in keys if (failure := self.cache.failure(key))]
+            told = next((demoted[key.id] for key in keys if key.id in demoted), None)
+            built = next((key for key in keys if key.id not in demoted and self.cache.find(key)), None)
+            if missing:
+                state, detail = "missing", missing
+            elif built is not None:
+                state, detail = "built", "for this size" if built.id == keys[0].id else "for any size"
+            elif told is not None:
+                state, detail = "demoted", told["reason"]
+            elif failures:
+                state, detail = "failed", failures[0].reason
+            else:
+                state, detail = "not built", f"skylapse compile MODEL --backend {backend.name}"
+            error = self.ledger.checked(built.id) if built else None
+            found.append(Standing(backend.name, state, detail, times.get(backend.name), error))
+        return [Standing("eager", "built", "torch itself", times.get("eager"), 0.0), *found]
+
+    def verify(self, size: Size, repeats: int = 5) -> list[Standing]:
+        """Compare everything that was built for a size with eager again, time it, and tell how it stands."""
+        runs = {}
+        for candidate in self._candidates(size):
+            self.ledger.write("checks", candidate.key.id, None)
+            if (run := self._trusted(candidate)) is not None:
+                runs[candidate.backend.name] = run
+        self.ledger.timed(size, self.measure({"eager": self.eager, **runs}, size, Plan(self.dtype), repeats))
+        self.refresh()
+        return self.standings(size)
+
+    @property
+    def demotions(self) -> list[str]:
+        """Backends that have been demoted, with the reasons."""
+        return [f"{told['backend']}: {told['reason']}" for told in self.ledger.demoted().values()]
+
+
+def _clip(run: Run, chunks: Sequence[Tensor]) -> list[Tensor]:
+    results, states = [], None
+    for chunk in chunks:
+        y, states = run(chunk, states)
+        results.append(y)
+    return results
+
+
+def _shrunk(size: Size) -> Size:
+    """A size of the same shape that is quick to measure."""
+    scale = (MEASURED_AREA / (size[0] * size[1])) ** 0.5
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))

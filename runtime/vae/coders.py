@@ -1,0 +1,60 @@
+"""The halves of a VAE as the backends of `compile` see them."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ...compile.stream import Coder
+from .wan import States, WanVAE
+
+
+class WanDecoder(nn.Module):
+    """The decoder's weights alone, shared with the VAE's."""
+
+    def __init__(self, vae: WanVAE) -> None:
+        super().__init__()
+        self.config, self.post_quant_conv, self.decoder = vae.config, vae.post_quant_conv, vae.decoder
+
+    def forward(self, latents: Tensor, states: States | None) -> tuple[Tensor, States]:
+        return WanVAE.decode_chunk(self, latents, states)  # type: ignore[arg-type]
+
+
+class WanEncoder(nn.Module):
+    """The encoder's."""
+
+    def __init__(self, vae: WanVAE) -> None:
+        super().__init__()
+        self.config, self.quant_conv, self.encoder = vae.config, vae.quant_conv, vae.encoder
+
+    def forward(self, frames: Tensor, states: States | None) -> tuple[Tensor, States]:
+        return WanVAE.encode_chunk(self, frames, states)  # type: ignore[arg-type]
+
+
+def decoder_of(vae: WanVAE) -> Coder:
+    """Latents, not normalised, to frames."""
+    config = vae.config
+    return Coder(
+        kind="decoder",
+        module=WanDecoder(vae),
+        in_channels=config.z_dim,
+        out_channels=3,
+        in_scale=1,
+        out_scale=config.scale_factor_spatial,
+        in_frames=1,
+        out_frames=config.scale_factor_temporal,
+    )
+
+
+def encoder_of(vae: WanVAE) -> Coder:
+    """Frames to the posterior's moments."""
+    config = vae.config
+    return Coder(
+        kind="encoder",
+        module=WanEncoder(vae),
+        in_channels=3,
+        out_channels=2 * config.z_dim,
+        in_scale=config.scale_factor_spatial,
+        out_scale=1,
+        in_frames=config.scale_factor_temporal,
+        out_frames=1,
+    )

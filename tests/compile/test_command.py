@@ -1,0 +1,116 @@
+"""`skylapse compile`: what it builds, prints and refuses, and that generate uses what it has built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fake_backend import Fake
+
+from skylapse.cli import main
+from skylapse.compile.select import Selector
+from skylapse.compile.stream import Plan
+from skylapse.runtime import decoders
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """One command in a folder of its own: exit code, stdout, stderr."""
+    monkeypatch.setenv("SKYLAPSE_COMPILED_DIR", str(tmp_path))
+    monkeypatch.delenv("SKYLAPSE_DECODER", raising=False)
+    monkeypatch.setattr(Selector, "measure", lambda self, runs, *_: {name: 1.0 + (name == "eager") for name in runs})
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        status = main([*arguments])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return command
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> list[Fake]:
+    found = [Fake(name="onnxruntime"), Fake(name="inductor")]
+    monkeypatch.setattr(decoders, "backends", lambda device: found)
+    return found
+
+
+def test_built_decoder_is_what_generate_decodes_with(run: Run, fakes: list[Fake], tmp_path: Path) -> None:
+    status, out, _ = run("compile", "demo")
+    assert status == 0 and "64x64 is decoded by onnxruntime: measured at 8 x 8 latents" in out
+    assert fakes[0].built == [Plan()] and fakes[1].built == []
+    fakes[0].calls = 0
+    clip = str(tmp_path / "clip.mp4")
+    assert run("generate", "a red circle", "--steps", "1", "--frames", "9", "-o", clip)[0] == 0
+    assert fakes[0].calls == 2  # the first latent frame, and the two others at once
+    report = json.loads(run("compile", "demo", "--status", "--json")[1])
+    assert report["backend"] == "onnxruntime"
+    assert [(b["backend"], b["state"]) for b in report["backends"]] == [
+        ("eager", "built"),
+        ("onnxruntime", "built"),
+        ("inductor", "not built"),
+    ]
+    assert len(fakes[0].built) == 1
+
+
+def test_size_is_built_for_alone(run: Run, fakes: list[Fake]) -> None:
+    assert run("compile", "demo", "--size", "96x64", "--backend", "inductor")[0] == 0
+    assert fakes[1].built == [Plan(size=(8, 12))] and fakes[0].built == []
+    assert json.loads(run("compile", "demo", "--status", "--json")[1])["backend"] == "eager"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "63x64"], "width must be a multiple of"),
+        (["--size", "64"], "must be WIDTHxHEIGHT"),
+        (["--backend", "eager"], "eager needs no building"),
+        (["--backend", "openvino"], "invalid choice: 'openvino'"),
+        (["--status", "--verify"], "not allowed with"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_in_a_line(
+    run: Run, fakes: list[Fake], arguments: list[str], message: str
+) -> None:
+    status, out, err = run("compile", "demo", *arguments)
+    assert (status, out) == (2, "") and message in err
+    assert not fakes[0].built
+
+
+def test_missing_backend_says_what_to_install_or_the_next_is_built(
+    run: Run, fakes: list[Fake], caplog: pytest.LogCaptureFixture
+) -> None:
+    fakes[0].absent = "onnxruntime is not there: pip install 'skylapse[compile]'"
+    status, _, err = run("compile", "demo", "--backend", "onnxruntime")
+    assert status == 2 and "pip install 'skylapse[compile]'" in err
+    status, out, _ = run("compile", "demo", "--backend", "onnxruntime", "--fallback")
+    assert status == 0 and "is decoded by inductor" in out
+    assert "onnxruntime is not there" in caplog.text and "the next backend is tried" in caplog.text
+
+
+def test_failed_build_is_told_in_the_builders_words(run: Run, fakes: list[Fake]) -> None:
+    fakes[0].build_error = MemoryError("40 GiB are needed")
+    status, _, err = run("compile", "demo")
+    assert status == 1 and "MemoryError: 40 GiB are needed" in err
+    out = run("compile", "demo", "--status")[1]
+    assert "failed" in out and "40 GiB are needed" in out and "64x64 is decoded by eager" in out
+    fakes[0].build_error = None
+    assert run("compile", "demo")[0] == 0
+
+
+def test_verify_fails_where_something_built_is_wrong(run: Run, fakes: list[Fake]) -> None:
+    assert run("compile", "demo")[0] == 0
+    status, out, _ = run("compile", "demo", "--verify")
+    assert status == 0 and "onnxruntime" in out
+    fakes[0].load = lambda coder, plan, folder: lambda x, states: (coder(x, states)[0] + 1, coder(x, states)[1])
+    status, out, _ = run("compile", "demo", "--verify")
+    assert status == 1 and "demoted" in out and "differs from eager by 1" in out
+
+
+def test_bf16_is_no_dtype_of_this_cpu(run: Run) -> None:
+    status, _, err = run("compile", "demo", "--backend", "onnxruntime", "--dtype", "bf16", "--device", "cpu")
+    assert status == 2 and "no convolution of bf16" in err

@@ -39,7 +39,7 @@ def test_every_configuration_compiles_without_faults(version: str, root: Path) -
         environment["PYTHONPATH"] = str(folder)
     command = [sys.executable, "-m", "skylapse.kernels.inspect", "--json", "--jobs", str(os.cpu_count())]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root.parent)
-    assert done.stderr == ""
+    assert not done.stderr, done.stderr
     table = json.loads(done.stdout)
     assert version == "installed" or table["triton"].startswith(f"{version}.")
     assert Counter((row["op"], row["arch"]) for row in table["kernels"]) == Counter((i.op, arch) for i, arch in ALL)

@@ -6,6 +6,7 @@ values already, as it computes them once a prompt; diffusers computes them at ea
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import roofline
+from ...kernels.linear_quantized import DTYPES, quantize_rows
 from ...kernels.patch_embed import Grid
 from ...runtime.models.linear import Linear
 from ...runtime.models.wan import TEXT_ROWS, WanBlock, WanConfig
@@ -28,6 +30,7 @@ MODELS = {
 }
 TINY = {"tiny": WanConfig(num_attention_heads=2, attention_head_dim=64, ffn_dim=512, num_layers=1)}
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative L2
+LOSSY = 0.1  # of projections in 8 bits
 
 
 def cases(suite: Suite) -> Iterator[Case]:
@@ -67,6 +70,8 @@ def _build(suite: Suite, config: WanConfig, grid: Grid) -> dict[str, Make]:
     sequence = Sequence(grid, (0,) * grid[0], TextContext(keys_values, bias))
     pack = build_pack([sequence], config.attention_head_dim, suite.device)
     ours = partial(block, tokens, modulation, pack, 0)
+    makes: dict[str, Make] = {"skylapse": lambda: ours}
+    makes |= {f"skylapse, {kind}": partial(_in_8_bits, ours, kind) for kind in DTYPES}
     theirs: dict[str, Any] = {}
 
     def diffusers() -> partial[Tensor]:
@@ -74,14 +79,23 @@ def _build(suite: Suite, config: WanConfig, grid: Grid) -> dict[str, Make]:
             theirs["run"] = partial(
                 _theirs(block, config, suite), tokens[None], rows[None], modulation, _rotary(config, grid, suite)
             )
-            _agree(ours(), theirs["run"]()[0], suite.dtype)
+            _agree(ours(), theirs["run"]()[0], TOLERANCES[suite.dtype])
         return theirs["run"]
 
-    return {
-        "skylapse": lambda: ours,
-        "diffusers": diffusers,
-        "diffusers, torch.compile": lambda: compiled(diffusers()),
-    }
+    return makes | {"diffusers": diffusers, "diffusers, torch.compile": lambda: compiled(diffusers())}
+
+
+def _in_8_bits(exact: partial[Tensor], kind: str) -> partial[Tensor]:
+    """The block with the weights of its projections in 8 bits, as the loader makes them."""
+    block = copy.deepcopy(exact.func)
+    assert isinstance(block, WanBlock)
+    for module in block.modules():
+        if isinstance(module, Linear):
+            values, scales = quantize_rows(module.weight, DTYPES[kind])
+            module.weight, module.weight_scale = (nn.Parameter(x, requires_grad=False) for x in (values, scales))
+    run = partial(block, *exact.args)
+    _agree(run(), exact(), LOSSY)
+    return run
 
 
 def _theirs(block: WanBlock, config: WanConfig, suite: Suite) -> nn.Module:
@@ -118,7 +132,7 @@ def _rotary(config: WanConfig, grid: Grid, suite: Suite) -> Any:
     return tuple(x.to(suite.device) for x in rope(torch.empty(1, 16, t, 2 * h, 2 * w)))
 
 
-def _agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
-    distance = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
-    if not distance <= TOLERANCES[dtype]:
-        raise RuntimeError(f"the blocks differ by {distance:.2g}, at most {TOLERANCES[dtype]:g} is rounding")
+def _agree(one: Tensor, other: Tensor, tolerance: float) -> None:
+    distance = float((one.double() - other.double()).norm() / other.double().norm())
+    if not distance <= tolerance:
+        raise RuntimeError(f"the blocks differ by {distance:.2g}, at most {tolerance:g} is rounding")

@@ -9,8 +9,7 @@ from pathlib import Path
 from ...kernels.backends import CHOICES
 from ...runtime.options import Parser
 from ..record import KernelReport, read
-
-LOSSY = ("triton-int8", "triton-fp8")  # of another result than attention's, so nobody's default
+from .checks import LOSSY
 
 
 def pick(arguments: Sequence[str]) -> int:

@@ -83,7 +83,8 @@ def measure(case: Case, suite: Suite, clock: Clock, budget: Budget, limits: dict
     least_s = case.cost.seconds(limits["bytes_per_s"].median, limits["operations_per_s"].median)
     for name, samples in turns.samples.items():
         seconds, ratio = spread_of(samples), turns.ratio(name, ours) if name != ours else None
-        bounded = case.dtype == suite.dtype and name != "copy"  # products in 8 bits have another limit
+        # A copy computes nothing, and products in 8 bits have another limit than the one that was measured.
+        bounded = case.dtype == suite.dtype and not name.endswith(("copy", "int8", "fp8"))
         share = least_s / seconds.median if bounded else None
         contestants[name] = Contestant(status="ok", seconds=seconds, ratio=ratio, roofline_share=share)
     return Row(

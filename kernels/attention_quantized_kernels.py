@@ -104,11 +104,9 @@ def query_tiles_of(
 
 def _constants(head_size: int, form: str, biased: bool, with_lse: bool, how: Mapping[str, Any]) -> dict[str, Any]:
     constants = dict(HEAD_SIZE=head_size, FP8=form == "fp8", BLOCK_D=block_of(head_size))
-    return (
-        constants
-        | dict(BLOCK_M=how["block_m"], BLOCK_N=how["block_n"], BIASED=biased, WITH_LSE=with_lse)
-        | dict(DESCRIPTORS=how.get("descriptors", False))
-    )
+    constants |= dict(BLOCK_M=how["block_m"], BLOCK_N=how["block_n"], BIASED=biased, WITH_LSE=with_lse)
+    flags = dict(DESCRIPTORS=how.get("descriptors", False), SHORT_SUMS=how.get("short_sums", False))
+    return constants | flags
 
 
 def shipped() -> list[Shipped]:
@@ -166,6 +164,7 @@ def _attention_kernel(
     stride_on,
     HEAD_SIZE: tl.constexpr,
     FP8: tl.constexpr,
+    SHORT_SUMS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -221,7 +220,7 @@ def _attention_kernel(
         else:
             tile_values = tl.load(values_at, mask=inside[:, None] & whole[None, :], other=0.0)
             values_at += BLOCK_N * stride_vn
-        highest, total, mixed = _fold(logits, tile_values, highest, total, mixed, row_scales, FP8, BIASED)
+        highest, total, mixed = _fold(logits, tile_values, highest, total, mixed, row_scales, FP8, SHORT_SUMS, BIASED)
     if BIASED:  # a query whose keys are all hidden gets zeros
         mixed /= tl.where(total == 0.0, 1.0, total)[:, None]
     else:
@@ -239,8 +238,22 @@ def _attention_kernel(
 
 
 @jit
-def _fold(logits, values, highest, total, mixed, row_scales, FP8: tl.constexpr, BIASED: tl.constexpr):
-    """A tile of keys into the running maximum, sum and output; fp8's weights go up to 448."""
+def _fold(
+    logits,
+    values,
+    highest,
+    total,
+    mixed,
+    row_scales,
+    FP8: tl.constexpr,
+    SHORT_SUMS: tl.constexpr,
+    BIASED: tl.constexpr,
+):
+    """A tile of keys into the running maximum, sum and output; fp8's weights go up to 448.
+
+    SHORT_SUMS: the matrix unit sums a tile's products, fp32 the rest. Units of sm_89 and 90 keep some 13 bits of
+    fraction of a sum of fp8 products (SageAttention2, section 3.3); sm_120's are taken to be like those.
+    """
     higher = tl.maximum(highest, tl.max(logits, 1) * row_scales)
     if BIASED:  # a bias of -inf may hide a whole tile, and -inf - -inf is no number
         anchor = tl.where(higher == float("-inf"), 0.0, higher)
@@ -248,10 +261,11 @@ def _fold(logits, values, highest, total, mixed, row_scales, FP8: tl.constexpr, 
         anchor = higher
     decay = tl.math.exp2(highest - anchor)
     if FP8:
-        weights = tl.math.exp2(logits * row_scales[:, None] - (anchor - 8.807354922057604)[:, None])
-        # Added in fp32 by itself: sm_90's 8-bit products keep but 14 bits of what they accumulate.
-        mixed = mixed * decay[:, None] + tl.dot(weights.to(tl.float8e4nv), values)
+        anchor -= 8.807354922057604
+    weights = tl.math.exp2(logits * row_scales[:, None] - anchor[:, None])
+    total = total * decay + tl.sum(weights, 1)
+    if SHORT_SUMS:  # one instruction, and unlike a product and a sum the compiler leaves it outside the matrix unit
+        mixed = tl.fma(mixed, decay[:, None], tl.dot(weights.to(values.dtype), values))
     else:
-        weights = tl.math.exp2(logits * row_scales[:, None] - anchor[:, None])
         mixed = tl.dot(weights.to(values.dtype), values, mixed * decay[:, None])
-    return higher, total * decay + tl.sum(weights, 1), mixed
+    return higher, total, mixed

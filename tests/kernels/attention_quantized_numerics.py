@@ -20,7 +20,7 @@ from skylapse.kernels.attention_quantized import plain
 from skylapse.kernels.attention_quantized_kernels import run
 
 POINTERS = dict(block_m=64, block_n=64, num_warps=4, num_stages=1)
-VARIANTS = {"pointers": POINTERS, "descriptors": POINTERS | dict(descriptors=True)}
+VARIANTS = {"pointers": POINTERS | dict(short_sums=True), "descriptors": POINTERS | dict(descriptors=True)}
 TILES = [(1, 127), (129, 128), (130, 260)]  # around the edges of the tiles of 128 that are quantised
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
 

@@ -20,8 +20,12 @@ from torch.utils._pytree import tree_flatten, tree_map
 from skylapse.kernels import (
     adaln,
     attention_kernels,
+    attention_quantized_kernels,
+    attention_sparse,
+    attention_sparse_kernels,
     patch_embed,
     qk_norm_rope,
+    quantize,
     rms_norm,
     solver_step,
     tables,
@@ -38,14 +42,25 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
     "solver_step": solver_step._triton,
     "solver_step_uncorrected": solver_step._triton,
     "attention": attention_kernels.run,
+    "attention_quantized": attention_quantized_kernels.run,
+    "attention_sparse": attention_sparse_kernels.run,
 }
-UPLOADING = {"patch_embed": 2, "unpatchify": 2, "attention": 1}  # tables of a layout that is new
+UPLOADING = {"patch_embed": 2, "unpatchify": 2, "attention": 1, "attention_quantized": 4}  # tables of a new layout
+LAUNCHES = {"attention_quantized": 5}  # columns, keys, queries, values, attention; of the others one
 
 
 def inputs(name: str) -> tuple[Any, ...]:
-    if name != "attention":
+    if not name.startswith("attention"):
         return arguments(name)
     q, k = torch.randn(9, 2, 64).bfloat16(), torch.randn(12, 2, 64).bfloat16()
+    if name == "attention_quantized":
+        tile = dict(block_m=64, block_n=64, num_warps=4, num_stages=3)
+        return q, k, k, (0, 2, 9), (0, 4, 12), torch.zeros(12), "fp8", True, tile
+    if name == "attention_sparse":
+        lists = tuple(attention_sparse.BlockLists.full(*lengths) for lengths in ((2, 4), (7, 8)))
+        layout = attention_sparse.layout_of(lists, 64, 64, torch.device("cpu"))
+        tile = dict(block_m=64, block_n=64, num_warps=4, num_stages=3)
+        return q, k, k, layout.tiles, layout.spans, torch.zeros(12), True, tile
     how = attention_kernels.Configuration(block_m=64, block_n=64, num_warps=4, num_stages=3)
     return q, k, k, (0, 2, 9), (0, 4, 12), torch.zeros(12), True, how
 
@@ -81,7 +96,8 @@ class Recorded:
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     """Every kernel recorded instead of launched, on an H100 that is not there."""
     found: list[tuple[Any, ...]] = []
-    for module in (adaln, rms_norm, qk_norm_rope, patch_embed, solver_step, attention_kernels):
+    ours = (adaln, rms_norm, qk_norm_rope, patch_embed, solver_step, quantize)
+    for module in (*ours, attention_kernels, attention_quantized_kernels, attention_sparse_kernels):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorded(getattr(module, name), found))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -111,14 +127,17 @@ def test_launcher_waits_for_nothing_and_uploads_a_new_layout_once(
 ) -> None:
     fresh(patch_embed, "layout_of", monkeypatch)
     fresh(attention_kernels, "tiles_of", monkeypatch)
+    fresh(attention_quantized_kernels, "query_tiles_of", monkeypatch)
+    fresh(quantize, "sequences_of", monkeypatch)
+    fresh(quantize, "tiles_of", monkeypatch)
     given = on_the_device(inputs(name))
     with Watch() as first:
         LAUNCHERS[name](*given)
-    assert len(launched) == 1
+    assert len(launched) == LAUNCHES.get(name, 1)
     assert len(first.crossed) == UPLOADING.get(name, 0) and not any("waits" in one for one in first.crossed)
     with Watch() as second:
         LAUNCHERS[name](*given)
-    assert (len(launched), second.crossed) == (2, [])
+    assert (len(launched), second.crossed) == (2 * LAUNCHES.get(name, 1), [])
 
 
 def test_watch_sees_what_waits(launched: list[tuple[Any, ...]]) -> None:

@@ -124,12 +124,27 @@ def _norms(suite: Suite, num_tokens: int, dim: int, dtype: torch.dtype) -> Itera
         case = _words(dtype, f"{num_tokens} tokens", f"dim {dim}")
         yield Claim(op, case, partial(ours, *given), partial(getattr(reference, op), *given), TOLERANCES[dtype])
 
-    def in_two() -> list[Tensor]:
+    def in_two(gate: Tensor, shift: Tensor, scale: Tensor) -> list[Tensor]:
         residual = reference.gated_residual(x, y, gate, ids)
         return [residual, reference.adaln(residual.to(dtype), shift, scale, ids, EPS)]
 
-    fused = partial(adaln.gated_residual_adaln, x, y, gate, shift, scale, ids, EPS)
-    yield Claim("gated_residual_adaln", case, fused, in_two, TOLERANCES[dtype])
+    affine, offset, ones = scale[:1] + 1, shift[:1], torch.ones_like(gate)
+    fused: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "": (
+            partial(adaln.gated_residual_adaln, x, y, gate, shift, scale, ids, EPS),
+            partial(in_two, gate, shift, scale),
+        ),
+        ", no gate": (
+            partial(adaln.gated_residual_adaln, x, y, None, shift, scale, ids, EPS),
+            partial(in_two, ones, shift, scale),
+        ),
+        ", affine norm": (
+            partial(adaln.gated_residual_norm, x, y, gate, affine[0], offset[0], ids, EPS),
+            partial(in_two, gate, offset, affine - 1),
+        ),
+    }
+    for kind, (run, formula) in fused.items():
+        yield Claim("gated_residual_adaln", case + kind, run, formula, TOLERANCES[dtype])
 
 
 def _qk_norm_rope(suite: Suite, num_tokens: int, heads: int, size: int, dtype: torch.dtype) -> Claim:

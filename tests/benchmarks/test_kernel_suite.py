@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,12 +121,15 @@ def test_operation_that_cannot_be_imported_is_a_failed_check(out: Path, monkeypa
 
 
 @pytest.mark.usefixtures("small")
-def test_interrupted_run_keeps_what_it_had_and_is_marked_partial(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_keeps_what_it_had_and_is_marked_partial(
+    by: signal.Signals, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = suite.measure
 
     def measure(case: Case, *rest: Any) -> Row:
         if case.op == "rms_norm":
-            raise KeyboardInterrupt
+            signal.raise_signal(by)
         return real(case, *rest)
 
     monkeypatch.setattr(command, "measure", measure)

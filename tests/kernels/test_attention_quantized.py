@@ -141,6 +141,23 @@ def test_kernel_rounds_where_torch_does_and_writes_every_element(
     assert [case for case in cases if not case["apart"] < allowed[case["case"]]] == []
 
 
+@pytest.mark.gpu
+@forms
+@pytest.mark.parametrize("head_size", [64, 96, 128])
+def test_on_a_gpu_it_is_within_the_bounds_and_the_same_at_each_call(form: str, head_size: int) -> None:
+    if form == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs sm_89 or newer")
+    cu_q, cu_k, cuda = (0, 1, 128, 600), (0, 129, 257, 1000), torch.device("cuda")
+    q, k, v = (draw(n, seed, head_size) for seed, n in enumerate((600, 1000, 1000)))
+    k, key_bias = with_outliers(k), torch.randn(1000, generator=torch.Generator().manual_seed(3))
+    given = (*(x.to(cuda) for x in (q, k, v)), cu_q, cu_k, key_bias.to(cuda), form, True)
+    results = [quantized_attention(*given) for _ in range(3)]
+    assert all(torch.equal(one, other) for result in results for one, other in zip(result, results[0], strict=True))
+    expected, sums = reference.attention(q, k, v, cu_q, cu_k, key_bias)
+    assert relative_l2(results[0][0], expected) < BOUNDS[form][0]
+    assert (results[0][1].cpu().double() - sums).abs().max() < 3 * BOUNDS[form][0]
+
+
 # --- as an operation of torch -----------------------------------------------------------------------------------------
 
 

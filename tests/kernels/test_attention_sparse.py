@@ -95,6 +95,27 @@ def test_small_tiles_are_the_same_attention() -> None:
     torch.testing.assert_close(whole, cut)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_size", [64, 96, 128])
+@pytest.mark.parametrize("skewed", [False, True], ids=["aligned", "misaligned"])
+def test_on_a_gpu_it_computes_the_formula_the_same_at_each_call(head_size: int, skewed: bool) -> None:
+    generator, cuda = torch.Generator().manual_seed(0), torch.device("cuda")
+    sizes = [((130, 1, 200), (64, 1, 300, 33)), ((5,), (129,))]
+    own = [random_lists(*pair, 2, generator) for pair in sizes]
+    cu_q, cu_k = (0, 331, 336), (0, 398, 527)
+    q, k, v = (torch.randn((n, 2, head_size + skewed), generator=generator).bfloat16() for n in (336, 527, 527))
+    q, k, v = (x[..., skewed:] for x in (q, k, v))  # starts and strides that the copy engine does not take
+    key_bias = torch.randn(527, generator=generator)
+    layout = build_layout(cu_q, cu_k, own, head_size, q.dtype, cuda)
+    given = [x.to(cuda) for x in (q, k, v)]
+    results = [sparse_attention_with_lse(*given, layout, key_bias.to(cuda)) for _ in range(3)]
+    assert all(torch.equal(one, other) for result in results for one, other in zip(result, results[0], strict=True))
+    expected, sums = reference.sparse_attention(q, k, v, cu_q, cu_k, [seen(one, 2) for one in own], key_bias)
+    worst = (results[0][0].cpu().double() - expected).abs().max() / expected.square().mean().sqrt()
+    assert worst < TOLERANCES["torch.bfloat16"]
+    torch.testing.assert_close(results[0][1].cpu().double(), sums, atol=1e-3, rtol=0)
+
+
 # --- as an operation of torch -----------------------------------------------------------------------------------------
 
 

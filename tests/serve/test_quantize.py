@@ -1,0 +1,48 @@
+"""`skylapse serve --quantize`: from the command line and a config file to the engine that a replica loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from skylapse.runtime.engine import Engine
+from skylapse.serve.command import _config, _serve_parser
+from skylapse.serve.config import ServeConfig
+
+
+class Loaded(Exception):
+    """Instead of an engine."""
+
+
+def test_option_goes_before_the_file_and_the_file_before_the_environment(tmp_path: Path) -> None:
+    file = tmp_path / "serve.json"
+    file.write_text(json.dumps({"quantize": "fp8"}))
+    for arguments, quantize in (
+        ([], None),
+        (["--config", str(file)], "fp8"),
+        (["--config", str(file), "--quantize", "int8"], "int8"),
+        (["--config", str(file), "--quantize", "none"], "none"),
+    ):
+        assert _config(_serve_parser().parse_args(arguments)).quantize == quantize
+    file.write_text(json.dumps({"quantize": "int4"}))
+    with pytest.raises(ValueError, match="quantize: Input should be 'none', 'fp8' or 'int8'"):
+        _config(_serve_parser().parse_args(["--config", str(file)]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Ray's, when it is imported
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_replica_loads_its_engine_so(quantize: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from skylapse.serve.replica import EngineReplica
+
+    def from_pretrained(*arguments: Any, **options: Any) -> Engine:
+        raise Loaded(arguments, options)
+
+    monkeypatch.setattr(Engine, "from_pretrained", from_pretrained)
+    replica = SimpleNamespace(config=ServeConfig(quantize=quantize, threads=1))
+    with pytest.raises(Loaded) as loaded:
+        EngineReplica.load(replica)
+    assert loaded.value.args == (("demo", None, None), {"quantize": quantize})

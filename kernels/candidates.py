@@ -20,6 +20,7 @@ from .search import Call, Launch, Search
 from .toolchain import next_power_of_2
 
 LENGTHS = {4096: 4096, None: 32760}  # the row's bound, and what it is timed with: 81 frames of 832 x 480
+SEVERAL = ("adaln", "patch_embed", "attention_quantized")  # files of several operations, whose rows name theirs
 CHECKED = 300  # tokens: some tiles and a bit
 SIXTEEN, ALL = ["bf16", "fp16"], (["bf16", "fp16"], ["fp32"])
 KINDS = ("descriptors", "warp_specialized")
@@ -33,7 +34,7 @@ def _search(
     name: str, op: str, row: Launch, launches: Sequence[Launch], compiled: Any, make: Any, **more: Any
 ) -> Search:
     """make(num_tokens, device) -> (what is run, what it should give)."""
-    named = dict(row) if op == name else {"ops": [op], **row}
+    named = {"ops": [op], **row} if name in SEVERAL else dict(row)
     timed = int(LENGTHS.get(row["longest"]) or row["longest"])
 
     def call(num_tokens: int, device: torch.device) -> Call:

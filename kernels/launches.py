@@ -84,16 +84,19 @@ def _row(name: str, row: Mapping[str, Any]) -> Row:
 
 def points(name: str, op: str, widths: Iterable[int]) -> Iterator[tuple[int, Row, str, int]]:
     """(architecture, row, dtype, width) of what is compiled: each row in its first dtype at those of these widths that
-    it serves, and in its last, which is its widest, at the greatest width.
+    it serves, and in its last, which is its widest, at the greatest width; the former first.
     """
     for arch, rows in table(name).items():
+        widest = []
         for row in rows:
             if op not in row.ops:
                 continue
             served = [width for width in sorted({*widths}) if _serving(rows, op, row, width) is row]
-            greatest = row.width or max(served)
-            found = {(row.dtypes[0], width) for width in served} | {(row.dtypes[-1], greatest)}
-            yield from ((arch, row, dtype, width) for dtype, width in sorted(found))
+            assert served or row.width, f"sm_{arch}: {row} serves none of the widths {widths}, so it is not compiled"
+            yield from ((arch, row, row.dtypes[0], width) for width in served)
+            if len(row.dtypes) > 1 or row.width not in (None, *served):
+                widest.append((arch, row, row.dtypes[-1], row.width or served[-1]))
+        yield from widest
 
 
 def _serving(rows: Iterable[Row], op: str, row: Row, width: int) -> Row | None:

@@ -348,7 +348,7 @@ def shipped() -> list[Shipped]:
     embeds = [
         compiled(arch, dtype, k // 4, dim, row.launch)
         for arch, row, dtype, k in points("patch_embed", "patch_embed", wan)
-        for dim in (wan[k] if dtype == "bf16" else wan[k][:1])
+        for dim in wan.get(k, (1536,))[: None if dtype == "bf16" else 1]
     ]
     found = points("patch_embed", "unpatchify", (64, 128, 192))
     return embeds + [compiled_unpatchify(arch, dtype, k // 4, row.launch) for arch, row, dtype, k in found]

@@ -167,15 +167,16 @@ _op.register_fake(
 
 
 def shipped() -> list[Shipped]:
-    """Every row of qk_norm_rope.json: Wan's heads (1.3B, 5B, 14B) across all and each, sizes 64 and 96, few heads."""
+    """Every row of qk_norm_rope.json: Wan's heads (1.3B, 5B, 14B) across all and each, sizes 64 and 96, most heads."""
     cases = [(12, 128, False), (24, 128, False), (40, 128, False), (40, 128, True), (24, 64, False), (32, 96, False)]
+    cases += [(128, 128, False)]
     wan: dict[int, list[tuple[int, int, bool]]] = {}
     for heads, size, per_head in cases:
         wan.setdefault(_width(heads, size), []).append((heads, size, per_head))
     return [
         compiled(arch, dtype, *case, row.launch)
         for arch, row, dtype, width in points("qk_norm_rope", "qk_norm_rope", wan)
-        for case in (wan[width] if dtype == "bf16" else [(width // 128, 128, False)])
+        for case in (wan[width] if dtype == "bf16" and width in wan else [(width // 128, 128, False)])
     ]
 
 

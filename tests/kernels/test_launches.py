@@ -62,7 +62,7 @@ def test_every_row_is_compiled_in_its_first_dtype_and_at_its_greatest_in_the_las
     table = [row(64, num_warps=1, dtypes="bf16 fp32"), row(None, 9, num_warps=2), row(None, num_warps=4)]
     rows.write(folder / "mine.json", {"80": table})
     found = [(r.launch["num_warps"], dtype, width) for _, r, dtype, width in launches.points("mine", "mine", (48, 96))]
-    assert found == [(1, "bf16", 48), (1, "fp32", 64), (2, "bf16", 96), (4, "bf16", 96)]
+    assert found == [(1, "bf16", 48), (2, "bf16", 96), (4, "bf16", 96), (1, "fp32", 64)]
 
 
 def test_device_that_kernels_do_not_serve_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

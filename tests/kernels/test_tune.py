@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skylapse.kernels import launches, rows, search, tune
+from skylapse.kernels import inspect, launches, rows, search, tune
 from skylapse.kernels.search import Call, Result, Search, choose
 from skylapse.kernels.toolchain import ARCHITECTURES, triton
 
@@ -149,14 +149,38 @@ def test_nothing_is_chosen_where_nothing_is_right(clocked: dict[str, float]) -> 
     assert not any(result.chosen for result in chosen(results("wrong"), None, clocked))
 
 
-def test_what_is_found_is_written_for_this_architecture_with_its_device_and_versions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The JSON files, to be rewritten."""
     for path in launches.FOLDER.glob("*.json"):
         shutil.copy(path, tmp_path)
-    before = json.loads((tmp_path / "rms_norm.json").read_text())
     monkeypatch.setattr(launches, "FOLDER", tmp_path)
     launches.table.cache_clear()
+    yield tmp_path
+    launches.table.cache_clear()
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_every_row_that_a_search_writes_serves_its_calls_and_is_compiled(arch: int, copied: Path) -> None:
+    found = tune.searches(arch)
+    facts = dict(device="a device", driver="1", torch="2", triton="3")
+    for one in found:
+        tune._write(one, arch, Result(one.launches[-1], 1, 0, 0), facts)
+    for one in found:
+        assert tune.with_committed(one, arch)[1] == one.launches[-1], (one.op, one.row)
+    written = [row for path in copied.glob("*.json") for row in json.loads(path.read_text())[str(arch)]]
+    assert sum("measured" in row for row in written) <= len(found)
+    shipped = [item for item in inspect.shipped_kernels() if item.architectures == (arch,)]
+    for one in found:
+        for item in one.compiled(one.launches[-1]):
+            alike = [(i.num_warps, i.constants) for i in shipped if i.op == item.op]
+            assert any(warps == item.num_warps for warps, _ in alike), (one.op, one.row)
+
+
+def test_what_is_found_is_written_for_this_architecture_with_its_device_and_versions(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = json.loads((copied / "rms_norm.json").read_text())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
@@ -168,7 +192,7 @@ def test_what_is_found_is_written_for_this_architecture_with_its_device_and_vers
     )  # the last wins
     assert tune.main(["--op", "rms_norm", "--shape", "1536x99999"]) == 0
     assert capsys.readouterr().out.count("  chosen") == 2
-    after = json.loads((tmp_path / "rms_norm.json").read_text())
+    after = json.loads((copied / "rms_norm.json").read_text())
     assert {arch: table for arch, table in after.items() if arch != "90"} == {
         a: t for a, t in before.items() if a != "90"
     }
@@ -177,5 +201,4 @@ def test_what_is_found_is_written_for_this_architecture_with_its_device_and_vers
     version = triton.__version__
     assert written["measured"] == f"NVIDIA H100, driver 580.65, torch {torch.__version__}, Triton {version}"
     assert launches.find("rms_norm", "rms_norm", 90, "bf16", 1536, 10) == {"num_warps": 16}
-    launches.table.cache_clear()
-    assert not [*tmp_path.glob("*.part")] and rows.merged(after["90"], []) == after["90"]
+    assert not [*copied.glob("*.part")] and rows.merged(after["90"], []) == after["90"]

@@ -23,6 +23,8 @@ from skylapse.kernels import (
     attention_quantized_kernels,
     attention_sparse,
     attention_sparse_kernels,
+    linear_quantized,
+    linear_quantized_kernels,
     patch_embed,
     qk_norm_rope,
     quantize,
@@ -44,12 +46,17 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
     "attention": attention_kernels.run,
     "attention_quantized": attention_quantized_kernels.run,
     "attention_sparse": attention_sparse_kernels.run,
+    "linear_quantized": linear_quantized._linear_quantized_triton,
 }
 UPLOADING = {"patch_embed": 2, "unpatchify": 2, "attention": 1, "attention_quantized": 4}  # tables of a new layout
-LAUNCHES = {"attention_quantized": 5}  # columns, keys, queries, values, attention; of the others one
+# Columns, keys, queries, values, attention; rows, product; of the others one.
+LAUNCHES = {"attention_quantized": 5, "linear_quantized": 2}
 
 
 def inputs(name: str) -> tuple[Any, ...]:
+    if name == "linear_quantized":
+        weight, weight_scale = linear_quantized.quantize_rows(torch.randn(48, 32), torch.int8)
+        return torch.randn(9, 32).bfloat16(), weight, weight_scale, torch.randn(48), "gelu_tanh"
     if not name.startswith("attention"):
         return arguments(name)
     q, k = torch.randn(9, 2, 64).bfloat16(), torch.randn(12, 2, 64).bfloat16()
@@ -96,7 +103,7 @@ class Recorded:
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     """Every kernel recorded instead of launched, on an H100 that is not there."""
     found: list[tuple[Any, ...]] = []
-    ours = (adaln, rms_norm, qk_norm_rope, patch_embed, solver_step, quantize)
+    ours = (adaln, rms_norm, qk_norm_rope, patch_embed, solver_step, quantize, linear_quantized_kernels)
     for module in (*ours, attention_kernels, attention_quantized_kernels, attention_sparse_kernels):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorded(getattr(module, name), found))

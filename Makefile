@@ -24,7 +24,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 install = echo "installing $(1) (log: $(LOG))"; \
 	$(BIN)/python -m pip install -c constraints.txt $(2) >$(LOG) 2>&1 || { tail -n 40 $(LOG) >&2; exit 1; }
 
-.PHONY: help demo serve test test-faults test-kernels check train-demo clients triton-3.6 clean
+.PHONY: help demo serve test test-faults test-kernels check train-demo clients triton-3.6 tensorrt-bindings clean
 
 help:
 	@echo "make demo        a prompt becomes out/demo.mp4, on the CPU"
@@ -45,7 +45,7 @@ demo: $(VENV)/.runtime
 serve: $(VENV)/.runtime
 	@$(BIN)/skylapse serve --port $(PORT) --data $(DATA)
 
-test: $(VENV)/.dev clients
+test: $(VENV)/.dev clients tensorrt-bindings
 	@$(BIN)/python -m pytest -m "not faults and not kernels" $(TESTS)
 
 # What is killed at the wrong moment on a busy machine gets a second try; what fails twice has failed.
@@ -65,12 +65,24 @@ $(VENV)/triton-3.6/.installed: tests/kernels/triton-3.6.txt
 	@$(BIN)/python -m pip install --no-deps --target $(@D) -r $< >$(LOG) 2>&1
 	@touch $@
 
+# NVIDIA's bindings without its libraries, for the signatures that compile/tensorrt*.py is judged by (tests/compile/bindings.py);
+# where they or a C compiler cannot be had, those tests skip and mypy takes the calls as they are.
+tensorrt-bindings: $(VENV)/.dev
+	@$(MAKE) --silent $(VENV)/tensorrt/.installed || echo "TensorRT's bindings could not be installed: their tests skip" >&2
+
+$(VENV)/tensorrt/.installed: tests/compile/tensorrt.txt tests/compile/bindings.py
+	@rm -rf $(@D)
+	@echo "installing TensorRT's bindings (log: $(LOG))"
+	@$(BIN)/python -m pip install --no-deps --target $(@D) -r $< >$(LOG) 2>&1
+	@$(BIN)/python tests/compile/bindings.py $(@D) >>$(LOG) 2>&1
+	@touch $@
+
 # mypy is given the name `skylapse` by a link to this folder: it does not find editable packages, and a checkout may have any name.
-check: $(VENV)/.dev
+check: $(VENV)/.dev tensorrt-bindings
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@mkdir -p $(VENV)/typing && ln -sfn ../.. $(VENV)/typing/skylapse
-	@set -o pipefail; MYPYPATH=$(VENV)/typing $(BIN)/mypy -p skylapse | sed 's|^$(VENV)/typing/skylapse/||'
+	@set -o pipefail; MYPYPATH=$(VENV)/typing:$(VENV)/tensorrt $(BIN)/mypy -p skylapse | sed 's|^$(VENV)/typing/skylapse/||'
 
 # OpenAI's SDKs that tests/serve judges the service with, beside the one in the environment: each in a folder of its own.
 # Where one cannot be had, its tests skip and say so.

@@ -69,7 +69,8 @@ def _build(decoders: Decoders, options: argparse.Namespace) -> None:
         selector.backend(options.backend)  # Unavailable where this version has none of that name
         names = names[names.index(options.backend) :] if options.fallback else [options.backend]
     elif not options.fallback:
-        names = names[:1]
+        plan = decoders.plan
+        names = [name for name in names if selector.backend(name).missing(plan) is None][:1] or names[:1]
     for name in names:
         print(f"skylapse: building {name}", file=sys.stderr)
         try:

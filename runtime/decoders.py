@@ -39,8 +39,10 @@ def backends(device: torch.device) -> list[Backend]:
     """All that a decoder can be built for on a device, in the order in which they are built by default."""
     from ..compile.inductor import Inductor
     from ..compile.onnxruntime import OnnxRuntime
+    from ..compile.tensorrt import TensorRT
 
-    return [OnnxRuntime(device), Inductor(device)]
+    own: list[Backend] = [TensorRT(device)] if device.type == "cuda" else []
+    return [*own, OnnxRuntime(device), Inductor(device)]
 
 
 def cache_of(settings: Settings) -> EngineCache:
@@ -114,10 +116,12 @@ class Decoders:
         if self.settings.decoder == "eager" or self._building is not None:
             return False
         wanted = self.settings.decoder
-        name = next((b.name for b in self.selector.backends if wanted in ("auto", b.name)), None)
-        if name is None:
+        plan = self.plan
+        fitting = [backend for backend in self.selector.backends if wanted in ("auto", backend.name)]
+        if not fitting:
             return False
-        backend, plan = self.selector.backend(name), self.plan
+        backend = next((backend for backend in fitting if backend.missing(plan) is None), fitting[0])
+        name = backend.name
         key = self.selector.key(backend, plan)
         failure = self.selector.cache.failure(key)
         if reason := backend.missing(plan) or (failure.reason if failure else None):

@@ -116,6 +116,10 @@ class Selector:
                 self._choices[height, width] = choice
             return self._choices[height, width]
 
+    def chosen(self, height: int, width: int) -> Choice | None:
+        """What `choose` has last said of a size, if it stands."""
+        return self._choices.get((height, width))
+
     def refresh(self) -> None:
         """Choose anew for clips that begin from now on."""
         with self._lock:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -28,11 +29,17 @@ BUILD_TIMEOUT_S = 3600.0
 
 @dataclass(frozen=True)
 class DecoderReport:
-    """What /healthz says of decoding."""
+    """What decodes, why, and what has been demoted."""
 
     backend: str
     why: str
     demotions: list[str]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As an engine's sign of life carries them."""
+        told = {"decoder": self.backend, "decoder_why": self.why, "decoder_demotions": len(self.demotions)}
+        return told | ({"decoder_demoted": self.demotions} if self.demotions else {})
 
 
 def backends(device: torch.device) -> list[Backend]:
@@ -95,16 +102,23 @@ class Decoders:
 
     @property
     def report(self) -> DecoderReport:
-        """Of a clip of the default size that begins now."""
+        """Of clips of the default size; never waits for anything, so that a sign of life may carry it."""
         if self.settings.decoder == "eager":
             return DecoderReport("eager", "as configured", [])
-        chosen = self.selector.choose(*self.default_size)
+        chosen = self.selector.chosen(*self.default_size)
+        if chosen is None:
+            return DecoderReport("eager", "the next clip chooses", self.selector.demotions)
         return DecoderReport(chosen.backend, chosen.why, self.selector.demotions)
 
     def latent_size(self, width: int, height: int) -> tuple[int, int]:
         """(h, w) in latents that frames of width x height pixels, or their tiles, are decoded at."""
         factor = self.codec.spatial_factor
         return self.codec.tiling.size(height // factor, width // factor, factor)
+
+    def prepare(self) -> None:
+        """Load what clips of the default size will be decoded by, before the first of them waits for it."""
+        if self.settings.decoder != "eager":
+            self.selector.choose(*self.default_size)
 
     # --- building beside a running service ------------------------------------------------------------------------
 
@@ -145,6 +159,7 @@ class Decoders:
         status, said = self._finish(self.command(name))
         if status == 0:
             self.selector.refresh()
+            self.prepare()
             logger.info("%s is built", name)
             return
         if status is None:

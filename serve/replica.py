@@ -68,6 +68,7 @@ class EngineReplica:
         if engine.device.type == "cpu":
             os.nice(NICE)  # clients who ask where their job stands do not wait for its steps
         _ = engine.memory, engine.previewer
+        engine.decoders.prepare()
         engine.decoders.build_in_background()
         return engine
 
@@ -104,7 +105,8 @@ class EngineReplica:
         facts = {"model": self.config.model, "device": str(device), "slots": self.config.engine_slots}
         while not self._closing.wait(BEAT_S):
             try:
-                told = facts | self.measures.facts | self._packs() | self._decoder() | read_gpu()
+                told = facts | self.measures.facts | self._packs() | read_gpu()
+                told |= self.engine.decoders.report.facts
                 self.processes.beat(self.id, ENGINE, told | {"running": len(self.worker.keeper.held)})
             except SQLAlchemyError as error:
                 logger.warning("no sign of life could be left: %s", type(error).__name__)
@@ -112,12 +114,6 @@ class EngineReplica:
                 logger.info("this engine is being stopped: what does not fit is given back")
                 asyncio.run_coroutine_threadsafe(self.worker.drain(0.7 * self.config.drain_s), self._loop)
                 return
-
-    def _decoder(self) -> dict[str, Any]:
-        """What decodes the clips that begin now, why, and what has been demoted."""
-        report = self.engine.decoders.report
-        told = {"decoder": report.backend, "decoder_why": report.why, "decoder_demotions": len(report.demotions)}
-        return told | ({"decoder_demoted": report.demotions} if report.demotions else {})
 
     def _packs(self) -> dict[str, float]:
         """Mean tokens of the packs since the last sign, where there were any."""

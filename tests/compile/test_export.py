@@ -103,7 +103,9 @@ def test_graph_of_another_plan_is_refused(coders: dict[str, Coder], exported: Ex
     path = exported("2.1", STATIC["2.1"]) / "next.onnx"
     with pytest.raises(ValueError, match=r"next\.onnx: x must be \[1, 4, 3, 5, 6\]"):
         check(path, coders["2.1"], Plan(size=(5, 6)), NEXT)
-    with pytest.raises(ValueError, match="x must be BFLOAT16"):
+    with pytest.raises(ValueError, match="x must be FLOAT16"):
+        check(path, coders["2.1"], Plan("fp16", size=(4, 6)), NEXT)
+    with pytest.raises(ValueError, match="must be of opset 22 alone"):
         check(path, coders["2.1"], Plan("bf16", size=(4, 6)), NEXT)
 
 

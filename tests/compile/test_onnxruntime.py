@@ -31,12 +31,12 @@ def error(run: Run, coder: Coder, num_latents: int, size: tuple[int, int], chunk
     return float((coded(run, coder, x, chunk) - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("name", ["2.1", "2.2"])
 @pytest.mark.parametrize(("size", "chunk"), [((4, 6), 1), ((5, 3), 3), ((7, 8), 4)])
 def test_dynamic_graphs_decode_as_eager_does(
-    coders: dict[str, Coder], load: Callable[[str, Plan], Run], name: str, size: tuple[int, int], chunk: int
+    coders: dict[str, Coder], load: Callable[[str, Plan], Run], size: tuple[int, int], chunk: int
 ) -> None:
-    assert error(load(name, ANY), coders[name], 8, size, chunk) < 1e-5
+    """Wan2.2's, which has all that Wan2.1's has but one block's shortcut."""
+    assert error(load("2.2", ANY), coders["2.2"], 8, size, chunk) < 1e-5
 
 
 @pytest.mark.parametrize(("name", "plan"), [("2.1", Plan(size=(4, 6))), ("2.2", Plan(size=(4, 6), chunk=3))])
@@ -79,7 +79,7 @@ def test_clips_side_by_side_and_begun_anew_do_not_meet(
 
 def test_states_are_the_callers_own(coders: dict[str, Coder], load: Callable[[str, Plan], Run]) -> None:
     """A chunk coded twice from the same states gives the same, and eager goes on from them."""
-    coder, run = coders["2.1"], load("2.1", ANY)
+    coder, run = coders["2.2"], load("2.2", ANY)
     x = clip(coder, 5, (4, 6))
     with torch.inference_mode():
         _, states = run(x[:, :, :1], None)

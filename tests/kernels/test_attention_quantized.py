@@ -150,7 +150,7 @@ def test_on_a_gpu_it_is_within_the_bounds_and_the_same_at_each_call(form: str, h
     cu_q, cu_k, cuda = (0, 1, 128, 600), (0, 129, 257, 1000), torch.device("cuda")
     q, k, v = (draw(n, seed, head_size) for seed, n in enumerate((600, 1000, 1000)))
     k, key_bias = with_outliers(k), torch.randn(1000, generator=torch.Generator().manual_seed(3))
-    given = (*(x.to(cuda) for x in (q, k, v)), cu_q, cu_k, key_bias.to(cuda), form, True)
+    given = q.to(cuda), k.to(cuda), v.to(cuda), cu_q, cu_k, key_bias.to(cuda), form, True
     results = [quantized_attention(*given) for _ in range(3)]
     assert all(torch.equal(one, other) for result in results for one, other in zip(result, results[0], strict=True))
     expected, sums = reference.attention(q, k, v, cu_q, cu_k, key_bias)

@@ -107,8 +107,8 @@ def test_on_a_gpu_it_computes_the_formula_the_same_at_each_call(head_size: int, 
     q, k, v = (x[..., skewed:] for x in (q, k, v))  # starts and strides that the copy engine does not take
     key_bias = torch.randn(527, generator=generator)
     layout = build_layout(cu_q, cu_k, own, head_size, q.dtype, cuda)
-    given = [x.to(cuda) for x in (q, k, v)]
-    results = [sparse_attention_with_lse(*given, layout, key_bias.to(cuda)) for _ in range(3)]
+    given = q.to(cuda), k.to(cuda), v.to(cuda), layout, key_bias.to(cuda)
+    results = [sparse_attention_with_lse(*given) for _ in range(3)]
     assert all(torch.equal(one, other) for result in results for one, other in zip(result, results[0], strict=True))
     expected, sums = reference.sparse_attention(q, k, v, cu_q, cu_k, [seen(one, 2) for one in own], key_bias)
     worst = (results[0][0].cpu().double() - expected).abs().max() / expected.square().mean().sqrt()

@@ -275,7 +275,12 @@ def test_sums_of_fp8_products_leave_the_matrix_unit_a_tile_at_a_time(monkeypatch
     """Else they are what it accumulates on, in too few bits: the output is then scaled outside it, and not added to."""
     item = next(item for item in shipped() if item.op == "attention_fp8" and item.architectures == (89,))
     texts, find, tool = list[str](), inspect._matrix, inspect._tool
-    monkeypatch.setattr(inspect, "_matrix", lambda cubin: texts.append(tool("nvdisasm", cubin, "-c")) or find(cubin))
+
+    def matrix(cubin: bytes) -> str:
+        texts.append(tool("nvdisasm", cubin, "-c"))
+        return find(cubin)
+
+    monkeypatch.setattr(inspect, "_matrix", matrix)
     for short_sums in (True, False):
         inspect.compile_for(replace(item, constants={**item.constants, "SHORT_SUMS": short_sums}), 89)
     elements = item.constants["BLOCK_M"] * item.constants["BLOCK_D"] // (32 * item.num_warps)

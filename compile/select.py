@@ -7,13 +7,15 @@ that fails is done again by eager, from the same states, and its backend is demo
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import platform
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -93,6 +95,7 @@ class Selector:
         return Key(
             {
                 "coder": self.coder.digest,
+                "exporter": _exporter_digest(),
                 "kind": self.coder.kind,
                 "backend": backend.name,
                 "plan": asdict(backend.plan(plan)),
@@ -327,6 +330,13 @@ class Selector:
     def demotions(self) -> list[str]:
         """Backends that have been demoted, with the reasons."""
         return [f"{told['backend']}: {told['reason']}" for told in self.ledger.demoted().values()]
+
+
+@cache
+def _exporter_digest() -> str:
+    """Of the code that turns a coder into graphs."""
+    sources = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("export", "lowering", "stream")]
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 
 def _clip(run: Run, chunks: Sequence[Tensor]) -> list[Tensor]:

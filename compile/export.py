@@ -87,7 +87,7 @@ def exported(coder: Coder, plan: Plan, graph: str, device: torch.device) -> torc
     if (weight.dtype, weight.device.type) != (dtype, device.type):
         module = copy.deepcopy(module).to(device, dtype)
     arguments = tuple(tensor.to(device) for tensor in example(coder, plan, graph))
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         return torch.export.export(
             _Lowered(module, plan.planar).eval(), arguments, dynamic_shapes=dynamic_shapes(coder, plan, graph)
         )
@@ -95,7 +95,7 @@ def exported(coder: Coder, plan: Plan, graph: str, device: torch.device) -> torc
 
 def _program(coder: Coder, plan: Plan, graph: str) -> torch.onnx.ONNXProgram:
     count = len(coder.states.shapes)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         program = torch.onnx.export(
             exported(coder, plan, graph, torch.device("cpu")),
             (),
@@ -164,7 +164,7 @@ def _check_value(path: Path, value: Any, shape: Any, plan: Plan) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter's notices of what it tries are no concern of who runs it; its errors are exceptions."""
     names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
     loggers = [logging.getLogger(name) for name in names]

@@ -40,17 +40,20 @@ class Inductor:
     def build(self, coder: Coder, plan: Plan, folder: Path) -> None:
         from torch._inductor import aoti_compile_and_package
 
-        from .export import exported
+        from .export import exported, quiet
 
         for graph in (FIRST, NEXT):
-            with torch.no_grad():
+            with torch.no_grad(), quiet():
                 program = exported(coder, plan, graph, self.device)
                 aoti_compile_and_package(program, package_path=str(folder / f"{graph}.pt2"))
 
     def load(self, coder: Coder, plan: Plan, folder: Path) -> Run:
         from torch._inductor import aoti_load_package
 
-        graphs: dict[str, Any] = {g: aoti_load_package(str(folder / f"{g}.pt2")) for g in (FIRST, NEXT)}
+        from .export import quiet
+
+        with quiet():
+            graphs: dict[str, Any] = {g: aoti_load_package(str(folder / f"{g}.pt2")) for g in (FIRST, NEXT)}
         dtype = DTYPES[plan.dtype]
 
         def run(x: Tensor, states: States | None) -> tuple[Tensor, States]:

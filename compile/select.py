@@ -11,7 +11,6 @@ import hashlib
 import logging
 import platform
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -23,13 +22,13 @@ from torch import Tensor
 from .backend import Backend, Unavailable, machine_name
 from .cache import Artifact, EngineCache, Key
 from .eager import Eager
+from .judge import compare, measure
 from .ledger import Ledger, Size
-from .stream import FIRST, NEXT, Coder, Plan, Run, States
+from .stream import Coder, Plan, Run, States
 
 logger = logging.getLogger(__name__)
 # Greatest difference of a value in [-1, 1]. Half a level of 255 in fp32: rounding then moves a pixel by one at most.
 MAX_ERROR = {"fp32": 0.5 / 127.5, "fp16": 4 / 127.5, "bf16": 4 / 127.5}
-TINY: Size = (4, 6)  # latents; of an artifact for any size
 MEASURED_AREA = 16 * 16  # latents; larger sizes are measured when they are built for, not in front of a waiting clip
 
 
@@ -220,39 +219,12 @@ class Selector:
     # --- checking and measuring -----------------------------------------------------------------------------------
 
     def compare(self, run: Run, plan: Plan) -> float:
-        """Greatest difference of a tiny clip from eager, whose states it is given too; nan where it is not finite."""
-        height, width = plan.size or TINY
-        ours, theirs = (
-            _clip(run, self._latents(height, width, plan)),
-            _clip(self.eager, self._latents(height, width, plan)),
-        )
-        difference = torch.cat([(a.float() - b.float()).abs().flatten() for a, b in zip(ours, theirs, strict=True)])
-        return float(difference.max()) if torch.isfinite(difference).all() else float("nan")
+        """Greatest difference of a tiny clip from eager."""
+        return compare(self.coder, self.eager, run, plan, self.device)
 
     def measure(self, runs: dict[str, Run], size: Size, plan: Plan, repeats: int = 3) -> dict[str, float]:
-        """Least seconds of a clip of two chunks by each, in turns, after one that warms it up.
-
-        On a CPU the process's own: by the clock, others on the same cores made eager ten times slower than it is.
-        """
-        clock = time.perf_counter if self.device.type == "cuda" else time.process_time
-        times = dict.fromkeys(runs, float("inf"))
-        chunks = self._latents(*size, plan)
-        for repeat in range(repeats + 1):
-            for name, run in runs.items():
-                began_s = clock()
-                _clip(run, chunks)
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-                if repeat:
-                    times[name] = min(times[name], clock() - began_s)
-        return times
-
-    def _latents(self, height: int, width: int, plan: Plan) -> list[Tensor]:
-        """Inputs of a clip: of `first`, then of a `next` of four latent frames, or as many as the plan says."""
-        generator = torch.Generator().manual_seed(0)
-        dtype = next(self.coder.module.parameters()).dtype
-        shapes = [self.coder.input_shape(plan.chunk or 4, height, width, graph) for graph in (FIRST, NEXT)]
-        return [torch.randn(shape, generator=generator).to(self.device, dtype) for shape in shapes]
+        """Seconds of a clip by each."""
+        return measure(self.coder, runs, size, plan, self.device, repeats)
 
     def _times(
         self, size: Size, runs: dict[str, Run], candidates: Sequence[_Candidate]
@@ -337,14 +309,6 @@ def _exporter_digest() -> str:
     """Of the code that turns a coder into graphs."""
     sources = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("export", "lowering", "stream")]
     return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
-
-
-def _clip(run: Run, chunks: Sequence[Tensor]) -> list[Tensor]:
-    results, states = [], None
-    for chunk in chunks:
-        y, states = run(chunk, states)
-        results.append(y)
-    return results
 
 
 def _shrunk(size: Size) -> Size:

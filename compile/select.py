@@ -119,8 +119,8 @@ class Selector:
             return self._choices[height, width]
 
     def chosen(self, height: int, width: int) -> Choice | None:
-        """What `choose` has last said of a size, if it stands."""
-        return self._choices.get((height, width))
+        """What `choose` has last said of a size, or else of any, if it stands."""
+        return self._choices.get((height, width)) or next(reversed([*self._choices.values()]), None)
 
     def refresh(self) -> None:
         """Choose anew for clips that begin from now on."""

@@ -43,13 +43,12 @@ class DecoderReport:
 
 
 def backends(device: torch.device) -> list[Backend]:
-    """All that a decoder can be built for on a device, in the order in which they are built by default."""
+    """All that a decoder can be built for; by default the first is built that a device has."""
     from ..compile.inductor import Inductor
     from ..compile.onnxruntime import OnnxRuntime
     from ..compile.tensorrt import TensorRT
 
-    own: list[Backend] = [TensorRT(device)] if device.type == "cuda" else []
-    return [*own, OnnxRuntime(device), Inductor(device)]
+    return [TensorRT(device), OnnxRuntime(device), Inductor(device)]
 
 
 def cache_of(settings: Settings) -> EngineCache:

@@ -114,3 +114,12 @@ def test_verify_fails_where_something_built_is_wrong(run: Run, fakes: list[Fake]
 def test_bf16_is_no_dtype_of_this_cpu(run: Run) -> None:
     status, _, err = run("compile", "demo", "--backend", "onnxruntime", "--dtype", "bf16", "--device", "cpu")
     assert status == 2 and "no convolution of bf16" in err
+
+
+def test_tensorrt_without_a_gpu_is_told_and_status_lists_it(run: Run) -> None:
+    status, _, err = run("compile", "demo", "--backend", "tensorrt", "--device", "cpu")
+    assert status == 2 and "TensorRT needs an NVIDIA GPU" in err
+    report = json.loads(run("compile", "demo", "--status", "--json", "--device", "cpu")[1])
+    assert report["backend"] == "eager"
+    assert [b["backend"] for b in report["backends"]] == ["eager", "tensorrt", "onnxruntime", "inductor"]
+    assert report["backends"][1]["state"] == "missing"

@@ -15,6 +15,7 @@ from skylapse.compile.stream import Coder, Plan
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_library_for_any_size_decodes_as_eager_does(coders: dict[str, Coder], tmp_path: Path) -> None:
     coder, backend = coders["distilled"], Inductor(CPU)
     if reason := backend.missing(Plan()):

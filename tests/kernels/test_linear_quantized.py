@@ -288,7 +288,12 @@ def test_sums_of_fp8_products_are_finished_outside_the_matrix_unit(arch: int, mo
     """An addition for each element of a tile, which is not there otherwise: no compiler has put the sums together."""
     texts: list[str] = []
     find, tool = inspect._matrix, inspect._tool
-    monkeypatch.setattr(inspect, "_matrix", lambda cubin: texts.append(tool("nvdisasm", cubin, "-c")) or find(cubin))
+
+    def read_too(cubin: bytes) -> str:
+        texts.append(tool("nvdisasm", cubin, "-c"))
+        return find(cubin)
+
+    monkeypatch.setattr(inspect, "_matrix", read_too)
     items = [item for item in shipped() if item.configuration.startswith("fp8 to bf16, any")]
     ((item, _),) = inspect.on([arch], items)
     for short_sums in (True, False):

@@ -1,7 +1,8 @@
 """A whole service in one process, without Ray: ingresses on free ports of the loopback, and a loop that works on jobs.
 
-The application, the store, `Worker`, `Leases`, `Outbox` and `Sweeper` are the service's own. What is played here is
-what Ray does otherwise: `Crew` is the Dispatcher and an EngineReplica, with the calls between them left out.
+The application and what stands before it in Ray's proxy, the store, `Worker`, `Leases`, `Outbox` and `Sweeper` are the
+service's own. What is played here is what Ray does otherwise: `Crew` is the Dispatcher and an EngineReplica, with the
+calls between them left out.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from skylapse.runtime.engine import Engine
 from skylapse.serve.api import create_app
 from skylapse.serve.config import ServeConfig
 from skylapse.serve.context import Context, open_context
+from skylapse.serve.edge import Edge
 from skylapse.serve.measures import Measures
 from skylapse.serve.store.keys import SCOPES
 from skylapse.serve.store.leases import Leases
@@ -108,10 +110,9 @@ def serving(folder: Path, engine: Engine, ingresses: int = 1, **config: Any) -> 
         sockets = [stack.enter_context(socket.socket()) for _ in range(ingresses)]
         for listener in sockets:
             listener.bind(("127.0.0.1", 0))
-        servers = [
-            uvicorn.Server(uvicorn.Config(create_app(c), log_level="critical", ws="none", timeout_graceful_shutdown=1))
-            for c in contexts[1:]
-        ]
+        apps = [Edge(create_app(context)) for context in contexts[1:]]
+        configs = [uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=1) for app in apps]
+        servers = [uvicorn.Server(config) for config in configs]
         crew = Crew(contexts[0], engine, working)
         ended: list[BaseException] = []
 

@@ -50,11 +50,10 @@ def serve(arguments: Sequence[str], settings: Settings) -> int:
     context = open_context(config)
     key = _local_key(context, settings.api_key)
     stopped = Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
+    _listen(stopped)
     url = f"http://{'127.0.0.1' if options.host in ('0.0.0.0', '::') else options.host}:{options.port}"
     print(f"starting the service (model {config.model}, data in {config.folder})", file=sys.stderr, flush=True)
-    _start(config, options.host, options.port)
+    _start(config, options.host, options.port, stopped)
     try:
         if _wait_until_ready(context, stopped):
             _say(url, key, options.host)
@@ -104,7 +103,12 @@ def _config(options: argparse.Namespace) -> ServeConfig:
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def _start(config: ServeConfig, host: str, port: int) -> None:
+def _listen(stopped: Event) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+
+
+def _start(config: ServeConfig, host: str, port: int, stopped: Event) -> None:
     export(RAY)
     import ray
     from ray import serve as ray_serve
@@ -121,6 +125,7 @@ def _start(config: ServeConfig, host: str, port: int) -> None:
         logging_level=logging.WARNING,
         configure_logging=True,
     )
+    _listen(stopped)  # Ray has put a handler in the place of ours, which aborts the process 3 s after a SIGTERM
     ray_serve.start(http_options={"host": host, "port": port})
     ray_serve.run(build(config.model_dump(exclude_defaults=True)), name="skylapse", route_prefix="/", blocking=False)
 

@@ -89,8 +89,10 @@ class Running:
             self.driver.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 self.driver.wait(60)
+        code = None if self.driver is None else self.driver.returncode
         self.kill_all()
         self.client.close()
+        assert code in (None, 0, -signal.SIGKILL), f"the driver ended with {code}, as nobody asked it to"
 
     def kill_driver(self) -> None:
         """kill -9 of the driver, and of what Ray leaves behind of it: as if the machine had lost power."""

@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import numpy as np
 import torch
-import triton.language as tl
+from fp8 import fp8_casts
 from torch import Tensor
-from triton.runtime import interpreter
 
 from skylapse.kernels import reference
 from skylapse.kernels.linear_quantized import _quantize_rows_cpu, _quantize_rows_triton
@@ -30,7 +28,7 @@ def main() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     assert torch.ones(3).new_empty(3).isnan().all()
     torch.manual_seed(0)
-    round_fp8()
+    fp8_casts()
     for dtype in DTYPES.values():
         for x_dtype in (torch.float32, torch.float16, torch.bfloat16):
             for num_tokens, dim in ((1, 16), (5, 1536), (7, 144)):
@@ -82,19 +80,6 @@ def product(
     actual, expected = out[finite].double(), expected[finite]
     worst = (actual - expected).abs().max() / expected.square().mean().sqrt()
     print(json.dumps({"case": name, "dtype": str(out_dtype), "worst": float(worst)}))
-
-
-def round_fp8() -> None:
-    """The interpreter's cast to fp8 rounds a half up and lets a mantissa's carry get lost: round as the device does."""
-    original = interpreter.InterpreterBuilder.create_fp_to_fp
-
-    def create_fp_to_fp(self, src, dst_type, rounding_mode):  # type: ignore[no-untyped-def]
-        if dst_type.scalar != tl.float8e4nv or src.dtype.scalar != tl.float32:
-            return original(self, src, dst_type, rounding_mode)
-        rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.float8_e4m3fn)
-        return interpreter.TensorHandle(rounded.view(torch.uint8).numpy(), dst_type.scalar)
-
-    interpreter.InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
 
 
 if __name__ == "__main__":

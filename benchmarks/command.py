@@ -11,8 +11,25 @@ from ..runtime.options import Parser
 # Name -> (the file whose function of this name runs it, what it does). Each has options of its own.
 BENCHMARKS = {
     "kernels": ("kernels.command", "check every kernel against float64, then measure it beside its peers"),
+    "denoise": ("suites.denoise", "a denoising step by shape and cache, eager and compiled; --profile"),
+    "decode": ("suites.decode", "every decoder that is here, beside diffusers'"),
+    "engine": ("suites.engine", "mixed traffic through one engine, by scheduling policy"),
+    "quality": ("suites.quality", "how far caches, quantised weights and fewer steps move a clip"),
+    "startup": ("suites.startup", "from a cold process to the first step"),
+    "memory": ("suites.memory", "peak bytes by size and length, beside what was predicted"),
+    "peers": ("peers.command", "whole requests beside diffusers and its caches, pair by pair"),
+    "serve": ("load.command", "load on a server of the OpenAI Videos API: goodput, latencies, a capacity plan"),
+    "goodput": ("load.goodput", "our service and a plain Ray Serve + diffusers one under the same traces"),
+    "all": ("suites.everything", "every suite that needs no server"),
+    "compare": ("track.compare", "two result files, figure by figure"),
+    "gate": ("track.gate", "this tree against another one, in turns; fails where it is slower"),
+    "history": ("track.history", "put a result file into the history of its device"),
+    "report": ("report.command", "a page of a folder of results, with plots"),
+    "simulate": ("simulate.command", "a service of many GPUs, by the real scheduler and measured steps"),
     "pick": ("kernels.pick", "which backends a result file makes the default"),
 }
+
+ENTRIES = {"all": "everything"}  # where the function cannot have the command's name
 
 
 def bench(arguments: Sequence[str], settings: Settings) -> int:
@@ -20,7 +37,7 @@ def bench(arguments: Sequence[str], settings: Settings) -> int:
     if arguments and arguments[0] in BENCHMARKS:
         name, *rest = arguments
         module = import_module(f".{BENCHMARKS[name][0]}", __package__)
-        status: int = getattr(module, name)(rest)
+        status: int = getattr(module, ENTRIES.get(name, name))(rest)
         return status
     parser = Parser(prog="skylapse bench", description="Measure skylapse beside its peers.", allow_abbrev=False)
     commands = parser.add_subparsers(metavar="BENCHMARK", required=True)

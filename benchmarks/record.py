@@ -99,6 +99,54 @@ class KernelReport(Report):
     rows: list[Row]
 
 
+Better = Literal["lower", "higher", "neither"]
+Label = str | int | float
+
+
+class Measurement(Strict):
+    """One figure of a suite; samples: in the order in which they were taken, so that two runs can be paired."""
+
+    name: str
+    unit: str
+    better: Better
+    spread: Spread
+    samples: list[Finite]
+    labels: dict[str, Label] = {}
+
+
+class Comparison(Strict):
+    """`of` over `to`, round by round: of seconds, above 1 `to` is the faster one."""
+
+    name: str
+    of: str
+    to: str
+    spread: Spread
+    samples: list[Finite]
+    labels: dict[str, Label] = {}
+
+
+class Curve(Strict):
+    """Points of a plot; x and y say what they are, with the unit."""
+
+    name: str
+    x: str
+    y: str
+    points: list[tuple[Finite, Finite]]
+    labels: dict[str, Label] = {}
+
+
+class SuiteReport(Report):
+    """Of every other suite; settings: what was asked for and is not in the names; failures: name -> reason."""
+
+    seed: int
+    model: str
+    settings: dict[str, Any]
+    measurements: list[Measurement]
+    comparisons: list[Comparison] = []
+    curves: list[Curve] = []
+    failures: dict[str, str] = {}
+
+
 AnyReport = TypeVar("AnyReport", bound=Report)
 
 

@@ -1,0 +1,1 @@
+"""Load on a service: traces, an open-loop client, goodput, capacity."""

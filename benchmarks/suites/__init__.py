@@ -1,0 +1,1 @@
+"""What the engine and its parts cost, one file a suite."""

@@ -29,6 +29,8 @@ class Missing(Exception):
 
 
 class Clock(Protocol):
+    """A clock that counts the process's CPU time too has it of its last call in an attribute `cpu_s`."""
+
     def seconds(self, run: Run) -> float:
         """Of one call."""
         ...
@@ -39,14 +41,16 @@ class WallClock:
 
     def __init__(self, least_s: float = 1e-3) -> None:
         self.least_s = least_s
+        self.cpu_s = 0.0  # of the last call, all threads: others on the machine do not add to it as they do to seconds
         self._calls: dict[Run, int] = {}
 
     def seconds(self, run: Run) -> float:
         calls = self._calls.get(run, 1)
-        began = time.perf_counter()
+        began_cpu, began = time.process_time(), time.perf_counter()
         for _ in range(calls):
             run()
         seconds = (time.perf_counter() - began) / calls
+        self.cpu_s = (time.process_time() - began_cpu) / calls
         self._calls.setdefault(run, max(1, min(1000, round(self.least_s / max(seconds, 1e-7)))))
         return seconds
 
@@ -79,16 +83,17 @@ class Budget:
 
 @dataclass
 class Turns:
-    """What the rounds gave: each one's seconds, and who fell out and why."""
+    """What the rounds gave: each one's seconds, CPU seconds where the clock has them, and who fell out and why."""
 
     samples: dict[str, list[float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    cpu_s: dict[str, list[float]] = field(default_factory=dict)  # in the order of samples; empty on a GPU
 
     def ratio(self, name: str, to: str) -> Spread | None:
         """`name`'s seconds over `to`'s, round by round; None where one of them fell out."""
         if name not in self.samples or to not in self.samples:
             return None
-        return spread_of([a / b for a, b in zip(self.samples[name], self.samples[to], strict=True)])
+        return spread_of(ratios(self.samples[name], self.samples[to]))
 
 
 def take_turns(
@@ -122,19 +127,31 @@ def _round(runs: Mapping[str, Run], clock: Clock, turns: Turns, backwards: bool 
         except Exception as error:  # whatever a peer raises is its own result
             turns.failed[name] = reason_of(error)
             del turns.samples[name]
+            turns.cpu_s.pop(name, None)
             if is_device_lost(error):  # to everyone, but not by everyone
                 turns.failed |= dict.fromkeys(turns.samples, f"the device was lost to {name}")
                 turns.samples.clear()
+                turns.cpu_s.clear()
                 return
             continue
-        if not warm_up:
-            turns.samples[name].append(seconds)
+        if warm_up:
+            continue
+        turns.samples[name].append(seconds)
+        cpu_s: float | None = getattr(clock, "cpu_s", None)
+        if cpu_s is not None:
+            turns.cpu_s.setdefault(name, []).append(cpu_s)
 
 
 def _is_sure(turns: Turns, width: float) -> bool:
     first, *others = turns.samples
     spreads = [spread for other in others if (spread := turns.ratio(other, first))] or [spread_of(turns.samples[first])]
     return all(s.low is not None and s.high is not None and s.high - s.low <= width * s.median for s in spreads)
+
+
+def ratios(of: Sequence[float], to: Sequence[float]) -> list[float]:
+    """Round by round; a CPU time of 0, which a clock too coarse for the call gives, counts as the least it can tell."""
+    least = time.get_clock_info("process_time").resolution
+    return [max(a, least) / max(b, least) for a, b in zip(of, to, strict=True)]
 
 
 def spread_of(values: Sequence[float]) -> Spread:

@@ -136,7 +136,10 @@ class Curve(Strict):
 
 
 class SuiteReport(Report):
-    """Of every other suite; settings: what was asked for and is not in the names; failures: name -> reason."""
+    """Of every other suite; settings: what was asked for and is not in the names.
+
+    failures, missing: name -> reason, of what went wrong and of what this machine has not got.
+    """
 
     seed: int
     model: str
@@ -145,6 +148,7 @@ class SuiteReport(Report):
     comparisons: list[Comparison] = []
     curves: list[Curve] = []
     failures: dict[str, str] = {}
+    missing: dict[str, str] = {}
 
 
 AnyReport = TypeVar("AnyReport", bound=Report)

@@ -19,7 +19,9 @@ import torch
 from ..runtime.options import Parser
 from .gpu import watch
 from .harness import Turns, spread_of
+from .harness import ratios as paired
 from .machine import describe
+from .progress import Bar
 from .record import SCHEMA, Better, Comparison, Curve, Label, Measurement, Spread, SuiteReport, write
 
 RESULTS = Path("bench-results")  # where runs are put that are told nothing else
@@ -56,7 +58,9 @@ class Sheet:
         self.comparisons: list[Comparison] = []
         self.curves: list[Curve] = []
         self.failures: dict[str, str] = {}
+        self.absent: dict[str, str] = {}
         self.partial: str | None = "still running, or killed"
+        self._bar = Bar(benchmark, None)
         self._machine, self._began = describe(), time.monotonic()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         facts, self.reading = watch(device)
@@ -65,37 +69,60 @@ class Sheet:
     # --- figures ------------------------------------------------------------------------------------------------------
 
     def measured(
-        self, name: str, unit: str, samples: Sequence[float], better: Better = "lower", labels: Labels | None = None
+        self,
+        name: str,
+        unit: str,
+        samples: Sequence[float],
+        better: Better = "lower",
+        labels: Labels | None = None,
+        shown: bool = True,
     ) -> Measurement:
-        """Samples in the order in which they were taken."""
+        """Samples in the order in which they were taken. shown: whether the terminal has a line of it too."""
         values = [float(value) for value in samples]
         found = Measurement(
             name=name, unit=unit, better=better, spread=spread_of(values), samples=values, labels=labels or {}
         )
         assert name not in {one.name for one in self.measurements}, name
         self.measurements.append(found)
+        if not shown:
+            self._save()
+            return found
         self._say(f"{name:<56}{_figure(found.spread, unit)}")
         return found
 
     def compared(
-        self, name: str, of: str, to: str, ratios: Sequence[float], labels: Labels | None = None
+        self,
+        name: str,
+        of: str,
+        to: str,
+        ratios: Sequence[float],
+        labels: Labels | None = None,
+        shown: bool = True,
     ) -> Comparison:
         """`of` over `to`, round by round."""
         values = [float(value) for value in ratios]
         found = Comparison(name=name, of=of, to=to, spread=spread_of(values), samples=values, labels=labels or {})
         assert name not in {one.name for one in self.comparisons}, name
         self.comparisons.append(found)
+        if not shown:
+            self._save()
+            return found
         self._say(f"{name:<56}{_figure(found.spread, 'x')}  {of} / {to}")
         return found
 
     def turns(self, group: str, turns: Turns, ours: str, labels: Labels | None = None) -> None:
-        """Seconds of everyone who took turns, and their ratios to `ours`."""
+        """Seconds of everyone who took turns, and their ratios to `ours`; of CPU time too, under `.../cpu`."""
         for name, samples in turns.samples.items():
             self.measured(f"{group}/{name}", "s", samples, labels=labels)
+            if name in turns.cpu_s:
+                self.measured(f"{group}/{name}/cpu", "cpu_s", turns.cpu_s[name], labels=labels, shown=False)
         for name in turns.samples:
             if name != ours and ours in turns.samples:
-                ratios = [a / b for a, b in zip(turns.samples[name], turns.samples[ours], strict=True)]
-                self.compared(f"{group}/{name}", name, ours, ratios, labels)
+                of_both = paired(turns.samples[name], turns.samples[ours])
+                self.compared(f"{group}/{name}", name, ours, of_both, labels)
+                if name in turns.cpu_s:
+                    of_cpu = paired(turns.cpu_s[name], turns.cpu_s[ours])
+                    self.compared(f"{group}/{name}/cpu", name, ours, of_cpu, labels, shown=False)
         for name, reason in turns.failed.items():
             self.failed(f"{group}/{name}", reason)
 
@@ -108,6 +135,11 @@ class Sheet:
         self.failures[name] = reason
         self._say(f"{name:<56}failed: {reason}")
 
+    def missing(self, name: str, reason: str) -> None:
+        """What cannot be had on this machine, and why; nothing has failed."""
+        self.absent[name] = reason
+        self._say(f"{name:<56}missing: {reason}")
+
     # --- the run ------------------------------------------------------------------------------------------------------
 
     @property
@@ -115,13 +147,17 @@ class Sheet:
         return time.monotonic() - self._began
 
     def check_time(self, before: str) -> None:
-        """OutOfTime where the limit has passed."""
+        """OutOfTime where the limit has passed; else the bar moves on to this."""
+        self._bar.goes_on_to(before)
         if self.options.limit is not None and self.elapsed_s > self.options.limit:
             raise OutOfTime(f"out of time ({self.options.limit:g} s) before {before}")
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Around the whole run: what ends it early is written down, and a signal ends it as Ctrl-C does."""
+    def running(self, cases: int | None = None) -> Iterator[None]:
+        """Around the whole run: what ends it early is written down, and a signal ends it as Ctrl-C does.
+
+        cases: how often `check_time` will be called, for the bar; None where that is not known.
+        """
 
         def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
@@ -129,7 +165,8 @@ class Sheet:
         before = signal.signal(signal.SIGTERM, interrupt)
         try:
             self._save()
-            yield
+            with Bar(self.benchmark, cases) as self._bar:
+                yield
             self.partial = None
         except (KeyboardInterrupt, OutOfTime) as end:
             self.partial = str(end) or "interrupted"
@@ -165,6 +202,7 @@ class Sheet:
             comparisons=self.comparisons,
             curves=self.curves,
             failures=self.failures,
+            missing=self.absent,
         )
 
     def _save(self) -> None:

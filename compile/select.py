@@ -73,9 +73,12 @@ class Selector:
         device: torch.device,
         dtype: str = "fp32",
         wanted: str = "auto",
+        max_error: float | None = None,
     ) -> None:
+        """max_error: the greatest difference from eager that is allowed; by default a decoder's, of `dtype`."""
         self.coder, self.cache, self.dtype, self.wanted = coder, cache, dtype, wanted
         self.device, self.backends = device, tuple(backends)
+        self.max_error = MAX_ERROR[dtype] if max_error is None else max_error
         self.eager = Eager(device).load(coder, Plan(), cache.root)
         self._choices: dict[Size, Choice] = {}
         self._lock = threading.RLock()
@@ -176,6 +179,9 @@ class Selector:
         backend, key = candidate.backend, candidate.key
         try:
             run = backend.load(self.coder, candidate.plan, candidate.artifact.folder)
+        except Unavailable as error:  # the machine's fault, not the artifact's
+            logger.warning("%s is not used: %s", backend.name, error)
+            return None
         except Exception as error:
             logger.warning("%s does not load (%s): it has to be built again", backend.name, error)
             self.cache.discard(candidate.artifact.folder)
@@ -187,8 +193,8 @@ class Selector:
         except Exception as error:
             self._demote(candidate, f"{type(error).__name__}: {error}")
             return None
-        if not difference <= MAX_ERROR[self.dtype]:  # nan is not small enough
-            self._demote(candidate, f"differs from eager by {difference:.3g}, {MAX_ERROR[self.dtype]:.3g} is allowed")
+        if not difference <= self.max_error:  # nan is not small enough
+            self._demote(candidate, f"differs from eager by {difference:.3g}, {self.max_error:.3g} is allowed")
             return None
         self.ledger.write("checks", key.id, difference)
         return run

@@ -1,4 +1,4 @@
-"""`skylapse compile`: build a model's decoder for this machine, check it, measure it, and say what was chosen."""
+"""`skylapse compile`: build decoder and encoder for this machine, check and measure them, say what is chosen."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .config import DECODERS, Settings
 from .options import Parser, size_of
 from .request import VideoRequest
 
 if TYPE_CHECKING:
-    from ..compile.select import Standing
-    from .decoders import Decoders
+    from ..compile.select import Selector, Standing
 
 logger = logging.getLogger(__name__)
-COLUMNS = ("backend", "state", "seconds a clip", "error", "")
+COLUMNS = ("state", "seconds a clip", "error", "")  # after the part's name, which stands above its backends
 
 
 def compile(arguments: Sequence[str], settings: Settings) -> int:
     """Exit code 0 where what was asked for is built and right."""
     options = _parser().parse_args(arguments)
-    settings = replace(settings, decoder="auto", decoder_dtype=options.dtype)
+    settings = replace(settings, decoder="auto", encoder="auto", decoder_dtype=options.dtype)
     import torch  # seconds
 
     from .decoders import Decoders
@@ -42,26 +41,30 @@ def compile(arguments: Sequence[str], settings: Settings) -> int:
     VideoRequest(prompt="a size", width=width, height=height).resolved(folder.defaults, folder.limits)
     codec = load_codec(folder, parse_device(options.device), settings)
     decoders = Decoders(options.model, codec, (width, height), settings)
-    size = decoders.latent_size(width, height)
-    if not options.status and not options.verify:
-        _build(decoders, options)
-    standings = decoders.selector.verify(size) if options.verify else decoders.selector.standings(size)
-    choice = decoders.selector.choose(*size)
+    parts = ["decoder", "encoder"] if options.part == "all" else [options.part]
+    told: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        selector, size = decoders.selector_of(part), decoders.default_size
+        if not options.status and not options.verify:
+            _build(selector, size, part, options)
+        standings = selector.verify(size) if options.verify else selector.standings(size)
+        choice = selector.choose(*size)
+        told[part] = {"backend": choice.backend, "why": choice.why, "backends": [asdict(s) for s in standings]}
+        if not options.json:
+            _print(part, standings)
+            print(f"\n{width}x{height} is {part[:-1]}d by {choice.backend}: {choice.why}\n")
     if options.json:
-        report = {"backend": choice.backend, "why": choice.why, "backends": [asdict(s) for s in standings]}
-        print(json.dumps(report))
-    else:
-        _print(standings)
-        print(f"\n{width}x{height} is decoded by {choice.backend}: {choice.why}")
-    return 1 if options.verify and any(standing.state == "demoted" for standing in standings) else 0
+        print(json.dumps(told))
+    states = {backend["state"] for report in told.values() for backend in report["backends"]}
+    return 1 if options.verify and "demoted" in states else 0
 
 
-def _build(decoders: Decoders, options: argparse.Namespace) -> None:
+def _build(selector: Selector, size: tuple[int, int], part: str, options: argparse.Namespace) -> None:
     """The backend that was asked for, or with --fallback the next that can be built; by default the first."""
     from ..compile.backend import Unavailable
     from ..compile.cache import BuildFailed
+    from ..compile.stream import Plan
 
-    selector = decoders.selector
     names = [backend.name for backend in selector.backends]
     if options.backend == "eager":
         raise ValueError("eager needs no building")
@@ -69,17 +72,13 @@ def _build(decoders: Decoders, options: argparse.Namespace) -> None:
         selector.backend(options.backend)  # Unavailable where this version has none of that name
         names = names[names.index(options.backend) :] if options.fallback else [options.backend]
     elif not options.fallback:
-        plan = decoders.plan
+        plan = Plan(selector.dtype)
         names = [name for name in names if selector.backend(name).missing(plan) is None][:1] or names[:1]
     for name in names:
-        print(f"skylapse: building {name}", file=sys.stderr)
+        print(f"skylapse: building {name} for the {part}", file=sys.stderr)
         try:
-            selector.build(
-                selector.backend(name),
-                decoders.default_size if options.size else None,
-                measure_at=decoders.default_size,
-                again=True,
-            )
+            backend = selector.backend(name)
+            selector.build(backend, size if options.size else None, measure_at=size, again=True)
             return
         except (Unavailable, BuildFailed) as error:
             if name == names[-1]:
@@ -87,8 +86,8 @@ def _build(decoders: Decoders, options: argparse.Namespace) -> None:
             logger.warning("%s: %s; the next backend is tried", name, error)
 
 
-def _print(standings: Sequence[Standing]) -> None:
-    rows = [COLUMNS] + [
+def _print(part: str, standings: Sequence[Standing]) -> None:
+    rows = [(part, *COLUMNS)] + [
         (
             s.backend,
             s.state,
@@ -98,18 +97,21 @@ def _print(standings: Sequence[Standing]) -> None:
         )
         for s in standings
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="skylapse compile", description="Build a faster decoder for this machine.", allow_abbrev=False)
+    parser = Parser(
+        prog="skylapse compile", description="Build a faster decoder and encoder for this machine.", allow_abbrev=False
+    )
     option = parser.add_argument
     option("model", metavar="MODEL", help="demo, a diffusers folder, or a Hugging Face id")
     option("--size", type=size_of, metavar="WxH", help="for frames of this size alone (default: for any)")
     option("--backend", choices=DECODERS[1:], help="default: the first that can be had")
     option("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the decoder (default: fp32)")
+    option("--part", choices=("decoder", "encoder", "all"), default="all", help="default: all; the encoder is fp32")
     option("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     option("--threads", type=int, metavar="N", help="that it will be run with (default: SKYLAPSE_THREADS, or torch's)")
     option("--fallback", action="store_true", help="build the next backend where one cannot be built")

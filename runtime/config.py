@@ -33,6 +33,7 @@ class Settings:
         default_factory=lambda: Path.home() / ".cache" / "skylapse"
     )  # SKYLAPSE_PROFILE_DIR: measured memory profiles
     decoder: str = "auto"  # SKYLAPSE_DECODER: auto, eager, onnxruntime, inductor or tensorrt
+    encoder: str | None = None  # SKYLAPSE_ENCODER: the same, of what encodes; None is as `decoder` has it
     decoder_dtype: str = "fp32"  # SKYLAPSE_DECODER_DTYPE: fp32, bf16 or fp16, of compiled decoders
     compiled_dir: Path | None = None  # SKYLAPSE_COMPILED_DIR: compiled decoders; None is a folder in profile_dir
     compiled_shared_dir: Path | None = None  # SKYLAPSE_COMPILED_SHARED_DIR: more of them, only read
@@ -70,6 +71,7 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         "tenant_weights": _weights(given, "SKYLAPSE_TENANT_WEIGHTS"),
         "profile_dir": _folder(given, "SKYLAPSE_PROFILE_DIR"),
         "decoder": _choice(given, "SKYLAPSE_DECODER", DECODERS),
+        "encoder": _choice(given, "SKYLAPSE_ENCODER", DECODERS),
         "decoder_dtype": _choice(given, "SKYLAPSE_DECODER_DTYPE", ("fp32", "bf16", "fp16")),
         "compiled_dir": _folder(given, "SKYLAPSE_COMPILED_DIR"),
         "compiled_shared_dir": _folder(given, "SKYLAPSE_COMPILED_SHARED_DIR"),

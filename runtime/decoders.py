@@ -1,4 +1,4 @@
-"""What decodes this process's clips: compiled where something is built that is right and faster, eager until then."""
+"""What codes this process's clips: compiled where something is built that is right and faster, eager until then."""
 
 from __future__ import annotations
 
@@ -17,33 +17,37 @@ import torch
 from ..compile.backend import Backend
 from ..compile.cache import EngineCache
 from ..compile.select import Selector
-from ..compile.stream import Plan, Run
+from ..compile.stream import Coder, Plan
 from .config import Settings
 from .vae.codec import VideoCodec
-from .vae.coders import decoder_of
+from .vae.coders import decoder_of, encoder_of
 
 logger = logging.getLogger(__name__)
 NICE = 19  # of a build beside a running service
 BUILD_TIMEOUT_S = 3600.0
+ENCODER_ERROR = 1e-2  # of the narrowest channel's standard deviation: fp32 convolutions in TF32 differ by a tenth of it
 
 
 @dataclass(frozen=True)
 class DecoderReport:
-    """What decodes, why, and what has been demoted."""
+    """What decodes and encodes, why, and what has been demoted."""
 
     backend: str
     why: str
     demotions: list[str]
+    encoder: str = "eager"
+    encoder_why: str = "as configured"
 
     @property
     def facts(self) -> dict[str, Any]:
         """As an engine's sign of life carries them."""
         told = {"decoder": self.backend, "decoder_why": self.why, "decoder_demotions": len(self.demotions)}
+        told |= {"encoder": self.encoder, "encoder_why": self.encoder_why}
         return told | ({"decoder_demoted": self.demotions} if self.demotions else {})
 
 
 def backends(device: torch.device) -> list[Backend]:
-    """All that a decoder can be built for; by default the first is built that a device has."""
+    """All that a coder can be built for; by default the first is built that a device has."""
     from ..compile.inductor import Inductor
     from ..compile.onnxruntime import OnnxRuntime
     from ..compile.tensorrt import TensorRT
@@ -52,14 +56,14 @@ def backends(device: torch.device) -> list[Backend]:
 
 
 def cache_of(settings: Settings) -> EngineCache:
-    """Where built decoders lie: the operator's own folder, and one that may be read-only."""
+    """Where what is built lies: the operator's own folder, and one that may be read-only."""
     root = settings.compiled_dir or settings.profile_dir / "compiled"
     shared = [settings.compiled_shared_dir] if settings.compiled_shared_dir else []
     return EngineCache(root, shared, settings.compiled_bytes)
 
 
 class Decoders:
-    """Of one model. Nothing is read, digested or loaded before the first clip is decoded.
+    """Of one model, and its encoder. Nothing is read, digested or loaded before the first clip is coded.
 
     size: (width, height) of the clips that are likeliest.
     """
@@ -67,57 +71,85 @@ class Decoders:
     def __init__(self, model: str, codec: VideoCodec, size: tuple[int, int], settings: Settings) -> None:
         self.model, self.codec, self.settings = model, codec, settings
         self.default_size = self.latent_size(*size)
+        self.wanted = {"decoder": settings.decoder, "encoder": settings.encoder or settings.decoder}
         self._building: threading.Thread | None = None
         self._process: subprocess.Popen[str] | None = None
+        self._closing = False
 
     @cached_property
     def selector(self) -> Selector:
+        """Of the decoder."""
+        return self._selector("decoder", decoder_of(self.codec.vae), self.settings.decoder_dtype)
+
+    @cached_property
+    def encoder(self) -> Selector:
+        """Of the encoder, in fp32 always: in bf16 a given picture is visibly another."""
+        allowed = ENCODER_ERROR * min(self.codec.vae.config.latents_std)
+        return self._selector("encoder", encoder_of(self.codec.vae), "fp32", allowed)
+
+    def _selector(self, part: str, coder: Coder, dtype: str, max_error: float | None = None) -> Selector:
         device = self.codec.device
         return Selector(
-            decoder_of(self.codec.vae),
+            coder,
             backends(device),
             cache_of(self.settings),
             device=device,
-            dtype=self.settings.decoder_dtype,
-            wanted=self.settings.decoder,
+            dtype=dtype,
+            wanted=self.wanted[part],
+            max_error=max_error,
         )
+
+    def selector_of(self, part: str) -> Selector:
+        """Of the "decoder" or the "encoder"."""
+        return self.selector if part == "decoder" else self.encoder
 
     @property
     def plan(self) -> Plan:
-        """What is built where nothing else is said: for any size."""
+        """Of the decoder, where nothing else is said: for any size."""
         return Plan(self.settings.decoder_dtype)
+
+    @property
+    def _compiled(self) -> list[str]:
+        """The parts that anything but eager may run."""
+        return [part for part, wanted in self.wanted.items() if wanted != "eager"]
 
     def attach(self) -> None:
         """Let the model's codec ask here; ValueError where the backend that is configured cannot be had."""
-        wanted = self.settings.decoder
-        if wanted == "eager":
-            return
-        if wanted != "auto" and (reason := self.selector.backend(wanted).missing(self.plan)):
-            raise ValueError(f"SKYLAPSE_DECODER={wanted}: {reason}")
-        self.codec.choose_decoder = self._choose
-
-    def _choose(self, height: int, width: int) -> Run:
-        return self.selector.choose(height, width).run
+        for part in self._compiled:
+            selector, wanted = self.selector_of(part), self.wanted[part]
+            if wanted != "auto" and (reason := selector.backend(wanted).missing(Plan(selector.dtype))):
+                variable = "SKYLAPSE_DECODER" if wanted == self.settings.decoder else "SKYLAPSE_ENCODER"
+                raise ValueError(f"{variable}={wanted}: {reason}")
+        if "decoder" in self._compiled:
+            self.codec.choose_decoder = lambda height, width: self.selector.choose(height, width).run
+        if "encoder" in self._compiled:
+            self.codec.choose_encoder = lambda height, width: self.encoder.choose(height, width).run
 
     @property
     def report(self) -> DecoderReport:
         """Of clips of the default size; never waits for anything, so that a sign of life may carry it."""
-        if self.settings.decoder == "eager":
-            return DecoderReport("eager", "as configured", [])
-        chosen = self.selector.chosen(*self.default_size)
-        if chosen is None:
-            return DecoderReport("eager", "the next clip chooses", self.selector.demotions)
-        return DecoderReport(chosen.backend, chosen.why, self.selector.demotions)
+        decoder, encoder = self._stands("decoder"), self._stands("encoder")
+        demotions = self.selector.demotions if "decoder" in self._compiled else []
+        if "encoder" in self._compiled:
+            demotions = demotions + [f"encoder: {told}" for told in self.encoder.demotions]
+        return DecoderReport(*decoder, demotions, *encoder)
+
+    def _stands(self, part: str) -> tuple[str, str]:
+        """Which backend, and why."""
+        if part not in self._compiled:
+            return "eager", "as configured"
+        chosen = self.selector_of(part).chosen(*self.default_size)
+        return (chosen.backend, chosen.why) if chosen else ("eager", "the next clip chooses")
 
     def latent_size(self, width: int, height: int) -> tuple[int, int]:
-        """(h, w) in latents that frames of width x height pixels, or their tiles, are decoded at."""
+        """(h, w) in latents that frames of width x height pixels, or their tiles, are coded at."""
         factor = self.codec.spatial_factor
         return self.codec.tiling.size(height // factor, width // factor, factor)
 
     def prepare(self) -> None:
-        """Load what clips of the default size will be decoded by, before the first of them waits for it."""
-        if self.settings.decoder != "eager":
-            self.selector.choose(*self.default_size)
+        """Load what clips of the default size will be coded by, before the first of them waits for it."""
+        for part in self._compiled:
+            self.selector_of(part).choose(*self.default_size)
 
     # --- building beside a running service ------------------------------------------------------------------------
 
@@ -126,46 +158,62 @@ class Decoders:
 
         Clips that begin after it has ended may use it.
         """
-        if self.settings.decoder == "eager" or self._building is not None:
+        if self._building is not None:
             return False
-        wanted = self.settings.decoder
-        plan = self.plan
-        fitting = [backend for backend in self.selector.backends if wanted in ("auto", backend.name)]
-        if not fitting:
+        wanting = [(part, name) for part in self._compiled if (name := self._missing(part)) is not None]
+        if not wanting:
             return False
-        backend = next((backend for backend in fitting if backend.missing(plan) is None), fitting[0])
-        name = backend.name
-        key = self.selector.key(backend, plan)
-        failure = self.selector.cache.failure(key)
-        if reason := backend.missing(plan) or (failure.reason if failure else None):
-            logger.info("no decoder is built in the background: %s", reason)
-            return False
-        if self.selector.cache.find(key) is not None or key.id in self.selector.ledger.demoted():
-            return False
-        self._building = threading.Thread(target=self._build, args=(name,), name="skylapse-build", daemon=True)
+        self._building = threading.Thread(target=self._build_all, args=(wanting,), name="skylapse-build", daemon=True)
         self._building.start()
         return True
 
-    def command(self, name: str) -> list[str]:
+    def _missing(self, part: str) -> str | None:
+        """The first backend that this machine has and that has not failed, if it is not built yet."""
+        selector, wanted = self.selector_of(part), self.wanted[part]
+        plan, demoted = Plan(selector.dtype), selector.ledger.demoted()
+        for backend in selector.backends:
+            if wanted not in ("auto", backend.name):
+                continue
+            key = selector.key(backend, plan)
+            failure = selector.cache.failure(key)
+            told = demoted[key.id]["reason"] if key.id in demoted else None
+            if reason := backend.missing(plan) or (failure.reason if failure else None) or told:
+                logger.info("%s: no %s is built in the background: %s", backend.name, part, reason)
+            elif selector.cache.find(key) is None:
+                return backend.name
+            else:
+                return None
+        return None
+
+    def command(self, part: str, name: str) -> list[str]:
         """What builds a backend for this model in a process of its own."""
-        arguments = [self.model, "--backend", name, "--device", self.codec.device.type]
+        arguments = [self.model, "--part", part, "--backend", name, "--device", self.codec.device.type]
         arguments += ["--dtype", self.settings.decoder_dtype, "--threads", str(torch.get_num_threads())]
         return [sys.executable, "-m", __package__.partition(".")[0], "compile", *arguments]
 
-    def _build(self, name: str) -> None:
-        key = self.selector.key(self.selector.backend(name), self.plan)
-        logger.info("%s is built in the background; eager decodes until then", name)
-        status, said = self._finish(self.command(name))
+    def _build_all(self, wanting: Sequence[tuple[str, str]]) -> None:
+        for part, name in wanting:
+            if not self._closing:
+                self._build(part, name)
+
+    def _build(self, part: str, name: str) -> None:
+        selector = self.selector_of(part)
+        key = selector.key(selector.backend(name), Plan(selector.dtype))
+        logger.info("%s's %s is built in the background; eager serves until then", name, part)
+        status, said = self._finish(self.command(part, name))
         if status == 0:
-            self.selector.refresh()
-            self.prepare()
-            logger.info("%s is built", name)
+            selector.refresh()
+            selector.choose(*self.default_size)
+            logger.info("%s's %s is built", name, part)
+            return
+        if self._closing:
             return
         if status is None:
-            self.selector.cache.fail(key, f"not built within {BUILD_TIMEOUT_S:g} s")
+            selector.cache.fail(key, f"not built within {BUILD_TIMEOUT_S:g} s")
         elif status < 0:  # a signal: the kernel's, when memory runs out
-            self.selector.cache.fail(key, f"the build was killed by signal {-status}, as happens when memory runs out")
-        logger.warning("%s could not be built (%s): eager goes on", name, (said.strip().splitlines() or ["killed"])[-1])
+            selector.cache.fail(key, f"the build was killed by signal {-status}, as happens when memory runs out")
+        words = (said.strip().splitlines() or ["killed"])[-1]
+        logger.warning("%s's %s could not be built (%s): eager goes on", name, part, words)
 
     def _finish(self, command: Sequence[str]) -> tuple[int | None, str]:
         """Exit status and stderr of a niced process; None where it took too long."""
@@ -184,6 +232,7 @@ class Decoders:
 
     def close(self) -> None:
         """End a build that is running."""
+        self._closing = True
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
         if self._building is not None:

@@ -270,7 +270,11 @@ class Engine:
         return self.model.codec.decode(latents)
 
     def encode(self, frames: np.ndarray | Tensor) -> Tensor:
-        """Normalised latents [C, T, H, W] fp32 of 4k+1 uint8 frames [F, H, W, 3]."""
+        """Normalised latents [C, T, H, W] fp32 of 4k+1 uint8 frames [F, H, W, 3], or floats [3, F, H, W] in [-1, 1].
+
+        For Wan's VAE T is k + 1, H and W the frames' sides / 8 (Wan2.2-TI2V's: / 16). ValueError for another number of
+        frames. By a compiled encoder where one was built, is right and faster.
+        """
         return self.model.codec.encode(frames)
 
     # --- what they use --------------------------------------------------------------------------------------------

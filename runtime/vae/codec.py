@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .tiling import Chunk, Tiling, decode_tiled, encode_tiled
-from .wan import WanVAE
+from .wan import States, WanVAE
 
 Frames = np.ndarray  # uint8 [frames, height, width, 3]
 
@@ -32,8 +32,9 @@ class VideoCodec:
         self.spatial_factor = config.scale_factor_spatial
         self.num_channels = config.z_dim
         shape = (1, config.z_dim, 1, 1, 1)
-        # What decodes a clip whose latents (or whose tiles of them) are h x w; asked once a clip. `Decoders` sets it.
+        # What codes a clip whose latents (or whose tiles of them) are h x w; asked once a clip. `Decoders` sets them.
         self.choose_decoder: Callable[[int, int], Chunk] = lambda height, width: vae.decode_chunk
+        self.choose_encoder: Callable[[int, int], Chunk] = lambda height, width: self._encode_means
         self._mean = torch.tensor(list(config.latents_mean), dtype=torch.float32, device=device).view(shape)
         self._std = torch.tensor(list(config.latents_std), dtype=torch.float32, device=device).view(shape)
 
@@ -55,12 +56,15 @@ class VideoCodec:
         if (num_frames - 1) % self.temporal_factor:
             raise ValueError(f"num_frames must be {self.temporal_factor}k+1 to be encoded, got {num_frames}")
         states = None
+        factor = self.spatial_factor
+        height, width = (side // factor for side in self._sides(frames))
+        run = self.choose_encoder(*self.tiling.size(height, width, factor))
         starts = (0, *range(1, num_frames, self.chunk * self.temporal_factor), num_frames)
         for start, stop in pairwise(starts):
             with torch.inference_mode():  # never across a yield: the caller would inherit it
                 chunk = self._pixels(frames, start, stop).to(self.dtype)
-                moments, states = encode_tiled(self.vae.encode_chunk, chunk, states, self.tiling, self.spatial_factor)
-                latents = (moments.float().chunk(2, dim=1)[0] - self._mean) / self._std
+                means, states = encode_tiled(run, chunk, states, self.tiling, factor)
+                latents = (means.float() - self._mean) / self._std
             yield latents[0]
 
     def decode(self, latents: Tensor) -> Iterator[Frames]:
@@ -81,6 +85,16 @@ class VideoCodec:
                 with torch.inference_mode():
                     frames, states = decode_tiled(run, chunk, states, self.tiling, self.spatial_factor)
                 yield frames[0]
+
+    def _encode_means(self, frames: Tensor, states: States | None) -> tuple[Tensor, States]:
+        moments, states = self.vae.encode_chunk(frames, states)
+        return moments.chunk(2, dim=1)[0], states
+
+    @staticmethod
+    def _sides(frames: Frames | Tensor) -> tuple[int, int]:
+        """(height, width)"""
+        height, width = frames.shape[1:3] if isinstance(frames, np.ndarray) else frames.shape[2:]
+        return int(height), int(width)
 
     def _num_frames(self, frames: Frames | Tensor) -> int:
         if isinstance(frames, np.ndarray):

@@ -20,14 +20,15 @@ class WanDecoder(nn.Module):
 
 
 class WanEncoder(nn.Module):
-    """The encoder's."""
+    """The encoder's. Of the posterior's moments it gives the means: nothing else is used of them."""
 
     def __init__(self, vae: WanVAE) -> None:
         super().__init__()
         self.config, self.quant_conv, self.encoder = vae.config, vae.quant_conv, vae.encoder
 
     def forward(self, frames: Tensor, states: States | None) -> tuple[Tensor, States]:
-        return WanVAE.encode_chunk(self, frames, states)  # type: ignore[arg-type]
+        moments, states = WanVAE.encode_chunk(self, frames, states)  # type: ignore[arg-type]
+        return moments.chunk(2, dim=1)[0], states
 
 
 def decoder_of(vae: WanVAE) -> Coder:
@@ -46,13 +47,13 @@ def decoder_of(vae: WanVAE) -> Coder:
 
 
 def encoder_of(vae: WanVAE) -> Coder:
-    """Frames to the posterior's moments."""
+    """Frames to the posterior's means, not normalised."""
     config = vae.config
     return Coder(
         kind="encoder",
         module=WanEncoder(vae),
         in_channels=3,
-        out_channels=2 * config.z_dim,
+        out_channels=config.z_dim,
         in_scale=config.scale_factor_spatial,
         out_scale=1,
         in_frames=config.scale_factor_temporal,

@@ -54,7 +54,7 @@ def decode_tiled(
 def encode_tiled(
     run: Chunk, frames: Tensor, states: TileStates | None, tiling: Tiling, factor: int
 ) -> tuple[Tensor, TileStates]:
-    """`WanVAE.encode_chunk` over tiles: frames [B, 3, m, H, W] -> moments [B, 2 C, n, h, w] and every tile's states."""
+    """An encoder over tiles: frames [B, 3, m, H, W] -> the latents' means [B, C, n, h, w] and every tile's states."""
     size = torch.Size((frames.shape[-2] // factor, frames.shape[-1] // factor))
     return _tiled(run, frames, states, tiling, size, factor, in_scale=factor, out_scale=1)
 

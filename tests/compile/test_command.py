@@ -42,25 +42,36 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> list[Fake]:
 def test_built_decoder_is_what_generate_decodes_with(run: Run, fakes: list[Fake], tmp_path: Path) -> None:
     status, out, _ = run("compile", "demo")
     assert status == 0 and "64x64 is decoded by onnxruntime: measured at 8 x 8 latents" in out
-    assert fakes[0].built == [Plan()] and fakes[1].built == []
+    assert "64x64 is encoded by onnxruntime: measured at 8 x 8 latents" in out
+    assert fakes[0].built == [Plan(), Plan()] and fakes[1].built == []
     fakes[0].calls = 0
     clip = str(tmp_path / "clip.mp4")
     assert run("generate", "a red circle", "--steps", "1", "--frames", "9", "-o", clip)[0] == 0
     assert fakes[0].calls == 2  # the first latent frame, and the two others at once
     report = json.loads(run("compile", "demo", "--status", "--json")[1])
-    assert report["backend"] == "onnxruntime"
-    assert [(b["backend"], b["state"]) for b in report["backends"]] == [
-        ("eager", "built"),
-        ("onnxruntime", "built"),
-        ("inductor", "not built"),
-    ]
-    assert len(fakes[0].built) == 1
+    for part in ("decoder", "encoder"):
+        assert report[part]["backend"] == "onnxruntime"
+        assert [(b["backend"], b["state"]) for b in report[part]["backends"]] == [
+            ("eager", "built"),
+            ("onnxruntime", "built"),
+            ("inductor", "not built"),
+        ]
+    assert len(fakes[0].built) == 2
+
+
+def test_part_is_built_alone_and_the_encoder_is_fp32(run: Run, fakes: list[Fake]) -> None:
+    assert run("compile", "demo", "--part", "encoder", "--dtype", "bf16")[0] == 0
+    assert fakes[0].built == [Plan("fp32")]
+    report = json.loads(run("compile", "demo", "--status", "--json")[1])
+    assert [report[part]["backend"] for part in ("decoder", "encoder")] == ["eager", "onnxruntime"]
+    status, out, _ = run("compile", "demo", "--status", "--part", "encoder")
+    assert status == 0 and out.startswith("encoder") and "decoded" not in out
 
 
 def test_size_is_built_for_alone(run: Run, fakes: list[Fake]) -> None:
-    assert run("compile", "demo", "--size", "96x64", "--backend", "inductor")[0] == 0
+    assert run("compile", "demo", "--size", "96x64", "--backend", "inductor", "--part", "decoder")[0] == 0
     assert fakes[1].built == [Plan(size=(8, 12))] and fakes[0].built == []
-    assert json.loads(run("compile", "demo", "--status", "--json")[1])["backend"] == "eager"
+    assert json.loads(run("compile", "demo", "--status", "--json")[1])["decoder"]["backend"] == "eager"
 
 
 @pytest.mark.parametrize(
@@ -120,6 +131,7 @@ def test_tensorrt_without_a_gpu_is_told_and_status_lists_it(run: Run) -> None:
     status, _, err = run("compile", "demo", "--backend", "tensorrt", "--device", "cpu")
     assert status == 2 and "TensorRT needs an NVIDIA GPU" in err
     report = json.loads(run("compile", "demo", "--status", "--json", "--device", "cpu")[1])
-    assert report["backend"] == "eager"
-    assert [b["backend"] for b in report["backends"]] == ["eager", "tensorrt", "onnxruntime", "inductor"]
-    assert report["backends"][1]["state"] == "missing"
+    for part in report.values():
+        assert part["backend"] == "eager"
+        assert [b["backend"] for b in part["backends"]] == ["eager", "tensorrt", "onnxruntime", "inductor"]
+        assert part["backends"][1]["state"] == "missing"

@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from skylapse.runtime import decoders as module
 from skylapse.runtime.config import Settings
 from skylapse.runtime.decoders import Decoders
 from skylapse.runtime.vae.codec import VideoCodec
-from skylapse.runtime.vae.coders import WanDecoder
+from skylapse.runtime.vae.coders import WanDecoder, WanEncoder
 from skylapse.runtime.vae.tiling import Tiling
 from skylapse.runtime.vae.wan import WanVAE
 
@@ -42,6 +43,7 @@ def codec_of(vae: WanVAE, tiling: Tiling | None = None) -> VideoCodec:
 
 
 def decoders_of(codec: VideoCodec, folder: Path, **settings: object) -> Decoders:
+    settings = {"encoder": "eager"} | settings  # but where a test is of encoders
     return Decoders("tiny", codec, (24, 16), Settings(profile_dir=folder, **settings))
 
 
@@ -119,7 +121,7 @@ def service(vae: WanVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
             root=str(decoders.selector.cache.root),
             fields=decoders.selector.key(fake, Plan()).fields,
         )
-        monkeypatch.setattr(decoders, "command", lambda name: [sys.executable, "-c", script])
+        monkeypatch.setattr(decoders, "command", lambda part, name: [sys.executable, "-c", script])
         decoders.attach()
         return decoders, gate
 
@@ -186,3 +188,114 @@ def test_closing_ends_a_running_build(service: Callable, monkeypatch: pytest.Mon
             break
     decoders.close()
     assert decoders._process.poll() is not None and not decoders._building.is_alive()
+
+
+def test_first_backend_that_can_be_had_is_built(vae: WanVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that is missing, has failed or was found wrong; and nothing where the first of the others is there."""
+    fakes = [Fake(name="tensorrt", absent="no GPU"), *(Fake(name=n) for n in ("onnxruntime", "inductor", "last"))]
+    monkeypatch.setattr(module, "backends", lambda device: fakes)
+    decoders = decoders_of(codec_of(vae), tmp_path)
+    commands: list[tuple[str, str]] = []
+    monkeypatch.setattr(decoders, "command", lambda part, name: commands.append((part, name)) or ["false"])
+
+    def build() -> tuple[str, str] | None:
+        commands.clear()
+        decoders._building = None
+        if decoders.build_in_background():
+            decoders._building.join(60)
+        return commands[0] if commands else None
+
+    selector = decoders.selector
+    keys = {fake.name: selector.key(fake, Plan()) for fake in fakes}
+    assert build() == ("decoder", "onnxruntime")
+    selector.cache.fail(keys["onnxruntime"], "killed")
+    assert build() == ("decoder", "inductor")
+    selector.ledger.demote(keys["inductor"].id, "inductor", "it is wrong")
+    assert build() == ("decoder", "last")
+    selector.cache.build(keys["last"], lambda folder: (folder / "plan.bin").write_text("0.0"))
+    assert build() is None
+    assert [fake.built for fake in fakes] == [[]] * 4  # each in a process of its own
+
+
+def test_build_that_is_killed_makes_way_for_the_next_backend(
+    vae: WanVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "backends", lambda device: [Fake(name="onnxruntime"), Fake(name="inductor")])
+    kill = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    for name in ("onnxruntime", "inductor"):
+        decoders = decoders_of(codec_of(vae), tmp_path)
+        built: list[str] = []
+        monkeypatch.setattr(decoders, "command", lambda part, name, built=built: built.append(name) or kill)
+        assert decoders.build_in_background()
+        decoders._building.join(60)
+        assert built == [name]
+    assert not decoders_of(codec_of(vae), tmp_path).build_in_background()
+
+
+def test_decoder_and_encoder_are_built_one_after_the_other(
+    vae: WanVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "backends", lambda device: [Fake()])
+    decoders = decoders_of(codec_of(vae), tmp_path, encoder=None)
+    built: list[tuple[str, str]] = []
+    monkeypatch.setattr(decoders, "command", lambda part, name: built.append((part, name)) or ["false"])
+    assert decoders.build_in_background()
+    decoders._building.join(60)
+    assert built == [("decoder", "fake"), ("encoder", "fake")]
+    assert decoders.command("encoder", "fake") == ["false"]
+    command = Decoders.command(decoders, "encoder", "fake")
+    assert command[2:7] == ["skylapse", "compile", "tiny", "--part", "encoder"]
+
+
+# --- encoding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(coders: dict) -> WanVAE:
+    """The encoder that `exported` has exported, in a whole VAE."""
+    encoder: WanEncoder = coders["encoder"].module
+    vae = WanVAE(encoder.config).requires_grad_(False)
+    vae.encoder, vae.quant_conv = encoder.encoder, encoder.quant_conv
+    return vae
+
+
+def pixels(num_frames: int = 9, height: int = 8, width: int = 12) -> np.ndarray:
+    return np.random.default_rng(5).integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8)
+
+
+def test_latents_of_onnx_runtime_are_eagers(whole: WanVAE, exported: Exported, tmp_path: Path) -> None:
+    codec = codec_of(whole)
+    decoders = Decoders("tiny", codec, (12, 8), Settings(profile_dir=tmp_path, decoder="eager", encoder="onnxruntime"))
+    plan = Plan(size=(4, 6))
+    key = decoders.encoder.key(decoders.encoder.backend("onnxruntime"), plan)
+    source = exported("encoder", replace(plan, planar=True))
+    decoders.encoder.cache.build(key, lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True))
+    decoders.attach()
+    ours, theirs = codec.encode(pixels()), codec_of(whole).encode(pixels())
+    assert decoders.report.encoder == "onnxruntime" and decoders.report.backend == "eager"
+    assert ours.shape == theirs.shape == (4, 5, 4, 6) and theirs.std() > 0.1
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    other = pixels(height=12, width=16)  # of a size that nothing was built for
+    assert torch.equal(codec.encode(other), codec_of(whole).encode(other))
+
+
+def test_encoder_that_fails_or_is_wrong_is_demoted_and_eager_encodes(
+    whole: WanVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = [Fake(), Fake(name="wrong", adds=0.1)]
+    monkeypatch.setattr(module, "backends", lambda device: fakes)
+    codec = codec_of(whole)
+    decoders = Decoders("tiny", codec, (12, 8), Settings(profile_dir=tmp_path, decoder="eager", encoder="auto"))
+    decoders.encoder.measure = lambda runs, *_: {name: float(name == "eager") for name in runs}  # type: ignore
+    decoders.attach()
+    for fake in fakes:
+        decoders.encoder.build(fake, None, measure_at=(4, 6))
+    expected = codec_of(whole).encode(pixels())
+    fakes[0].calls = 0
+    assert torch.equal(codec.encode(pixels()), expected) and fakes[0].calls == 3
+    fakes[0].calls, fakes[0].fails_at = 0, 2
+    assert torch.equal(codec.encode(pixels()), expected)
+    report = decoders.report
+    assert report.encoder == "eager" or "demoted" in decoders.encoder.choose(4, 6).why
+    assert [told.partition(": ")[2].partition(":")[0] for told in report.demotions] == ["wrong", "fake"]
+    assert report.facts["encoder"] == report.encoder and report.facts["decoder_demotions"] == 2

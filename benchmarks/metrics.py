@@ -1,6 +1,12 @@
-"""How far a clip is from another one: no pretrained network, uint8 frames [F, H, W, 3] straight from the decoder."""
+"""How far a clip is from another one: no pretrained network, uint8 frames [F, H, W, 3] straight from the decoder.
+
+Those that need a pretrained network are the extra `quality`'s, and Missing where it is not installed.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,15 +14,32 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .harness import Missing
+
 Clip = NDArray[np.uint8]
+Metric = Callable[[Clip, Clip], float]
 CAP_DB = 100.0  # of equal clips
+LEAST_FLICKER = 0.01  # of 255: what stands still flickers by at least this, so that a ratio to it is finite
+ROUNDING = 1 / 12  # variance of rounding to whole levels
+LUMA = (0.299, 0.587, 0.114)  # Rec. 601
+UNITS = {
+    "psnr_pooled": "dB",
+    "psnr_mean": "dB",
+    "psnr_worst": "dB",
+    "psnr_motion": "dB",
+    "ssim_mean": "ssim",
+    "ssim_p5": "ssim",
+    "flicker": "x",
+    "spectrum": "dB",
+}
 
 
 def compare_clips(clip: Clip, reference: Clip) -> dict[str, float]:
-    """All of the metrics below.
+    """All of the metrics below, in UNITS' order.
 
     psnr_pooled: of the whole clip's mean squared error; psnr_mean, psnr_worst: of frames (the mean is never below the
-    pooled one, and papers report either); psnr_motion: of the differences of neighbouring frames; ssim_mean, ssim_p5.
+    pooled one, and papers report either); psnr_motion: of the differences of neighbouring frames; ssim_mean, ssim_p5:
+    of frames; flicker: the clip's over the reference's, 1 where it is as steady; spectrum: see `spectrum_distance`.
     """
     a, b = clip.astype(np.float64), reference.astype(np.float64)
     frames = [psnr(x, y) for x, y in zip(a, b, strict=True)]
@@ -28,6 +51,8 @@ def compare_clips(clip: Clip, reference: Clip) -> dict[str, float]:
         "psnr_motion": psnr(np.diff(a, axis=0), np.diff(b, axis=0)) if len(a) > 1 else CAP_DB,
         "ssim_mean": float(np.mean(similarities)),
         "ssim_p5": float(np.percentile(similarities, 5)),
+        "flicker": max(flicker(clip), LEAST_FLICKER) / max(flicker(reference), LEAST_FLICKER),
+        "spectrum": spectrum_distance(clip, reference),
     }
 
 
@@ -54,3 +79,60 @@ def _blur(x: Tensor) -> Tensor:
     weights = torch.exp(-(position**2) / (2 * 1.5**2))
     kernel = torch.outer(weights, weights) / weights.sum() ** 2
     return F.conv2d(x, kernel.expand(x.shape[1], 1, 11, 11), groups=x.shape[1])
+
+
+def flicker(clip: Clip) -> float:
+    """Mean absolute second difference over time, in levels of 255: steady motion and steady light have little of it.
+
+    0 with fewer than 3 frames. Mean |x[t+1] - 2 x[t] + x[t-1]| over pixels and channels; source: none, it is the
+    discrete second derivative.
+    """
+    return float(np.abs(np.diff(clip.astype(np.float64), n=2, axis=0)).mean()) if len(clip) > 2 else 0.0
+
+
+def spectrum_distance(clip: Clip, reference: Clip) -> float:
+    """Root mean square over spatial frequencies of the two radial power spectra's difference in dB.
+
+    Blur shows here where PSNR forgives it: power that is missing at high frequencies.
+    """
+    apart = 10 * (np.log10(radial_spectrum(clip)) - np.log10(radial_spectrum(reference)))
+    return float(np.sqrt(np.mean(apart**2)))
+
+
+def radial_spectrum(clip: Clip) -> NDArray[np.float64]:
+    """Mean power of luma at each distance from frequency 0, over angles and frames (Durall et al., arXiv 2003.01826).
+
+    Index i: distances that round to i + 1 cycles a frame's shorter side, up to half of its pixels; no mean.
+    The power of rounding to whole levels is added everywhere: nothing is said of what lies below it.
+    """
+    luma = clip.astype(np.float64) @ np.array(LUMA)
+    height, width = luma.shape[1:]
+    power = (np.abs(np.fft.fft2(luma)) ** 2).mean(axis=0) / (height * width) + ROUNDING
+    side = min(height, width)
+    rows, columns = np.fft.fftfreq(height, 1 / side), np.fft.fftfreq(width, 1 / side)
+    rings = np.rint(np.hypot(rows[:, None], columns[None, :])).astype(int)
+    inside = (rings >= 1) & (rings <= side // 2)
+    sums = np.bincount(rings[inside], weights=power[inside])[1:]
+    return np.asarray(sums / np.bincount(rings[inside])[1:], dtype=np.float64)
+
+
+def lpips() -> Metric:
+    """Learned perceptual distance (Zhang et al., 2018, AlexNet), the mean over frames; 0 of equal clips.
+
+    Missing where the extra `quality` is not installed. Its weights are fetched when it is first made.
+    """
+    try:
+        import lpips as package
+    except ImportError as error:
+        raise Missing("lpips is not installed (pip install 'skylapse[quality]'; it needs torchvision)") from error
+    network: Any = package.LPIPS(net="alex", verbose=False)
+
+    @torch.inference_mode()
+    def distance(clip: Clip, reference: Clip) -> float:
+        a, b = (torch.tensor(frames).permute(0, 3, 1, 2).float() / 127.5 - 1 for frames in (clip, reference))
+        return float(network(a, b).mean())
+
+    return distance
+
+
+EXTRA: dict[str, tuple[str, Callable[[], Metric]]] = {"lpips": ("lpips", lpips)}  # name -> its unit, what makes it

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.conv3d import conv3d
+from ...kernels.upsample_conv import upsample_conv2d
 
 States = list[Tensor]
 
@@ -170,8 +171,9 @@ class Upsample(nn.Module):
                 stream.remember(x.new_zeros(*x.shape[:2], 2, *x.shape[3:]))
             else:
                 x = interleave_time(conv3d(stream.extend(x, 2), self.time_conv.weight, self.time_conv.bias))
-        y = F.interpolate(fold_time(x), scale_factor=2.0, mode="nearest")  # equals nearest-exact at factor 2
-        return unfold_time(self.resample(y), x.shape[0])
+        assert self.resample.bias is not None
+        # nearest equals the checkpoints' nearest-exact at factor 2
+        return unfold_time(upsample_conv2d(fold_time(x), self.resample.weight, self.resample.bias), x.shape[0])
 
 
 class MidBlock(nn.Module):
@@ -197,7 +199,8 @@ class ResidualDownBlock(nn.Module):
         self.downsampler = Downsample(out_dim, temporal) if spatial else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        shortcut = average_down(x, self.out_dim, *self.factors)
+        past = self.factors[0] - 1 if stream.first else 0  # the lone first frame stands for a whole group, behind zeros
+        shortcut = average_down(F.pad(x, (0, 0, 0, 0, past, 0)), self.out_dim, *self.factors)
         for block in self.resnets:
             x = block(x, stream)
         if self.downsampler is not None:
@@ -360,7 +363,6 @@ def interleave_time(x: Tensor) -> Tensor:
 
 def average_down(x: Tensor, out_dim: int, factor_t: int, factor_s: int) -> Tensor:
     """Fold blocks of factor_t x factor_s x factor_s pixels into channels and average groups of them to `out_dim`."""
-    x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % factor_t, 0))
     b, c, t, h, w = x.shape
     x = x.reshape(b, c, t // factor_t, factor_t, h // factor_s, factor_s, w // factor_s, factor_s)
     x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, out_dim, -1, t // factor_t, h // factor_s, w // factor_s)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from math import comb
@@ -101,9 +102,7 @@ def take_turns(
 ) -> Turns:
     """Everyone runs twice to warm up, then once a round: A B C, C B A, ... Who raises is out."""
     turns = Turns({name: [] for name in runs})
-    collects = gc.isenabled()
-    gc.disable()  # or whoever happens to allocate most pays for everyone
-    try:
+    with without_gc():  # or whoever happens to allocate most pays for everyone
         for _ in range(2):
             _round(runs, clock, turns, warm_up=True)
         began = now()
@@ -113,10 +112,18 @@ def take_turns(
                 break
             if turn >= budget.least and (now() - began >= budget.seconds or _is_sure(turns, budget.width)):
                 break
+    return turns
+
+
+@contextmanager
+def without_gc() -> Iterator[None]:
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collects:
             gc.enable()
-    return turns
 
 
 def _round(runs: Mapping[str, Run], clock: Clock, turns: Turns, backwards: bool = False, warm_up: bool = False) -> None:

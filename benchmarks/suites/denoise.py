@@ -22,6 +22,7 @@ from ...runtime.engine import Engine
 from ...runtime.layout import Layouts
 from ...runtime.models.compiled import compile_trunk
 from ...runtime.models.model import Model
+from ...runtime.models.wan import WanDenoiser
 from ...runtime.request import VideoRequest
 from ...runtime.trajectory import Trajectory
 from ..harness import Budget, Clock, CudaClock, Missing, Run, Turns, WallClock, take_turns
@@ -180,10 +181,10 @@ class Compiled:
         return self._model
 
 
-def _sharing_weights(module: torch.nn.Module) -> object:
-    """A copy of the module's structure over the same tensors."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+def _sharing_weights(denoiser: WanDenoiser) -> WanDenoiser:
+    """A copy of the modules over the same tensors."""
+    tensors = [*denoiser.parameters(), *denoiser.buffers()]
+    return copy.deepcopy(denoiser, {id(tensor): tensor for tensor in tensors})
 
 
 def _tokens(t: Trajectory) -> int:

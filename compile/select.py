@@ -313,8 +313,10 @@ class Selector:
 @cache
 def _exporter_digest() -> str:
     """Of the code that turns a coder into graphs."""
-    sources = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("export", "lowering", "stream")]
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+    here = Path(__file__).parent
+    sources = [here / f"{name}.py" for name in ("export", "lowering", "stream")]
+    sources += [here.parent / "kernels" / f"{name}.py" for name in ("conv3d", "upsample_conv")]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 
 def _shrunk(size: Size) -> Size:

@@ -1,0 +1,45 @@
+"""Nearest-neighbour doubling and the 3 x 3 convolution behind it, as four convolutions of 2 x 2 on the small frames.
+
+Of the nine pixels that a window of the doubled frame holds, only four differ: where a pixel and its copy both lie in
+the window, their weights add up. That is 4 multiplications an output pixel and pair of channels in place of 9, and the
+doubled frame is never made (Shi et al., arXiv 1609.07009, section 2, the other way about: it trains what we sum).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Which of a side's three weights each of two pixels is multiplied with: for even outputs, then for odd ones.
+TAPS = [[[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]]
+
+
+def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """conv2d(nearest(x, 2), weight, bias, padding 1).
+
+    x: [B, C_in, H, W]; weight: [C_out, C_in, 3, 3] -> [B, C_out, 2 H, 2 W], in x's memory order.
+    """
+    kernels = _kernels(weight)
+    if torch.compiler.is_exporting():  # graphs write into nothing, and their runtimes fold the padding in
+        phases = [
+            F.conv2d(F.pad(x, (1 - right, right, 1 - low, low)), kernels[low, right], bias)
+            for low in (0, 1)
+            for right in (0, 1)
+        ]
+        return F.pixel_shuffle(torch.stack(phases, dim=2).flatten(1, 2), 2)
+    (batch, _, height, width), c_out = x.shape, weight.shape[0]
+    every = F.conv2d(x, kernels.flatten(0, 2), bias.repeat(4), padding=1).unflatten(1, (2, 2, c_out))
+    order = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    y = torch.empty((batch, c_out, 2 * height, 2 * width), dtype=x.dtype, device=x.device, memory_format=order)
+    for low in (0, 1):
+        for right in (0, 1):
+            y[:, :, low::2, right::2] = every[:, low, right, :, low : low + height, right : right + width]
+    return y
+
+
+def _kernels(weight: Tensor) -> Tensor:
+    """[C_out, C_in, 3, 3] -> [2, 2, C_out, C_in, 2, 2]: of the lower or upper, left or right one of four outputs."""
+    taps = torch.tensor(TAPS, device=weight.device)
+    kernels = torch.einsum("ahk,bwl,oikl->aboihw", taps, taps, weight.float())  # summed before they are rounded
+    return kernels.to(weight.dtype)

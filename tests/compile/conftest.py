@@ -37,7 +37,7 @@ FAMILIES = {
         scale_factor_spatial=4,
         num_res_blocks=0,
     ),
-    "encoder": SMALL | dict(scale_factor_spatial=2, num_res_blocks=1, is_residual=True),
+    "encoder": SMALL | dict(scale_factor_spatial=2, num_res_blocks=1, is_residual=True, dim_mult=(1, 1)),
 }
 
 

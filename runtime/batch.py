@@ -27,7 +27,7 @@ from .finite import FiniteWatch
 from .layout import Layouts
 from .memory import MemoryBudget
 from .models.model import Model
-from .preview import Previewer
+from .preview import AnyPreviewer
 from .resume import save_trajectory
 from .scheduler import Scheduler, Work
 from .trajectory import Trajectory
@@ -43,7 +43,7 @@ class Batch:
         model: Model,
         scheduler: Scheduler,
         memory: Callable[[], MemoryBudget],
-        previewer: Callable[[], Previewer],
+        previewer: Callable[[], AnyPreviewer],
     ) -> None:
         self.model, self.scheduler = model, scheduler
         self.memory, self.previewer = memory, previewer

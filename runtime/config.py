@@ -35,6 +35,7 @@ class Settings:
     decoder: str = "auto"  # SKYLAPSE_DECODER: auto, eager, onnxruntime, inductor or tensorrt
     encoder: str | None = None  # SKYLAPSE_ENCODER: the same, of what encodes; None is as `decoder` has it
     decoder_dtype: str = "fp32"  # SKYLAPSE_DECODER_DTYPE: fp32, bf16 or fp16, of compiled decoders
+    preview_decoder: Path | None = None  # SKYLAPSE_PREVIEW_DECODER: a distilled decoder's file; None shows a linear map
     compiled_dir: Path | None = None  # SKYLAPSE_COMPILED_DIR: compiled decoders; None is a folder in profile_dir
     compiled_shared_dir: Path | None = None  # SKYLAPSE_COMPILED_SHARED_DIR: more of them, only read
     compiled_bytes: int = 20 * 1024 * MIB  # SKYLAPSE_COMPILED_MB: what compiled_dir may hold
@@ -73,6 +74,7 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         "decoder": _choice(given, "SKYLAPSE_DECODER", DECODERS),
         "encoder": _choice(given, "SKYLAPSE_ENCODER", DECODERS),
         "decoder_dtype": _choice(given, "SKYLAPSE_DECODER_DTYPE", ("fp32", "bf16", "fp16")),
+        "preview_decoder": _file(given, "SKYLAPSE_PREVIEW_DECODER"),
         "compiled_dir": _folder(given, "SKYLAPSE_COMPILED_DIR"),
         "compiled_shared_dir": _folder(given, "SKYLAPSE_COMPILED_SHARED_DIR"),
         "compiled_bytes": None if compiled_mb is None else compiled_mb * MIB,
@@ -130,6 +132,15 @@ def _kernels(given: Mapping[str, str], name: str) -> dict[str, str] | None:
         return parse(given[name]) if name in given else None
     except ValueError as error:
         raise ValueError(f"{name} {error}") from None
+
+
+def _file(given: Mapping[str, str], name: str) -> Path | None:
+    if name not in given:
+        return None
+    path = Path(os.path.expanduser(given[name]))
+    if not path.is_file():
+        raise ValueError(f"{name} must be a file, got {given[name]!r}")
+    return path
 
 
 def _folder(given: Mapping[str, str], name: str) -> Path | None:

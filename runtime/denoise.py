@@ -16,7 +16,7 @@ from .cache.first_block import FirstBlockCache
 from .cache.policy import State
 from .layout import Layouts, Place
 from .models.model import Model
-from .preview import Previewer
+from .preview import AnyPreviewer
 from .trajectory import Trajectory
 
 Tokens = dict[Place, Tensor]  # each sequence's [n, dim]
@@ -108,7 +108,7 @@ def evaluate(model: Model, members: Sequence[Trajectory], layouts: Layouts) -> l
     return [_outcome(t, velocities, bases, exits, probes) for t in members]
 
 
-def take(trajectory: Trajectory, outcome: Outcome, previewer: Previewer | None = None) -> Taken:
+def take(trajectory: Trajectory, outcome: Outcome, previewer: AnyPreviewer | None = None) -> Taken:
     """The request's own part of a step: its solver, and its cache. previewer: see `Trajectory.advance`."""
     latents = trajectory.current
     trajectory.advance(outcome.velocities, previewer)

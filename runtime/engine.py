@@ -30,7 +30,7 @@ from .models.compiled import compile_trunk
 from .models.model import Model, load_model
 from .models.quantization import parse_quantize
 from .models.text_cache import TextCache
-from .preview import Previewer, load_previewer
+from .preview import AnyPreviewer, load_previewer
 from .request import ModelDefaults, ModelLimits, Video, VideoRequest
 from .resume import load_trajectory
 from .scheduler import Scheduler, SchedulerConfig
@@ -102,6 +102,8 @@ class Engine:
         # demo model's in 0.14 s by one thread, in 3.8 s by two that wait for each other on cores that others keep busy.
         _ = engine.memory
         engine.decoders.attach()  # after it: what is measured is eager's memory
+        if settings.preview_decoder is not None:
+            _ = engine.previewer  # a file that does not fit is told now, not at the first preview
         return engine
 
     @property
@@ -146,8 +148,8 @@ class Engine:
         return Decoders(model.name, model.codec, (defaults.width, defaults.height), self.settings)
 
     @cached_property
-    def previewer(self) -> Previewer:
-        return load_previewer(self.model.folder.path, self.model.codec)
+    def previewer(self) -> AnyPreviewer:
+        return load_previewer(self.model.folder.path, self.model.codec, self.settings.preview_decoder)
 
     # --- requests -------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Previews of a clip while it is being denoised: a linear map from latents to small pictures, fitted once per VAE.
 
 Each latent position becomes SCALE x SCALE pixels of the frame that ends its group: one matrix product a preview, where
-the decoder would cost more than a denoising step.
+the decoder would cost more than a denoising step. With a distilled decoder's file the same pixels come from that.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .vae.codec import VideoCodec
+from .vae.taehv import TinyDecoder, load_tiny_decoder
 
 logger = logging.getLogger(__name__)
 FILE = "preview.safetensors"
@@ -32,16 +33,57 @@ class Previewer:
         """weight [3 SCALE^2, C], bias [3 SCALE^2]: colours in [-1, 1] of the pixels that a latent covers."""
         self.weight, self.bias = weight, bias
 
+    @property
+    def linear(self) -> tuple[Tensor, Tensor] | None:
+        """Weight and bias, for a kernel that makes the preview with the step."""
+        return self.weight, self.bias
+
     def __call__(self, latents: Tensor) -> np.ndarray:
         with torch.inference_mode():
             colours = torch.einsum("pc,cthw->pthw", self.weight, latents) + self.bias[:, None, None, None]
             frames = F.pixel_shuffle(colours.transpose(0, 1), SCALE)  # [T, 3, SCALE H, SCALE W]
-            levels = frames.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-            return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+            return _levels(frames)
 
 
-def load_previewer(folder: Path, codec: VideoCodec) -> Previewer:
-    """The map stored beside the model, or fitted now (seconds) and stored there if the folder can be written."""
+class TinyPreviewer:
+    """The same frames of the same size by a distilled decoder, a chunk of latents at a time."""
+
+    linear = None
+
+    def __init__(self, decoder: TinyDecoder, codec: VideoCodec) -> None:
+        self.decoder, self.codec = decoder, codec
+
+    def __call__(self, latents: Tensor) -> np.ndarray:
+        codec = self.codec
+        size = latents.shape[2] * SCALE, latents.shape[3] * SCALE
+        shown, states = [], None
+        with torch.inference_mode():
+            z = latents.to(codec.device, torch.float32)[None] * codec.std + codec.mean
+            for chunk in (z[:, :, :1], *z[:, :, 1:].split(codec.chunk, dim=2)):
+                if chunk.shape[2]:
+                    step = 1 if states is None else codec.temporal_factor
+                    frames, states = self.decoder(chunk, states)
+                    last = frames[0, :, step - 1 :: step].transpose(0, 1)  # of each latent's group, [n, 3, H, W]
+                    shown.append(F.interpolate(last, size, mode="area"))
+            return _levels(torch.cat(shown))
+
+
+AnyPreviewer = Previewer | TinyPreviewer
+
+
+def _levels(frames: Tensor) -> np.ndarray:
+    """[T, 3, H, W] in [-1, 1] -> uint8 [T, H, W, 3]."""
+    levels = frames.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def load_previewer(folder: Path, codec: VideoCodec, decoder: Path | None = None) -> AnyPreviewer:
+    """The map stored beside the model, or fitted now (seconds) and stored there if the folder can be written.
+
+    decoder: file of a distilled decoder, which shows more. ValueError where it does not fit the model.
+    """
+    if decoder is not None:
+        return TinyPreviewer(load_tiny_decoder(decoder, codec), codec)
     path = folder / FILE
     if path.exists():
         try:

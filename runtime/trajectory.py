@@ -27,7 +27,7 @@ from .given import count_given, read_given, read_video_of
 from .models.model import Model
 from .models.text_cache import TextCache
 from .pack import Grid
-from .preview import Previewer
+from .preview import AnyPreviewer
 from .request import Video, VideoMetadata, VideoRequest
 from .sampler.fused import fused_step, fuses
 from .sampler.guidance import combine
@@ -286,7 +286,7 @@ class Trajectory:
         assert self.plan.guidance_scale is not None
         return combine(velocities[0].float(), velocities[1].float(), self.plan.guidance_scale)
 
-    def advance(self, velocities: Sequence[Tensor], previewer: Previewer | None = None) -> None:
+    def advance(self, velocities: Sequence[Tensor], previewer: AnyPreviewer | None = None) -> None:
         """Take the step with the branches' velocities [C, T, H, W], or with the guided one alone.
 
         previewer: for a step that asks for a preview, which the step's kernel makes too where no frames are given.
@@ -295,7 +295,7 @@ class Trajectory:
         assert conditioning is not None
         shows, self.clean, self.pixels = self.previews_next, None, None
         if fuses(latents):
-            shown = (previewer.weight, previewer.bias) if shows and previewer and conditioning.given is None else None
+            shown = previewer.linear if shows and previewer and conditioning.given is None else None
             scale = self.plan.guidance_scale or 1.0
             moved, self.solver_state = fused_step(self.solver_state, velocities, scale, latents, shown)
             self.latents, self.pixels = moved.latents, moved.preview

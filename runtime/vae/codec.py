@@ -35,8 +35,8 @@ class VideoCodec:
         # What codes a clip whose latents (or whose tiles of them) are h x w; asked once a clip. `Decoders` sets them.
         self.choose_decoder: Callable[[int, int], Chunk] = lambda height, width: vae.decode_chunk
         self.choose_encoder: Callable[[int, int], Chunk] = lambda height, width: self._encode_means
-        self._mean = torch.tensor(list(config.latents_mean), dtype=torch.float32, device=device).view(shape)
-        self._std = torch.tensor(list(config.latents_std), dtype=torch.float32, device=device).view(shape)
+        self.mean = torch.tensor(list(config.latents_mean), dtype=torch.float32, device=device).view(shape)
+        self.std = torch.tensor(list(config.latents_std), dtype=torch.float32, device=device).view(shape)
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """[C, T, H, W] of a clip's latents; num_frames is temporal_factor * k + 1."""
@@ -64,7 +64,7 @@ class VideoCodec:
             with torch.inference_mode():  # never across a yield: the caller would inherit it
                 chunk = self._pixels(frames, start, stop).to(self.dtype)
                 means, states = encode_tiled(run, chunk, states, self.tiling, factor)
-                latents = (means.float() - self._mean) / self._std
+                latents = (means.float() - self.mean) / self.std
             yield latents[0]
 
     def decode(self, latents: Tensor) -> Iterator[Frames]:
@@ -77,7 +77,7 @@ class VideoCodec:
     def decode_float(self, latents: Tensor) -> Iterator[Tensor]:
         """Frames [3, n, H, W] in the VAE's dtype, not clamped; the first chunk is the first frame."""
         with torch.inference_mode():
-            z = (latents.to(self.device, torch.float32)[None] * self._std + self._mean).to(self.dtype)
+            z = (latents.to(self.device, torch.float32)[None] * self.std + self.mean).to(self.dtype)
         states = None
         run = self.choose_decoder(*self.tiling.size(z.shape[-2], z.shape[-1], self.spatial_factor))
         for chunk in (z[:, :, :1], *z[:, :, 1:].split(self.chunk, dim=2)):

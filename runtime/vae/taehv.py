@@ -9,7 +9,6 @@ enlarges, is read off the weights. Its latents are the normalised ones, so a mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -143,7 +142,7 @@ def tiny_decoder_of(decoder: TinyDecoder, codec: VideoCodec) -> Coder:
     )
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def _read(path: Path) -> dict[str, Tensor]:
     """The decoder's tensors in fp32. Other formats are pickles, which can run code."""
     if path.suffix != ".safetensors" or not path.is_file():
         raise ValueError(f"a tiny decoder must be a .safetensors file, got {path}")

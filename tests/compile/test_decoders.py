@@ -190,30 +190,40 @@ def test_closing_ends_a_running_build(service: Callable, monkeypatch: pytest.Mon
     assert decoders._process.poll() is not None and not decoders._building.is_alive()
 
 
+def builds(
+    monkeypatch: pytest.MonkeyPatch, decoders: Decoders, command: tuple[str, ...] = ("false",)
+) -> list[tuple[str, str]]:
+    """(part, backend) of what is built in the background, to its end; in place of each build runs `command`."""
+    built: list[tuple[str, str]] = []
+
+    def note(part: str, name: str) -> list[str]:
+        built.append((part, name))
+        return [*command]
+
+    monkeypatch.setattr(decoders, "command", note)
+    assert decoders.build_in_background() == (decoders._building is not None)
+    if decoders._building is not None:
+        decoders._building.join(60)
+    return built
+
+
 def test_first_backend_that_can_be_had_is_built(vae: WanVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one that is missing, has failed or was found wrong; and nothing where the first of the others is there."""
     fakes = [Fake(name="tensorrt", absent="no GPU"), *(Fake(name=n) for n in ("onnxruntime", "inductor", "last"))]
     monkeypatch.setattr(module, "backends", lambda device: fakes)
-    decoders = decoders_of(codec_of(vae), tmp_path)
-    commands: list[tuple[str, str]] = []
-    monkeypatch.setattr(decoders, "command", lambda part, name: commands.append((part, name)) or ["false"])
 
-    def build() -> tuple[str, str] | None:
-        commands.clear()
-        decoders._building = None
-        if decoders.build_in_background():
-            decoders._building.join(60)
-        return commands[0] if commands else None
+    def build() -> list[tuple[str, str]]:
+        return builds(monkeypatch, decoders_of(codec_of(vae), tmp_path))
 
-    selector = decoders.selector
+    selector = decoders_of(codec_of(vae), tmp_path).selector
     keys = {fake.name: selector.key(fake, Plan()) for fake in fakes}
-    assert build() == ("decoder", "onnxruntime")
+    assert build() == [("decoder", "onnxruntime")]
     selector.cache.fail(keys["onnxruntime"], "killed")
-    assert build() == ("decoder", "inductor")
+    assert build() == [("decoder", "inductor")]
     selector.ledger.demote(keys["inductor"].id, "inductor", "it is wrong")
-    assert build() == ("decoder", "last")
+    assert build() == [("decoder", "last")]
     selector.cache.build(keys["last"], lambda folder: (folder / "plan.bin").write_text("0.0"))
-    assert build() is None
+    assert build() == []
     assert [fake.built for fake in fakes] == [[]] * 4  # each in a process of its own
 
 
@@ -221,14 +231,9 @@ def test_build_that_is_killed_makes_way_for_the_next_backend(
     vae: WanVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "backends", lambda device: [Fake(name="onnxruntime"), Fake(name="inductor")])
-    kill = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    kill = (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)")
     for name in ("onnxruntime", "inductor"):
-        decoders = decoders_of(codec_of(vae), tmp_path)
-        built: list[str] = []
-        monkeypatch.setattr(decoders, "command", lambda part, name, built=built: built.append(name) or kill)
-        assert decoders.build_in_background()
-        decoders._building.join(60)
-        assert built == [name]
+        assert builds(monkeypatch, decoders_of(codec_of(vae), tmp_path), kill) == [("decoder", name)]
     assert not decoders_of(codec_of(vae), tmp_path).build_in_background()
 
 
@@ -237,12 +242,7 @@ def test_decoder_and_encoder_are_built_one_after_the_other(
 ) -> None:
     monkeypatch.setattr(module, "backends", lambda device: [Fake()])
     decoders = decoders_of(codec_of(vae), tmp_path, encoder=None)
-    built: list[tuple[str, str]] = []
-    monkeypatch.setattr(decoders, "command", lambda part, name: built.append((part, name)) or ["false"])
-    assert decoders.build_in_background()
-    decoders._building.join(60)
-    assert built == [("decoder", "fake"), ("encoder", "fake")]
-    assert decoders.command("encoder", "fake") == ["false"]
+    assert builds(monkeypatch, decoders) == [("decoder", "fake"), ("encoder", "fake")]
     command = Decoders.command(decoders, "encoder", "fake")
     assert command[2:7] == ["skylapse", "compile", "tiny", "--part", "encoder"]
 

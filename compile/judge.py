@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .footprint import watch
 from .stream import FIRST, NEXT, Coder, Plan, Run
 
 TINY = (4, 6)  # latents; of an artifact for any size
@@ -42,6 +43,15 @@ def measure(
             if repeat:
                 times[name] = min(times[name], clock() - began_s)
     return times
+
+
+@torch.inference_mode()
+def weigh(coder: Coder, run: Run, size: tuple[int, int], plan: Plan, device: torch.device) -> int:
+    """Bytes that a clip of two chunks takes at most, beside what is held before."""
+    chunks = _clip(coder, size, plan, device)
+    with watch(device) as grown:
+        _run(run, chunks)
+    return grown.num_bytes
 
 
 def _clip(coder: Coder, size: tuple[int, int], plan: Plan, device: torch.device) -> list[Tensor]:

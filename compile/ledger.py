@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .cache import locked, write_whole
+from .footprint import Footprint
 
 logger = logging.getLogger(__name__)
 Size = tuple[int, int]
@@ -19,6 +20,7 @@ class Ledger:
     """One file a machine and coder, in the cache's folder. Where that is read-only, this process alone remembers.
 
     checks: artifact -> its greatest error against eager. times: size -> backend -> seconds a clip.
+    bytes: size -> backend -> what it holds, and what a clip takes on top.
     demoted: artifact -> backend, reason, time.
     """
 
@@ -26,7 +28,7 @@ class Ledger:
         name = hashlib.sha256(f"{machine} {threads} {coder_digest}".encode()).hexdigest()[:24]
         self.path = root / f"{name}.ledger.json"
         self._machine = machine
-        self._own: dict[str, dict[str, Any]] = {"checks": {}, "times": {}, "demoted": {}}
+        self._own: dict[str, dict[str, Any]] = {"checks": {}, "times": {}, "bytes": {}, "demoted": {}}
 
     def read(self) -> dict[str, dict[str, Any]]:
         """Everything that this process and others have written."""
@@ -69,6 +71,22 @@ class Ledger:
 
     def timed(self, size: Size, times: dict[str, float]) -> None:
         self.write("times", _name(size), self.times(size) | times)
+
+    def footprint(self, size: Size, backend: str) -> Footprint | None:
+        """Of the size closest in area at which this backend has been weighed."""
+        found = []
+        for name, told in self.read()["bytes"].items():
+            if backend in told:
+                height, _, width = name.partition("x")
+                found.append(Footprint(*told[backend], area=int(height) * int(width)))
+        return min(found, key=lambda one: abs(one.area - size[0] * size[1]), default=None)
+
+    def is_weighed(self, size: Size, backend: str) -> bool:
+        return backend in self.read()["bytes"].get(_name(size), {})
+
+    def weighed(self, size: Size, backend: str, footprint: Footprint) -> None:
+        others = self.read()["bytes"].get(_name(size), {})
+        self.write("bytes", _name(size), others | {backend: [footprint.held_bytes, footprint.work_bytes]})
 
     def nearest(self, size: Size, backends: set[str]) -> tuple[Size, dict[str, float]] | None:
         """The measured size closest in area to `size` at which all these backends have been timed."""

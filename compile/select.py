@@ -22,7 +22,8 @@ from torch import Tensor
 from .backend import Backend, Unavailable, machine_name
 from .cache import Artifact, EngineCache, Key
 from .eager import Eager
-from .judge import compare, measure
+from .footprint import Footprint, watch
+from .judge import compare, measure, weigh
 from .ledger import Ledger, Size
 from .stream import Coder, Plan, Run, States
 
@@ -40,6 +41,7 @@ class Choice:
     why: str
     run: Run
     artifact: str | None = None
+    footprint: Footprint | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Selector:
         self.max_error = MAX_ERROR[dtype] if max_error is None else max_error
         self.eager = Eager(device).load(coder, Plan(), cache.root)
         self._choices: dict[Size, Choice] = {}
+        self._held_bytes: dict[str, int] = {}  # by the backends' artifacts when they were loaded last
         self._lock = threading.RLock()
 
     @cached_property
@@ -148,7 +151,8 @@ class Selector:
         if fastest == "eager":
             return Choice("eager", why, self.eager)
         candidate, run = runs[fastest]
-        return Choice(fastest, why, self._guarded(candidate, run), candidate.key.id)
+        footprint = self.ledger.footprint(size, fastest)
+        return Choice(fastest, why, self._guarded(candidate, run), candidate.key.id, footprint)
 
     def _candidates(self, size: Size) -> list[_Candidate]:
         """The artifact of each backend for this size, or else for any."""
@@ -178,7 +182,9 @@ class Selector:
         """Its loaded artifact, if it does as eager does."""
         backend, key = candidate.backend, candidate.key
         try:
-            run = backend.load(self.coder, candidate.plan, candidate.artifact.folder)
+            with watch(self.device) as grown:
+                run = backend.load(self.coder, candidate.plan, candidate.artifact.folder)
+            self._held_bytes[backend.name] = grown.num_bytes
         except Unavailable as error:  # the machine's fault, not the artifact's
             logger.warning("%s is not used: %s", backend.name, error)
             return None
@@ -232,18 +238,27 @@ class Selector:
         """Seconds of a clip by each."""
         return measure(self.coder, runs, size, plan, self.device, repeats)
 
+    def _weigh(self, runs: dict[str, Run], size: Size) -> None:
+        """Note what each takes that has not been weighed at this size; before it is warm, or it has it already."""
+        for name, run in runs.items():
+            if not self.ledger.is_weighed(size, name):
+                work_bytes = weigh(self.coder, run, size, Plan(self.dtype), self.device)
+                footprint = Footprint(self._held_bytes.get(name, 0), work_bytes, size[0] * size[1])
+                self.ledger.weighed(size, name, footprint)
+
     def _times(
         self, size: Size, runs: dict[str, Run], candidates: Sequence[_Candidate]
     ) -> tuple[dict[str, float], Size]:
         """Seconds of eager and these, at this size or the nearest that was measured; measured now if none was."""
         names = {"eager", *runs}
+        is_fixed = any(candidate.plan.size for candidate in candidates)
+        at = size if is_fixed or size[0] * size[1] <= MEASURED_AREA else _shrunk(size)
+        self._weigh(runs, at)
         known = self.ledger.times(size)
         if names <= known.keys():
             return {name: known[name] for name in names}, size
-        is_fixed = any(candidate.plan.size for candidate in candidates)
         if not is_fixed and (found := self.ledger.nearest(size, names)) is not None:
             return {name: found[1][name] for name in names}, found[0]
-        at = size if is_fixed or size[0] * size[1] <= MEASURED_AREA else _shrunk(size)
         times = self.measure({"eager": self.eager, **runs}, at, Plan(self.dtype))
         self.ledger.timed(at, times)
         return times, at
@@ -265,7 +280,9 @@ class Selector:
         self.refresh()
         runs = {c.backend.name: run for c in self._candidates(measure_at) if (run := self._trusted(c)) is not None}
         if runs:
+            self._weigh(runs, measure_at)
             self.ledger.timed(measure_at, self.measure({"eager": self.eager, **runs}, measure_at, plan))
+        runs.clear()  # what is chosen is loaded anew
         return self.choose(*measure_at)
 
     def standings(self, size: Size) -> list[Standing]:

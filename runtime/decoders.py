@@ -146,6 +146,18 @@ class Decoders:
         factor = self.codec.spatial_factor
         return self.codec.tiling.size(height // factor, width // factor, factor)
 
+    def footprint(self, width: int, height: int) -> tuple[int, int]:
+        """Bytes that compiled parts hold, and that the work of one takes on top, of frames of width x height pixels.
+
+        Of what has been chosen so far: it never waits.
+        """
+        size, held, work = self.latent_size(width, height), 0, 0
+        for part in self._compiled:
+            choice = self.selector_of(part).chosen(*size)
+            if choice is not None and choice.footprint is not None:
+                held, work = held + choice.footprint.held_bytes, max(work, choice.footprint.work_at(*size))
+        return held, work
+
     def prepare(self) -> None:
         """Load what clips of the default size will be coded by, before the first of them waits for it."""
         for part in self._compiled:

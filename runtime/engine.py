@@ -139,7 +139,7 @@ class Engine:
     @cached_property
     def memory(self) -> MemoryBudget:
         """What requests may take; the profile behind it is measured at the first start and stored."""
-        return load_budget(self.model, self.settings)
+        return load_budget(self.model, self.settings, lambda width, height: self.decoders.footprint(width, height))
 
     @cached_property
     def decoders(self) -> Decoders:

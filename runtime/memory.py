@@ -7,7 +7,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -42,16 +42,20 @@ class MemoryBudget:
 
     profile: MemoryProfile
     available_bytes: int
+    # Frames' width and height -> bytes that compiled coders hold, and that the work of one takes; see `Decoders`.
+    compiled: Callable[[int, int], tuple[int, int]] = field(default=lambda width, height: (0, 0), compare=False)
 
     def step_bytes(self, num_tokens: int) -> int:
         return round(self.profile.step_bytes + self.profile.token_bytes * num_tokens)
 
     def working_bytes(self, t: Trajectory) -> int:
-        """Of the request's most expensive piece of work, alone."""
+        """Of the request's most expensive piece of work, alone, with what compiled coders hold all the while."""
         width, height, _ = t.request.size
         tiling = t.model.codec.tiling
         pixels = width * height if width * height <= tiling.threshold else tiling.tile**2
-        return max(self.step_bytes(t.num_tokens * t.num_branches), round(self.profile.pixel_bytes * pixels))
+        held, work = self.compiled(width, height)
+        coding = max(work, round(self.profile.pixel_bytes * pixels))
+        return held + max(self.step_bytes(t.num_tokens * t.num_branches), coding)
 
     def check(self, t: Trajectory) -> None:
         """RequestTooLarge if the request cannot fit even with the engine to itself."""
@@ -64,11 +68,13 @@ class MemoryBudget:
             )
 
 
-def load_budget(model: Model, settings: Settings) -> MemoryBudget:
+def load_budget(
+    model: Model, settings: Settings, compiled: Callable[[int, int], tuple[int, int]] = lambda width, height: (0, 0)
+) -> MemoryBudget:
     """The budget of this process; the profile is measured if no earlier start has stored it."""
     total = memory_bytes(model.device, settings)
     taken = model.num_bytes + text_cache_bytes(model.device, settings)
-    return MemoryBudget(_load_profile(model, settings), max(0, total - taken))
+    return MemoryBudget(_load_profile(model, settings), max(0, total - taken), compiled)
 
 
 def memory_bytes(device: torch.device, settings: Settings) -> int:

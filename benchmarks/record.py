@@ -151,6 +151,36 @@ class SuiteReport(Report):
     missing: dict[str, str] = {}
 
 
+class Point(Strict):
+    """A figure of one run in a history."""
+
+    unit: str
+    better: Better
+    median: Finite
+    low: Finite | None
+    high: Finite | None
+    n: int
+
+
+HISTORY_SCHEMA: Literal["skylapse.history/1"] = "skylapse.history/1"
+
+
+class HistoryLine(Strict):
+    """One run in a device's history; date: the commit's, ISO 8601; unpublishable: why it is not, None where it is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    schema_version: Literal["skylapse.history/1"] = Field(alias="schema")
+    benchmark: str
+    commit: str
+    date: str
+    device: str
+    threads: int
+    quick: bool
+    unpublishable: str | None
+    figures: dict[str, Point]
+
+
 AnyReport = TypeVar("AnyReport", bound=Report)
 
 
@@ -164,16 +194,46 @@ def write(report: Report, path: Path) -> None:
 
 def read(path: Path, kind: type[AnyReport]) -> AnyReport:
     """ValueError says what is wrong with the file."""
+    return _checked(path, _content(path), kind)
+
+
+def read_any(path: Path) -> KernelReport | SuiteReport:
+    """A file of any suite."""
+    content = _content(path)
+    if content.get("benchmark") == "kernels":
+        return _checked(path, content, KernelReport)
+    return _checked(path, content, SuiteReport)
+
+
+def read_history(path: Path) -> list[HistoryLine]:
+    """Oldest run first, as they were put in."""
+    found = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        try:
+            found.append(HistoryLine.model_validate_json(line))
+        except ValidationError as error:
+            raise ValueError(f"{path.name} is no history: line {number}: {_first(error)}") from error
+    return found
+
+
+def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path.name} must be JSON: {error}") from error
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"{path.name} must have schema {SCHEMA!r}, got {schema!r}")
+    return dict(content)
+
+
+def _checked(path: Path, content: dict[str, Any], kind: type[AnyReport]) -> AnyReport:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{path.name} is no result of {kind.__name__}: {where}: {first['msg']}") from error
+        raise ValueError(f"{path.name} is no result of {kind.__name__}: {_first(error)}") from error
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"

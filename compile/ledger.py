@@ -78,7 +78,8 @@ class Ledger:
         for name, told in self.read()["bytes"].items():
             if backend in told:
                 height, _, width = name.partition("x")
-                found.append(Footprint(*told[backend], area=int(height) * int(width)))
+                held_bytes, work_bytes = told[backend]
+                found.append(Footprint(held_bytes, work_bytes, int(height) * int(width)))
         return min(found, key=lambda one: abs(one.area - size[0] * size[1]), default=None)
 
     def is_weighed(self, size: Size, backend: str) -> bool:

@@ -1,7 +1,8 @@
-"""ONNX Runtime: the exported graphs, run in torch's memory."""
+"""ONNX Runtime: the exported graphs, run in torch's memory by the first provider that works."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .backend import Unavailable, versions_of
+from .providers import PREFERRED, options_of, probe
 from .stream import DTYPES, FIRST, NEXT, Coder, Plan, Run, States
 
+logger = logging.getLogger(__name__)
 INSTALL = "pip install 'skylapse[compile]'"
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 NUMPY = {"fp32": "float32", "fp16": "float16"}  # what a binding can name; it knows no bfloat16
 
 
@@ -24,6 +26,7 @@ class OnnxRuntime:
     def __init__(self, device: torch.device, threads: int | None = None) -> None:
         self.device = device
         self.threads = threads or torch.get_num_threads()
+        self.provider: str | None = None  # what runs the artifact that was loaded last
 
     def missing(self, plan: Plan) -> str | None:
         try:
@@ -34,9 +37,9 @@ class OnnxRuntime:
             available = onnxruntime.get_available_providers()
         except (ImportError, OSError) as error:  # a wheel whose libraries do not load raises either
             return f"onnxruntime is not there ({error}): {INSTALL}"
-        provider = PROVIDERS.get(self.device.type)
-        if provider not in available:
-            return f"this onnxruntime has no {provider}: pip install onnxruntime-gpu"
+        preferred = PREFERRED[self.device.type]
+        if not {*preferred} & {*available}:
+            return f"this onnxruntime has no {' or '.join(preferred)}: pip install onnxruntime-gpu"
         if self.device.type == "cpu" and plan.dtype != "fp32":
             return f"onnxruntime's CPU provider has no convolution of {plan.dtype}: --dtype fp32"
         if plan.dtype not in NUMPY:
@@ -63,10 +66,33 @@ class OnnxRuntime:
     def load(self, coder: Coder, plan: Plan, folder: Path) -> Run:
         if reason := self.missing(plan):
             raise Unavailable(reason)
-        sessions = {graph: self._session(folder / f"{graph}.onnx") for graph in (FIRST, NEXT)}
-        return _Sessions(coder, plan, sessions, self.device)
+        return _Sessions(coder, plan, self._sessions(coder, plan, folder), self.device)
 
-    def _session(self, path: Path) -> Any:
+    def _sessions(self, coder: Coder, plan: Plan, folder: Path) -> dict[str, Any]:
+        """Both graphs', of one provider; Unavailable says what is wrong with each that there is."""
+        import onnxruntime
+
+        there, reasons = onnxruntime.get_available_providers(), []
+        for provider in (name for name in PREFERRED[self.device.type] if name in there):
+            reason = probe(provider, self.device.index or 0) if self.device.type == "cuda" else None
+            if reason is None:
+                try:
+                    found = {graph: self._session(provider, coder, plan, graph, folder) for graph in (FIRST, NEXT)}
+                except Unavailable as error:
+                    reason = str(error)
+                except Exception as error:
+                    if self.device.type == "cpu":
+                        raise  # there is one provider: the graph is damaged, and is built again
+                    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                else:
+                    self.provider = provider
+                    logger.info("onnxruntime runs %ss on %s", coder.kind, provider)
+                    return found
+            logger.warning("onnxruntime's %s is not used: %s", provider, reason)
+            reasons.append(f"{provider}: {reason}")
+        raise Unavailable("; ".join(reasons))
+
+    def _session(self, provider: str, coder: Coder, plan: Plan, graph: str, folder: Path) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -76,11 +102,11 @@ class OnnxRuntime:
         options.log_severity_level = 3
         # Threads that spin between two operations take the core from the denoiser, which shares it.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        provider = PROVIDERS[self.device.type]
-        settings = [{"device_id": str(self.device.index or 0)}] if self.device.type == "cuda" else [{}]
-        session = onnxruntime.InferenceSession(str(path), options, providers=[provider], provider_options=settings)
-        if session.get_providers()[0] != provider:  # it falls back by itself, and says so nowhere
-            raise Unavailable(f"onnxruntime runs {path.name} on {session.get_providers()[0]}, not on {provider}")
+        told = options_of(provider, coder, plan, graph, folder, self.device)
+        path = str(folder / f"{graph}.onnx")
+        session = onnxruntime.InferenceSession(path, options, providers=[provider], provider_options=[told])
+        if (running := session.get_providers()[0]) != provider:  # it falls back by itself, and says so nowhere
+            raise Unavailable(f"{graph}.onnx runs on {running} instead")
         return session
 
 

@@ -211,3 +211,13 @@ def test_ledger_that_cannot_be_written_is_kept_in_memory(coder: Coder, tmp_path:
     assert chooser.choose(*SIZE).backend == "fake"
     chooser.refresh()
     assert chooser.choose(*SIZE).backend == "fake" and len(measured) == 1
+
+
+def test_artifact_that_the_machine_cannot_run_just_now_is_kept(coder: Coder, tmp_path: Path) -> None:
+    fake = Fake()
+    chooser = selector(coder, tmp_path, fake, fake=1.0, eager=2.0)
+    chooser.build(fake, None, measure_at=SIZE)
+    chooser.refresh()
+    fake.load = lambda *_: (_ for _ in ()).throw(Unavailable("no provider works"))  # type: ignore[method-assign]
+    assert chooser.choose(*SIZE).backend == "eager"
+    assert chooser.cache.find(chooser.key(fake, Plan())) is not None and chooser.demotions == []

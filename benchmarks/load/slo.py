@@ -55,7 +55,7 @@ def parse_slo(text: str) -> list[Slo]:
         if match is None:
             raise ValueError(f"slo must be like p95=30s, mean=500ms or large:p99=2m, got {term.strip()!r}")
         limit_s = float(match["limit"]) * UNIT_S[match["unit"]]
-        share = None if match["what"] == "mean" else float(match["what"][1:]) / 100
+        share = None if match["what"] == "mean" else round(float(match["what"][1:]) / 100, 6)
         if not limit_s > 0:
             raise ValueError(f"slo must have a limit above 0, got {term.strip()!r}")
         if share is not None and not 0 < share < 1:
@@ -79,7 +79,7 @@ def limit_of(slos: Sequence[Slo], kind: str) -> float:
 
 @dataclass(frozen=True)
 class Good:
-    """Of the requests that were due within `window_s`."""
+    """Of the requests that were due in a window. Rates of what was done; `good`: done within the class's limit."""
 
     requests: int
     ok: int
@@ -94,18 +94,23 @@ class Good:
         return self.good / self.requests if self.requests else 0.0
 
 
-def goodput(outcomes: Sequence[Outcome], slos: Sequence[Slo], window_s: float) -> Good:
-    """window_s: from the first to the last that is counted, or as long as the run took where it was no open loop."""
+def goodput(outcomes: Sequence[Outcome], slos: Sequence[Slo], window_s: float, first_s: float = 0.0) -> Good:
+    """window_s: in which they arrived, from first_s on. What was done is over the time until the last was done.
+
+    An overloaded server goes on working behind the window; to divide that by the window would give it the offered load
+    as its throughput.
+    """
     ok = [one for one in outcomes if one.latency_s is not None]
     good = [one for one in ok if (one.latency_s or 0.0) <= limit_of(slos, one.kind)]
     over = max(window_s, 1e-9)
+    until_s = max([over, *(one.done_s - first_s for one in ok if one.done_s is not None)])
     return Good(
         requests=len(outcomes),
         ok=len(ok),
         good=len(good),
-        requests_per_s=len(ok) / over,
+        requests_per_s=len(ok) / until_s,
         good_per_s=len(good) / over,
-        video_s_per_s=sum(one.video_s for one in ok) / over,
+        video_s_per_s=sum(one.video_s for one in ok) / until_s,
         good_video_s_per_s=sum(one.video_s for one in good) / over,
     )
 

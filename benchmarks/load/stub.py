@@ -92,7 +92,7 @@ class Stub:
 
 async def start(app: web.Application, port: int = 0) -> tuple[web.AppRunner, str]:
     """(to be cleaned up, URL) of a server on loopback."""
-    runner = web.AppRunner(app, access_log=None)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", port, backlog=1024)
     await site.start()

@@ -143,7 +143,7 @@ class Pipeline:
             made = {job.id: clip for job, clip in zip(wanted, clips, strict=True)}
             return [made.get(job.id, b"") for job in jobs]
 
-        return serve.batch(max_batch_size=self.max_batch, batch_wait_timeout_s=self.wait_s)(batch)  # type: ignore[no-any-return]
+        return serve.batch(max_batch_size=self.max_batch, batch_wait_timeout_s=self.wait_s)(batch)
 
     def run(self, jobs: list[Job]) -> list[bytes]:
         """One call of the pipeline for all of them."""
@@ -248,8 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stopped.set())
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": options.port})
-        pipeline = Pipeline.bind(options.model, options.dtype, options.threads, options.max_batch, options.batch_wait)
-        serve.run(Ingress.bind(pipeline, facts), name="peer", route_prefix="/", blocking=False)
+        model: Any = Pipeline  # what `@serve.deployment` makes of a class has `bind`, which its types do not tell
+        ingress: Any = Ingress
+        pipeline = model.bind(options.model, options.dtype, options.threads, options.max_batch, options.batch_wait)
+        serve.run(ingress.bind(pipeline, facts), name="peer", route_prefix="/", blocking=False)
         print(f"the peer serves at http://127.0.0.1:{options.port}", flush=True)
         stopped.wait()
     finally:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import Bounded
 from .lowering import Planar
 from .stream import DTYPES, FIRST, NEXT, Coder, Graph, Plan
 
@@ -79,8 +80,10 @@ def dynamic_shapes(coder: Coder, plan: Plan, graph: str) -> tuple[Any, ...] | No
     return (x, tuple(sides for _ in coder.states.shapes)) if graph == NEXT else (x,)  # an empty tuple is refused
 
 
-def exported(coder: Coder, plan: Plan, graph: str, device: torch.device) -> torch.export.ExportedProgram:
-    """A graph as torch.export has it, with the plan's dtype and free sides."""
+def exported(
+    coder: Coder, plan: Plan, graph: str, device: torch.device, bounded: bool = False
+) -> torch.export.ExportedProgram:
+    """A graph as torch.export has it, with the plan's dtype and free sides; bounded: see attention.py."""
     dtype = DTYPES[plan.dtype]
     module: nn.Module = Graph(coder, graph)
     weight = next(module.parameters())
@@ -89,7 +92,7 @@ def exported(coder: Coder, plan: Plan, graph: str, device: torch.device) -> torc
     arguments = tuple(tensor.to(device) for tensor in example(coder, plan, graph))
     with torch.no_grad(), quiet():
         return torch.export.export(
-            _Lowered(module, plan.planar).eval(), arguments, dynamic_shapes=dynamic_shapes(coder, plan, graph)
+            _Lowered(module, plan.planar, bounded).eval(), arguments, dynamic_shapes=dynamic_shapes(coder, plan, graph)
         )
 
 
@@ -97,7 +100,7 @@ def _program(coder: Coder, plan: Plan, graph: str) -> torch.onnx.ONNXProgram:
     count = len(coder.states.shapes)
     with torch.no_grad(), quiet():
         program = torch.onnx.export(
-            exported(coder, plan, graph, torch.device("cpu")),
+            exported(coder, plan, graph, torch.device("cpu"), bounded=True),
             (),
             dynamo=True,
             opset_version=opset(plan),
@@ -110,12 +113,12 @@ def _program(coder: Coder, plan: Plan, graph: str) -> torch.onnx.ONNXProgram:
 
 
 class _Lowered(nn.Module):
-    def __init__(self, inner: nn.Module, planar: bool) -> None:
+    def __init__(self, inner: nn.Module, planar: bool, bounded: bool) -> None:
         super().__init__()
-        self.inner, self.planar = inner, planar  # fx keeps the name `graph` for itself
+        self.inner, self.planar, self.bounded = inner, planar, bounded  # fx keeps the name `graph` for itself
 
     def forward(self, x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-        with Planar() if self.planar else nullcontext():
+        with Planar() if self.planar else nullcontext(), Bounded() if self.bounded else nullcontext():
             result: tuple[Tensor, ...] = self.inner(x, *states)
         return result
 

@@ -128,6 +128,11 @@ class Selector:
         """What `choose` has last said of a size, or else of any, if it stands."""
         return self._choices.get((height, width)) or next(reversed([*self._choices.values()]), None)
 
+    def plan_for(self, size: Size) -> Plan:
+        """What to build for a size where nothing else is said: for any size, but for frames that need their own."""
+        bound = self.coder.max_any_area
+        return Plan(self.dtype, size if bound is not None and size[0] * size[1] > bound else None)
+
     def refresh(self) -> None:
         """Choose anew for clips that begin from now on."""
         with self._lock:
@@ -142,7 +147,7 @@ class Selector:
             if run is not None:
                 runs[candidate.backend.name] = candidate, run
         if not runs:
-            return Choice("eager", self._why_none(), self.eager)
+            return Choice("eager", self._why_none(size), self.eager)
         times, at = self._times(size, {name: run for name, (_, run) in runs.items()}, [c for c, _ in runs.values()])
         names = ["eager", *runs] if self.wanted == "auto" else [*runs]
         fastest = min(names, key=lambda name: times[name])
@@ -160,7 +165,7 @@ class Selector:
         for backend in self.backends:
             if self.wanted not in ("auto", backend.name):
                 continue
-            for plan in (Plan(self.dtype, size), Plan(self.dtype)):
+            for plan in (Plan(self.dtype, size), self.plan_for(size)):
                 key = self.key(backend, plan)
                 if key.id in demoted:
                     continue
@@ -174,9 +179,10 @@ class Selector:
                 break
         return found
 
-    def _why_none(self) -> str:
+    def _why_none(self, size: Size) -> str:
         reasons = [f"{told['backend']} was demoted: {told['reason']}" for told in self.ledger.demoted().values()]
-        return "; ".join(reasons) or "nothing is built: skylapse compile builds it"
+        own = " --size WxH, as frames that large need," if self.plan_for(size).size else ""
+        return "; ".join(reasons) or f"nothing is built: skylapse compile{own} builds it"
 
     def _trusted(self, candidate: _Candidate) -> Run | None:
         """Its loaded artifact, if it does as eager does."""
@@ -290,7 +296,7 @@ class Selector:
         times, found = self.ledger.times(size), []
         demoted = self.ledger.demoted()
         for backend in self.backends:
-            plans = [Plan(self.dtype, size), Plan(self.dtype)]
+            plans = [Plan(self.dtype, size), self.plan_for(size)]
             keys = [self.key(backend, plan) for plan in plans]
             missing = backend.missing(plans[0])
             failures = [failure for key in keys if (failure := self.cache.failure(key))]
@@ -331,7 +337,7 @@ class Selector:
 def _exporter_digest() -> str:
     """Of the code that turns a coder into graphs."""
     here = Path(__file__).parent
-    sources = [here / f"{name}.py" for name in ("export", "lowering", "stream")]
+    sources = [here / f"{name}.py" for name in ("attention", "export", "lowering", "stream")]
     sources += [here.parent / "kernels" / f"{name}.py" for name in ("conv3d", "upsample_conv")]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 

@@ -65,6 +65,7 @@ class Coder:
     out_scale: int  # as the output has them
     in_frames: int  # input frames of a latent frame in `next`: 1 for a decoder
     out_frames: int
+    max_any_area: int | None = None  # latents of a frame that a graph for any size may take; larger ones need their own
 
     def __call__(self, x: Tensor, states: States | None) -> tuple[Tensor, States]:
         result: tuple[Tensor, States] = self.module(x, states)

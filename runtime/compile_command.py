@@ -78,7 +78,8 @@ def _build(selector: Selector, size: tuple[int, int], part: str, options: argpar
         print(f"skylapse: building {name} for the {part}", file=sys.stderr)
         try:
             backend = selector.backend(name)
-            selector.build(backend, size if options.size else None, measure_at=size, again=True)
+            own = size if options.size else selector.plan_for(size).size
+            selector.build(backend, own, measure_at=size, again=True)
             return
         except (Unavailable, BuildFailed) as error:
             if name == names[-1]:

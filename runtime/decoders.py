@@ -69,7 +69,7 @@ class Decoders:
     """
 
     def __init__(self, model: str, codec: VideoCodec, size: tuple[int, int], settings: Settings) -> None:
-        self.model, self.codec, self.settings = model, codec, settings
+        self.model, self.codec, self.settings, self.size = model, codec, settings, size
         self.default_size = self.latent_size(*size)
         self.wanted = {"decoder": settings.decoder, "encoder": settings.encoder or settings.decoder}
         self._building: threading.Thread | None = None
@@ -105,8 +105,8 @@ class Decoders:
 
     @property
     def plan(self) -> Plan:
-        """Of the decoder, where nothing else is said: for any size."""
-        return Plan(self.settings.decoder_dtype)
+        """Of the decoder, where nothing else is said."""
+        return self.selector.plan_for(self.default_size)
 
     @property
     def _compiled(self) -> list[str]:
@@ -182,7 +182,7 @@ class Decoders:
     def _missing(self, part: str) -> str | None:
         """The first backend that this machine has and that has not failed, if it is not built yet."""
         selector, wanted = self.selector_of(part), self.wanted[part]
-        plan, demoted = Plan(selector.dtype), selector.ledger.demoted()
+        plan, demoted = selector.plan_for(self.default_size), selector.ledger.demoted()
         for backend in selector.backends:
             if wanted not in ("auto", backend.name):
                 continue
@@ -200,6 +200,8 @@ class Decoders:
     def command(self, part: str, name: str) -> list[str]:
         """What builds a backend for this model in a process of its own."""
         arguments = [self.model, "--part", part, "--backend", name, "--device", self.codec.device.type]
+        if self.selector_of(part).plan_for(self.default_size).size is not None:
+            arguments += ["--size", "{}x{}".format(*self.size)]
         arguments += ["--dtype", self.settings.decoder_dtype, "--threads", str(torch.get_num_threads())]
         return [sys.executable, "-m", __package__.partition(".")[0], "compile", *arguments]
 
@@ -210,7 +212,7 @@ class Decoders:
 
     def _build(self, part: str, name: str) -> None:
         selector = self.selector_of(part)
-        key = selector.key(selector.backend(name), Plan(selector.dtype))
+        key = selector.key(selector.backend(name), selector.plan_for(self.default_size))
         logger.info("%s's %s is built in the background; eager serves until then", name, part)
         status, said = self._finish(self.command(part, name))
         if status == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ...compile.attention import ANY_AREA
 from ...compile.stream import Coder
 from .wan import States, WanVAE
 
@@ -43,6 +44,7 @@ def decoder_of(vae: WanVAE) -> Coder:
         out_scale=config.scale_factor_spatial,
         in_frames=1,
         out_frames=config.scale_factor_temporal,
+        max_any_area=ANY_AREA,
     )
 
 
@@ -58,4 +60,5 @@ def encoder_of(vae: WanVAE) -> Coder:
         out_scale=1,
         in_frames=config.scale_factor_temporal,
         out_frames=1,
+        max_any_area=ANY_AREA,
     )

@@ -244,7 +244,20 @@ def test_decoder_and_encoder_are_built_one_after_the_other(
     decoders = decoders_of(codec_of(vae), tmp_path, encoder=None)
     assert builds(monkeypatch, decoders) == [("decoder", "fake"), ("encoder", "fake")]
     command = Decoders.command(decoders, "encoder", "fake")
-    assert command[2:7] == ["skylapse", "compile", "tiny", "--part", "encoder"]
+    assert command[2:7] == ["skylapse", "compile", "tiny", "--part", "encoder"] and "--size" not in command
+
+
+def test_frames_too_large_for_a_plan_for_any_size_are_built_by_their_own(
+    vae: WanVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "backends", lambda device: [Fake()])
+    decoders = decoders_of(codec_of(vae), tmp_path)
+    selector = decoders.selector
+    selector.coder = replace(selector.coder, max_any_area=23)  # of the 24 latents of 24 x 16 pixels
+    command = decoders.command("decoder", "fake")
+    assert command[command.index("--size") + 1] == "24x16"
+    selector.cache.fail(selector.key(selector.backend("fake"), Plan(size=(4, 6))), "too large")
+    assert builds(monkeypatch, decoders) == []
 
 
 # --- encoding ---------------------------------------------------------------------------------------------------------

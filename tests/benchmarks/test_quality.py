@@ -55,7 +55,9 @@ def begin(tmp_path: Path) -> Callable[..., tuple[Sheet, FakeMakers, Run]]:
     def make(ways: list[Way], prompts: int = 2, interrupt_at: int = 10**6) -> tuple[Sheet, FakeMakers, Run]:
         sheet = Sheet("quality", options(tmp_path), {"steps": 10, "judged": False})
         makers = FakeMakers(interrupt_at)
-        asked = [({"prompt": "p", "seed": i, "num_inference_steps": 10}, {}) for i in range(prompts)]
+        asked: list[tuple[dict, dict]] = [
+            ({"prompt": "p", "seed": i, "num_inference_steps": 10}, {}) for i in range(prompts)
+        ]
         return sheet, makers, Run(sheet, makers, [Row(way) for way in ways], asked)
 
     return make

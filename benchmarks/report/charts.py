@@ -1,0 +1,223 @@
+"""From results to charts: which numbers stand on which axis. Knows no library that draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..record import Curve, HistoryLine, KernelReport
+from .load import Found
+
+MOST_SERIES = 8  # as many colours and marks as can be told apart
+LEAST_OF_CDF = 20  # samples, fewer are no distribution
+REQUESTS = ("engine", "serve", "goodput")  # suites whose seconds are latencies of requests
+QUALITY = "psnr_pooled"
+
+
+@dataclass(frozen=True)
+class Series:
+    """errors: how far the interval reaches below and above each point."""
+
+    name: str
+    points: list[tuple[float, float]]
+    line: Literal["steps", "line", "none"] = "line"
+    errors: list[tuple[float, float]] | None = None
+    words: list[str] | None = None  # beside each point
+
+
+@dataclass
+class Chart:
+    """guide: a line that the points are read against, such as a roofline."""
+
+    title: str
+    x: str
+    y: str
+    series: list[Series]
+    source: str
+    log_x: bool = False
+    log_y: bool = False
+    guide: list[tuple[float, float]] | None = None
+    ticks: dict[float, str] | None = None  # of x, in place of numbers
+    left_out: int = 0
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        self.left_out = max(0, len(self.series) - MOST_SERIES)
+        self.series = self.series[:MOST_SERIES]
+
+
+@dataclass
+class Section:
+    key: str
+    title: str
+    text: str
+    charts: list[Chart] = field(default_factory=list)
+
+
+def sections(found: Found) -> list[Section]:
+    """Those that there are results for."""
+    every = [
+        Section(
+            "latency",
+            "Latency",
+            "The share of requests, or of rounds, that took no longer than so many seconds: every sample of the run.",
+            list(_latencies(found)),
+        ),
+        Section(
+            "load",
+            "Load",
+            "What arrives in time as more is offered; requests arrive whether or not the service keeps up.",
+            list(_curves(found)),
+        ),
+        Section(
+            "quality",
+            "Quality over speed",
+            "Distance from the exact clip against speed-up. Further up and to the right is better; fewer steps are the "
+            "control that a cache has to beat.",
+            list(_qualities(found)),
+        ),
+        Section(
+            "roofline",
+            "Roofline",
+            "Arithmetic rate over arithmetic intensity. The line is what this device reached on a copy and on a large "
+            "product; on a CPU with its caches, small operations may lie above it.",
+            [chart for path, report in found.kernels.items() for chart in _rooflines(path, report)],
+        ),
+        Section(
+            "memory",
+            "Memory",
+            "Peak bytes that were measured against those that admission predicts; on the line they agree.",
+            list(_memories(found)),
+        ),
+        Section(
+            "history",
+            "History",
+            "Medians over commits with their intervals of 95 %, relative to the first commit shown.",
+            [chart for path, lines in found.histories.items() for chart in _histories(path, lines)],
+        ),
+    ]
+    kept = [section for section in every if section.charts]
+    for section in kept:
+        for number, chart in enumerate(section.charts):
+            chart.key = section.key if len(section.charts) == 1 else f"{section.key}-{number + 1}"
+    return kept
+
+
+def _latencies(found: Found) -> Iterator[Chart]:
+    for path, report in found.suites.items():
+        groups: dict[str, list[Series]] = {}
+        for one in report.measurements:
+            if one.unit == "s" and len(one.samples) >= LEAST_OF_CDF and report.benchmark in REQUESTS:
+                group, _, name = one.name.rpartition("/")
+                groups.setdefault(group, []).append(cdf(name, one.samples))
+        for group, series in groups.items():
+            yield Chart(group, "seconds", "share of requests", series, path)
+
+
+def cdf(name: str, samples: Sequence[float]) -> Series:
+    """A step upwards at each sample."""
+    ordered = sorted(samples)
+    points = [(value, (rank + 1) / len(ordered)) for rank, value in enumerate(ordered)]
+    return Series(name, [(ordered[0], 0.0), *points], "steps")
+
+
+def _curves(found: Found) -> Iterator[Chart]:
+    """Curves of the same axes and of one group, the name up to its last part, share a chart."""
+    for path, report in found.suites.items():
+        groups: dict[tuple[str, str, str], list[Curve]] = {}
+        for curve in report.curves:
+            groups.setdefault((curve.name.rpartition("/")[0], curve.x, curve.y), []).append(curve)
+        for (group, x, y), curves in groups.items():
+            series = [Series(curve.name.rpartition("/")[2], sorted(curve.points)) for curve in curves if curve.points]
+            if series:
+                yield Chart(group or report.benchmark, x, y, series, path)
+
+
+def _qualities(found: Found) -> Iterator[Chart]:
+    """Of each way that has both a speed-up and a distance; caches, weights and fewer steps are series of their own."""
+    for path, report in found.suites.items():
+        quality = {
+            one.name.rpartition("/")[2]: one.spread.median
+            for one in report.measurements
+            if f"/{QUALITY}/" in one.name or one.name.endswith(f"/{QUALITY}")
+        }
+        kinds: dict[str, list[tuple[float, float, str]]] = {}
+        for ratio in report.comparisons:
+            way = ratio.name.rpartition("/")[2]
+            if way in quality and "/cpu" not in ratio.name and report.benchmark == "quality":
+                kind, _, value = way.partition("=")
+                kinds.setdefault(kind, []).append((ratio.spread.median, quality[way], value))
+        series = [
+            Series(
+                kind,
+                [(x, y) for x, y, _ in sorted(points)],
+                "line" if kind == "steps" else "none",
+                words=[value for _, _, value in sorted(points)],
+            )
+            for kind, points in kinds.items()
+        ]
+        if series:
+            yield Chart(f"{report.model}", "speed-up of denoising", "PSNR of the whole clip, dB", series, path)
+
+
+def _rooflines(path: str, report: KernelReport) -> Iterator[Chart]:
+    limits = {name: spread.median for name, spread in report.limits.items()}
+    if not {"bytes_per_s", "operations_per_s"} <= limits.keys():
+        return
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in report.rows:
+        seconds = row.contestants[row.ours].seconds if row.ours in row.contestants else None
+        if seconds is not None and row.operations > 0 and row.num_bytes > 0 and seconds.median > 0:
+            at = (row.operations / row.num_bytes, row.operations / seconds.median / 1e9)
+            points.setdefault(row.op, []).append(at)
+    if not points:
+        return
+    peak = limits["operations_per_s"] / 1e9
+    knee = limits["operations_per_s"] / limits["bytes_per_s"]
+    at = [x for some in points.values() for x, _ in some]
+    low, high = min(*at, knee) / 2, max(*at, knee) * 2
+    roof = [(low, low * limits["bytes_per_s"] / 1e9), (knee, peak), (high, peak)]
+    ops = list(points)
+    for begin in range(0, len(ops), MOST_SERIES):
+        series = [Series(op, sorted(points[op]), "none") for op in ops[begin : begin + MOST_SERIES]]
+        title = f"{report.machine.get('device')}, {report.machine.get('threads')} threads"
+        yield Chart(title, "operations a byte", "10⁹ operations/s", series, path, True, True, roof)
+
+
+def _memories(found: Found) -> Iterator[Chart]:
+    """Figures in bytes called `.../predicted` beside `.../measured`, or with a label `predicted` of that number."""
+    for path, report in found.suites.items():
+        bytes_of = {one.name: one for one in report.measurements if one.unit == "bytes"}
+        groups: dict[str, list[tuple[float, float]]] = {}
+        for name, one in bytes_of.items():
+            case, _, last = name.rpartition("/")
+            predicted = one.labels.get("predicted_bytes", one.labels.get("predicted"))
+            if last == "measured" and f"{case}/predicted" in bytes_of:
+                predicted = bytes_of[f"{case}/predicted"].spread.median
+            if isinstance(predicted, int | float):
+                group = case.rpartition("/")[0] if last == "measured" else case
+                groups.setdefault(group or report.benchmark, []).append((predicted / 2**20, one.spread.median / 2**20))
+        if groups:
+            series = [Series(group.rpartition("/")[2], sorted(points), "none") for group, points in groups.items()]
+            values = [value for points in groups.values() for point in points for value in point]
+            guide = [(end, end) for end in (min(values), max(values))]
+            yield Chart(report.model, "predicted, MiB", "measured, MiB", series, path, guide=guide)
+
+
+def _histories(path: str, lines: list[HistoryLine]) -> Iterator[Chart]:
+    """A chart for each case, over the runs that are publishable; one run alone is no history."""
+    lines = [line for line in lines if line.unpublishable is None]
+    ticks = {float(at): line.commit[:7] for at, line in enumerate(lines)}
+    groups: dict[str, list[Series]] = {}
+    for name in dict.fromkeys(name for line in lines for name in line.figures):
+        held = [(at, line.figures[name]) for at, line in enumerate(lines) if name in line.figures]
+        base = held[0][1].median
+        if len(held) < 2 or base <= 0:
+            continue
+        points = [(float(at), figure.median / base) for at, figure in held]
+        errors = [((f.median - (f.low or f.median)) / base, ((f.high or f.median) - f.median) / base) for _, f in held]
+        case, _, last = name.rpartition("/")
+        groups.setdefault(case, []).append(Series(last, points, "line", errors))
+    for case, series in groups.items():
+        yield Chart(case, "commit", "over the first", series, path, ticks=ticks)

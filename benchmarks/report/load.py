@@ -1,0 +1,47 @@
+"""What a folder of results holds: reports, histories, and the files that are neither, with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..record import HistoryLine, KernelReport, SuiteReport, read_any, read_history
+
+AnyResult = KernelReport | SuiteReport
+
+
+@dataclass
+class Found:
+    """Paths are relative to the folder."""
+
+    folder: Path
+    reports: dict[str, AnyResult] = field(default_factory=dict)
+    histories: dict[str, list[HistoryLine]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def suites(self) -> dict[str, SuiteReport]:
+        return {path: report for path, report in self.reports.items() if isinstance(report, SuiteReport)}
+
+    @property
+    def kernels(self) -> dict[str, KernelReport]:
+        return {path: report for path, report in self.reports.items() if isinstance(report, KernelReport)}
+
+
+def collect(folder: Path) -> Found:
+    """Everything below it; ValueError where there is nothing at all."""
+    if not folder.is_dir():
+        raise ValueError(f"the folder of results must exist, got {str(folder)!r}")
+    found = Found(folder)
+    for path in sorted([*folder.rglob("*.json"), *folder.rglob("*.jsonl")]):
+        name = path.relative_to(folder).as_posix()
+        try:
+            if path.suffix == ".jsonl":
+                found.histories[name] = read_history(path)
+            else:
+                found.reports[name] = read_any(path)
+        except (ValueError, OSError) as error:
+            found.refused[name] = str(error)
+    if not (found.reports or found.histories or found.refused):
+        raise ValueError(f"{str(folder)!r} must have results, *.json or *.jsonl, got none")
+    return found

@@ -195,6 +195,8 @@ class Batch:
         memory = self.memory()
         held = sum(t.resident_bytes for t in self.active.values())
         left = memory.available_bytes - held - memory.profile.step_bytes
+        if self.model.codec.lane is not None:  # a chunk may be decoded beside the step
+            left -= max((memory.coding_bytes(t) for t in self.active.values() if t.stage == "decode"), default=0)
         return max(1, min(self.scheduler.config.max_batch_tokens, int(left / max(1.0, memory.profile.token_bytes))))
 
     def _report(self, stepped: Sequence[Taken]) -> Iterator[Event]:

@@ -49,13 +49,21 @@ class MemoryBudget:
         return round(self.profile.step_bytes + self.profile.token_bytes * num_tokens)
 
     def working_bytes(self, t: Trajectory) -> int:
-        """Of the request's most expensive piece of work, alone, with what compiled coders hold all the while."""
+        """Of the request's most expensive piece of work, alone, with what compiled coders hold all the while.
+
+        Where decoding goes on beside the steps of others (CUDA), of a step and a chunk together.
+        """
+        width, height, _ = t.request.size
+        held, _ = self.compiled(width, height)
+        step, coding = self.step_bytes(t.num_tokens * t.num_branches), self.coding_bytes(t)
+        return held + (max(step, coding) if t.model.codec.lane is None else step + coding)
+
+    def coding_bytes(self, t: Trajectory) -> int:
+        """Of a chunk of its frames, by eager or by what has been chosen, whichever takes more."""
         width, height, _ = t.request.size
         tiling = t.model.codec.tiling
         pixels = width * height if width * height <= tiling.threshold else tiling.tile**2
-        held, work = self.compiled(width, height)
-        coding = max(work, round(self.profile.pixel_bytes * pixels))
-        return held + max(self.step_bytes(t.num_tokens * t.num_branches), coding)
+        return max(self.compiled(width, height)[1], round(self.profile.pixel_bytes * pixels))
 
     def check(self, t: Trajectory) -> None:
         """RequestTooLarge if the request cannot fit even with the engine to itself."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .overlap import CudaLane, Lane, overlapped
 from .tiling import Chunk, Tiling, decode_tiled, encode_tiled
 from .wan import States, WanVAE
 
@@ -27,6 +28,7 @@ class VideoCodec:
         self.device = device
         self.dtype = next(vae.parameters()).dtype
         self.chunk = chunk
+        self.lane: Lane | None = CudaLane(device) if device.type == "cuda" else None
         self.tiling = tiling or Tiling()
         self.temporal_factor = config.scale_factor_temporal
         self.spatial_factor = config.scale_factor_spatial
@@ -68,11 +70,22 @@ class VideoCodec:
             yield latents[0]
 
     def decode(self, latents: Tensor) -> Iterator[Frames]:
-        """uint8 frames [n, H, W, 3] of normalised latents [C, T, H, W], as soon as each chunk is decoded."""
+        """uint8 frames [n, H, W, 3] of normalised latents [C, T, H, W], as soon as each chunk is decoded.
+
+        On CUDA beside what the caller queues between two chunks; see overlap.py.
+        """
+        levels = self._levels(latents)
+        if self.lane is not None:
+            yield from overlapped(levels, self.lane, latents)
+        else:
+            yield from (chunk.cpu().numpy() for chunk in levels)
+
+    def _levels(self, latents: Tensor) -> Iterator[Tensor]:
+        """The same frames, on the device."""
         for chunk in self.decode_float(latents):
             with torch.inference_mode():
                 levels = chunk.float().add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
-            yield levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+            yield levels.permute(1, 2, 3, 0).contiguous()
 
     def decode_float(self, latents: Tensor) -> Iterator[Tensor]:
         """Frames [3, n, H, W] in the VAE's dtype, not clamped; the first chunk is the first frame."""

@@ -17,7 +17,6 @@ import torch
 from skylapse import VideoRequest
 from skylapse.benchmarks.harness import Missing
 from skylapse.benchmarks.metrics import CAP_DB
-from skylapse.benchmarks.peers import command
 from skylapse.benchmarks.peers.command import Race, markdown, peak_of, peers, requests
 from skylapse.benchmarks.peers.contestants import ALL, EAGER, OURS, QUICK, Contestants, uncached, words_of
 from skylapse.benchmarks.peers.diffusers_wan import Timed, cache_dit
@@ -175,7 +174,7 @@ def test_process_apart_that_has_no_figure_says_why(
     said: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = subprocess.CompletedProcess([], 0, stdout=said)
-    monkeypatch.setattr(command.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
     options = argparse.Namespace(
         model="demo", size=None, steps=None, threads=1, dtype="fp32", device=torch.device("cpu")
     )

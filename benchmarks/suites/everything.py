@@ -21,7 +21,7 @@ from ..command import BENCHMARKS
 from ..sheet import RESULTS, note
 
 QUICK_S = 540.0  # of all together, on two cores
-GRACE_S = 60.0  # beyond its share, in which a suite ends the case that it is in
+GRACE_S = (10.0, 60.0)  # beyond its share, as long again within these: in which a suite ends the case that it is in
 ENDING_S = 20.0  # in which an interrupted one writes down what it has
 # How much of the time each may take: its own measure of work. What one leaves over is there for those after it.
 SHARES = {
@@ -133,12 +133,16 @@ def run_all(
         job.out.unlink(missing_ok=True)  # or an earlier run's would be taken for this one's
         start = now()
         try:
-            status = run([job.name, *job.arguments, *words], float("inf") if share_s is None else share_s + GRACE_S)
+            status = run([job.name, *job.arguments, *words], _timeout_of(share_s))
         except KeyboardInterrupt:
             ended.append(Ended(job, 130, now() - start, told_by(job.out)))
             return ended, True
         ended.append(Ended(job, status, now() - start, told_by(job.out)))
     return ended, False
+
+
+def _timeout_of(share_s: float | None) -> float:
+    return float("inf") if share_s is None else share_s + min(max(share_s, GRACE_S[0]), GRACE_S[1])
 
 
 def run_suite(words: Sequence[str], timeout_s: float) -> int:

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
 
-from skylapse.benchmarks.harness import Budget, Missing, Run, WallClock, confidence, reason_of, spread_of, take_turns
+from skylapse.benchmarks import peak
+from skylapse.benchmarks.harness import (
+    Budget,
+    Missing,
+    Run,
+    WallClock,
+    confidence,
+    ratios,
+    reason_of,
+    spread_of,
+    take_turns,
+)
 
 
 class Fake:
@@ -146,3 +159,70 @@ def test_short_call_is_repeated_until_it_can_be_timed() -> None:
 )
 def test_reason_is_one_line_without_folders(error: Exception, reason: str) -> None:
     assert reason_of(error) == reason
+
+
+class Counting(Fake):
+    """Says for CPU time how often it was asked, so that a sample shows when it was taken."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.cpu_s = 0.0
+
+    def seconds(self, run: Run) -> float:
+        self.cpu_s += 1
+        return super().seconds(run)
+
+
+def test_cpu_seconds_stand_in_the_order_of_the_rounds() -> None:
+    clock = Counting()
+    turns = take_turns(clock.runs(a=1.0, b=1.0), clock, Budget(least=3, most=3), stopped)
+    assert clock.order == "abab" + "abbaab"
+    assert turns.cpu_s == {"a": [5, 8, 9], "b": [6, 7, 10]}
+
+
+def test_who_falls_out_takes_its_cpu_seconds_along() -> None:
+    runs: dict[str, Run] = {"a": lambda: sum(range(1000)), "b": broken_after(4, ValueError("no more"))}
+    turns = take_turns(runs, WallClock(1e-6), Budget(least=6, most=6))
+    assert turns.cpu_s.keys() == {"a"} == turns.samples.keys()
+    assert len(turns.cpu_s["a"]) == 6
+    assert take_turns(Fake(0).runs(), Fake(0), Budget()).cpu_s == {}
+
+
+def test_cpu_time_is_the_process_s_and_not_the_clock_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    wall, cpu = iter([0.0, 8.0]), iter([1.0, 3.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(wall))
+    monkeypatch.setattr("time.process_time", lambda: next(cpu))
+    clock = WallClock()
+    assert (clock.seconds(int), clock.cpu_s) == (8.0, 2.0)
+
+
+def test_ratio_to_nothing_is_finite() -> None:
+    assert ratios([2.0, 1.0], [1.0, 4.0]) == [2.0, 0.25]
+    assert ratios([0.0], [0.0]) == [1.0]
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux counts")
+def test_peak_is_of_what_ran_and_not_of_what_ran_before() -> None:
+    held = peak.held_bytes(CPU)
+    high = peak.peak_while(lambda: b"x" * 2**27, CPU)
+    low = peak.peak_while(lambda: b"x" * 2**10, CPU)
+    assert held is not None
+    assert high is not None
+    assert low is not None
+    assert high - held > 0.9 * 2**27
+    assert high - low > 0.9 * 2**27
+
+
+def test_peak_is_unknown_where_nobody_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    monkeypatch.setattr(peak, "PROCESS", tmp_path / "nowhere")
+    assert peak.peak_while(lambda: ran.append(1), CPU) is None
+    assert peak.held_bytes(CPU) is None
+    (tmp_path / "clear_refs").mkdir()  # as where a container may not write it
+    (tmp_path / "status").write_text("VmHWM:\t   12 kB\nVmRSS:\t   7 kB\n")
+    monkeypatch.setattr(peak, "PROCESS", tmp_path)
+    assert peak.peak_while(lambda: ran.append(2), CPU) is None
+    assert (peak.held_bytes(CPU), ran) == (7 * 1024, [1, 2])

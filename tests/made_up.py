@@ -128,6 +128,6 @@ def quality() -> SuiteReport:
 def memory() -> SuiteReport:
     found = []
     for frames in (5, 9, 17, 33):
-        found.append(measurement(f"memory/64x64/{frames}/measured", [frames * 1.1e6], "bytes"))
-        found.append(measurement(f"memory/64x64/{frames}/predicted", [frames * 1.2e6], "bytes", "neither"))
+        found.append(measurement(f"memory/64x64x{frames}/exact", [frames * 1.1e6], "bytes"))
+        found.append(measurement(f"memory/64x64x{frames}/exact/predicted", [frames * 1.2e6], "bytes", "neither"))
     return report("memory", found)

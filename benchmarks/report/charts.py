@@ -175,8 +175,8 @@ def _rooflines(path: str, report: KernelReport) -> Iterator[Chart]:
         return
     peak = limits["operations_per_s"] / 1e9
     knee = limits["operations_per_s"] / limits["bytes_per_s"]
-    at = [x for some in points.values() for x, _ in some]
-    low, high = min(*at, knee) / 2, max(*at, knee) * 2
+    across = [knee, *(x for some in points.values() for x, _ in some)]
+    low, high = min(across) / 2, max(across) * 2
     roof = [(low, low * limits["bytes_per_s"] / 1e9), (knee, peak), (high, peak)]
     ops = list(points)
     for begin in range(0, len(ops), MOST_SERIES):
@@ -186,20 +186,16 @@ def _rooflines(path: str, report: KernelReport) -> Iterator[Chart]:
 
 
 def _memories(found: Found) -> Iterator[Chart]:
-    """Figures in bytes called `.../predicted` beside `.../measured`, or with a label `predicted` of that number."""
+    """Figures in bytes beside those of the same name with `/predicted` behind it; a series for each kind."""
     for path, report in found.suites.items():
-        bytes_of = {one.name: one for one in report.measurements if one.unit == "bytes"}
+        bytes_of = {one.name: one.spread.median / 2**20 for one in report.measurements if one.unit == "bytes"}
         groups: dict[str, list[tuple[float, float]]] = {}
-        for name, one in bytes_of.items():
-            case, _, last = name.rpartition("/")
-            predicted = one.labels.get("predicted_bytes", one.labels.get("predicted"))
-            if last == "measured" and f"{case}/predicted" in bytes_of:
-                predicted = bytes_of[f"{case}/predicted"].spread.median
-            if isinstance(predicted, int | float):
-                group = case.rpartition("/")[0] if last == "measured" else case
-                groups.setdefault(group or report.benchmark, []).append((predicted / 2**20, one.spread.median / 2**20))
+        for name, measured in bytes_of.items():
+            if f"{name}/predicted" in bytes_of:
+                group = name.rpartition("/")[2] if name.count("/") > 1 else report.benchmark
+                groups.setdefault(group, []).append((bytes_of[f"{name}/predicted"], measured))
         if groups:
-            series = [Series(group.rpartition("/")[2], sorted(points), "none") for group, points in groups.items()]
+            series = [Series(group, sorted(points), "none") for group, points in groups.items()]
             values = [value for points in groups.values() for point in points for value in point]
             guide = [(end, end) for end in (min(values), max(values))]
             yield Chart(report.model, "predicted, MiB", "measured, MiB", series, path, guide=guide)

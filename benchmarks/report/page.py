@@ -18,7 +18,7 @@ def page(found: Found, sections: list[Section]) -> str:
     links = "".join(f'<a href="#{section.key}">{escape(section.title)}</a>' for section in sections)
     body = [
         "<h1>skylapse benchmarks</h1>",
-        f'<p class="muted">{len(found.reports)} results and {len(found.histories)} histories.'
+        f'<p class="muted">Results: {len(found.reports)}, histories: {len(found.histories)}.'
         " Every figure is a median with its interval of 95 %.</p>",
         f'<nav><a href="#runs">Runs</a>{links}<a href="#figures">All figures</a></nav>',
         _refused(found),

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 MAX_SCORES = 2**26  # at once: 256 MiB in fp32, and as much for their softmax
 LIKELY_FRAMES = 4  # of a chunk, where a graph leaves their number free
+FIXED: type = int  # of a side, which is a torch.SymInt where it is free, whatever its annotation says
 ANY_AREA = 8192  # latents of a frame by a graph for any size: 1 GiB of scores of four frames in fp32
 
 
@@ -31,9 +32,9 @@ class Bounded(TorchFunctionMode):
 def bounded_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """F.scaled_dot_product_attention of [frames, heads, tokens, dim] each."""
     frames, heads, tokens, _ = query.shape
-    if not isinstance(tokens, int):  # free sides
+    if not isinstance(tokens, FIXED):  # free sides
         return F.scaled_dot_product_attention(query, key, value)
-    rows = MAX_SCORES // (heads * tokens * (frames if isinstance(frames, int) else LIKELY_FRAMES))
+    rows = MAX_SCORES // (heads * tokens * (frames if isinstance(frames, FIXED) else LIKELY_FRAMES))
     if rows >= tokens:
         return F.scaled_dot_product_attention(query, key, value)
     parts = query.split(max(1, rows), dim=2)

@@ -59,8 +59,10 @@ class VideoCodec:
             raise ValueError(f"num_frames must be {self.temporal_factor}k+1 to be encoded, got {num_frames}")
         states = None
         factor = self.spatial_factor
-        height, width = (side // factor for side in self._sides(frames))
-        run = self.choose_encoder(*self.tiling.size(height, width, factor))
+        height, width = self._sides(frames)
+        if height % factor or width % factor:
+            raise ValueError(f"frames' sides must be multiples of {factor} to be encoded, got {height} x {width}")
+        run = self.choose_encoder(*self.tiling.size(height // factor, width // factor, factor))
         starts = (0, *range(1, num_frames, self.chunk * self.temporal_factor), num_frames)
         for start, stop in pairwise(starts):
             with torch.inference_mode():  # never across a yield: the caller would inherit it

@@ -80,6 +80,8 @@ def test_encode_refuses_a_clip_that_is_not_4k_plus_1() -> None:
     _, vae = build("2.1")
     with pytest.raises(ValueError, match=r"num_frames must be 4k\+1 to be encoded, got 6"):
         codec(vae).encode(clip(6))
+    with pytest.raises(ValueError, match="sides must be multiples of 8 to be encoded, got 60 x 96"):
+        codec(vae).encode(clip(5, height=60))
 
 
 @torch.inference_mode()

@@ -20,6 +20,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
+from ...runtime.config import load_settings
 from ...runtime.engine import Engine
 from ...runtime.events import Failed
 from ...runtime.models.text_cache import TextCache
@@ -61,10 +62,10 @@ def profile(options: argparse.Namespace) -> int:
     folder: Path = options.profile
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--profile must be a folder, got the file {str(folder)!r}")
+    if load_settings().compile:
+        raise ValueError("--profile needs blocks in eager mode, got SKYLAPSE_COMPILE=1")
     options.out = options.out or folder / "denoise.json"
     engine = Engine.from_pretrained(options.model)
-    if engine.settings.compile:
-        raise ValueError("--profile needs blocks in eager mode, got SKYLAPSE_COMPILE=1")
     d = engine.defaults
     size: Size = options.size[0] if options.size else (d.width, d.height, d.num_frames)
     num_steps = options.steps or (QUICK_STEPS if options.quick else d.num_inference_steps)

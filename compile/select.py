@@ -23,7 +23,7 @@ from .backend import Backend, Unavailable, machine_name
 from .cache import Artifact, EngineCache, Key
 from .eager import Eager
 from .footprint import Footprint, watch
-from .judge import compare, measure, weigh
+from .judge import TINY, compare, measure, weigh
 from .ledger import Ledger, Size
 from .stream import Coder, Plan, Run, States
 
@@ -184,13 +184,16 @@ class Selector:
         own = " --size WxH, as frames that large need," if self.plan_for(size).size else ""
         return "; ".join(reasons) or f"nothing is built: skylapse compile{own} builds it"
 
-    def _trusted(self, candidate: _Candidate) -> Run | None:
-        """Its loaded artifact, if it does as eager does."""
+    def _trusted(self, candidate: _Candidate, weighs: bool = False) -> Run | None:
+        """Its loaded artifact, if it does as eager does. What that holds is noted where nobody has yet, or `weighs`."""
         backend, key = candidate.backend, candidate.key
         try:
-            with watch(self.device) as grown:
+            if weighs or self.ledger.footprint(TINY, backend.name) is None:
+                with watch(self.device) as grown:
+                    run = backend.load(self.coder, candidate.plan, candidate.artifact.folder)
+                self._held_bytes[backend.name] = grown.num_bytes
+            else:
                 run = backend.load(self.coder, candidate.plan, candidate.artifact.folder)
-            self._held_bytes[backend.name] = grown.num_bytes
         except Unavailable as error:  # the machine's fault, not the artifact's
             logger.warning("%s is not used: %s", backend.name, error)
             return None
@@ -244,12 +247,14 @@ class Selector:
         """Seconds of a clip by each."""
         return measure(self.coder, runs, size, plan, self.device, repeats)
 
-    def _weigh(self, runs: dict[str, Run], size: Size) -> None:
+    def _weigh(self, runs: dict[str, Run], size: Size, again: bool = False) -> None:
         """Note what each takes that has not been weighed at this size; before it is warm, or it has it already."""
         for name, run in runs.items():
-            if not self.ledger.is_weighed(size, name):
+            if again or not self.ledger.is_weighed(size, name):
+                known = self.ledger.footprint(size, name)
+                held_bytes = self._held_bytes.get(name, known.held_bytes if known else 0)
                 work_bytes = weigh(self.coder, run, size, Plan(self.dtype), self.device)
-                footprint = Footprint(self._held_bytes.get(name, 0), work_bytes, size[0] * size[1])
+                footprint = Footprint(held_bytes, work_bytes, size[0] * size[1])
                 self.ledger.weighed(size, name, footprint)
 
     def _times(
@@ -284,9 +289,10 @@ class Selector:
         self._failed.discard(key.id)
         self.ledger.pardon(key.id)
         self.refresh()
-        runs = {c.backend.name: run for c in self._candidates(measure_at) if (run := self._trusted(c)) is not None}
+        found = ((c, self._trusted(c, weighs=True)) for c in self._candidates(measure_at))
+        runs = {candidate.backend.name: run for candidate, run in found if run is not None}
         if runs:
-            self._weigh(runs, measure_at)
+            self._weigh(runs, measure_at, again=True)
             self.ledger.timed(measure_at, self.measure({"eager": self.eager, **runs}, measure_at, plan))
         runs.clear()  # what is chosen is loaded anew
         return self.choose(*measure_at)

@@ -86,6 +86,8 @@ def test_what_a_backend_takes_is_weighed_once_and_scaled_by_area(coder: Coder, t
     assert 46 * MIB < found.held_bytes < 64 * MIB and 30 * MIB < found.work_bytes < 48 * MIB
     assert found.work_at(12, 16) == 4 * found.work_bytes
     assert later.choose(5, 6).footprint is not None  # of the size closest to it
+    again = later.build(later.backend("fake"), None, measure_at=SIZE, again=True).footprint
+    assert again is not None and again.held_bytes < 16 * MIB and again.work_bytes < 16 * MIB
     assert Selector(coder, [], EngineCache(tmp_path), device=CPU).choose(*SIZE).footprint is None  # eager's
 
 

@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ QUALITY: dict[str, Better] = {
     "flicker": "neither",
     "spectrum": "lower",
 }
+NO_FRAMES = np.empty((0, 0, 0, 3), np.uint8)
 APART_S = 300.0  # for one clip in a process of its own, which may compile first
 
 
@@ -152,7 +153,7 @@ class Race:
     def __init__(self, sheet: Sheet, contestants: Contestants, case: str) -> None:
         self.sheet, self.contestants, self.group = sheet, contestants, f"peers/{case}"
         self.runs: dict[str, Run] = {}
-        self.seconds: dict[str, list[dict[str, float]]] = {}
+        self.made: dict[str, list[Timed]] = {}  # without their frames
         self.quality: dict[str, list[dict[str, float]]] = {}
         self.apart: list[tuple[int, float]] = []  # of our exact and diffusers' frames: levels at most, share above 1
         self._rounds = 0
@@ -167,7 +168,7 @@ class Race:
                 self.sheet.missing(f"{self.group}/{name}", str(reason))
             except Exception as error:
                 self.sheet.failed(f"{self.group}/{name}", reason_of(error))
-        self.seconds = {name: [] for name in self.runs}
+        self.made = {name: [] for name in self.runs}
         self.sheet.settings["of_contestants"] = self.contestants.settings
 
     def round(self, request: VideoRequest) -> None:
@@ -184,12 +185,12 @@ class Race:
                     made[name] = self.runs[name](request)
                 except Exception as error:  # a peer's own result
                     self.sheet.failed(f"{self.group}/{name}", reason_of(error))
-                    for kept in (self.runs, self.seconds, self.quality):
+                    for kept in (self.runs, self.made, self.quality):
                         kept.pop(name, None)
         finally:
             gc.enable()
         for name, timed in made.items():  # only now: a round that is interrupted counts for nobody
-            self.seconds[name].append(timed.seconds)
+            self.made[name].append(replace(timed, frames=NO_FRAMES))
             reference = uncached(name)
             if reference in made:
                 found = compare_clips(timed.frames, made[reference].frames)
@@ -199,19 +200,17 @@ class Race:
             self.apart.append((int(difference.max()), float((difference > 1).mean())))
 
     def record(self) -> None:
-        for name, rounds in self.seconds.items():
-            for stage in STAGES if rounds else ():
-                samples, shown = [one[stage] for one in rounds], stage == "whole"
-                self.sheet.measured(
-                    f"{self.group}/{stage}/{name}", "s", samples, labels=self._labels(name), shown=shown
-                )
-        for name, rounds in self.seconds.items():
-            if name == EAGER or not rounds or EAGER not in self.seconds:
+        told = {name: self._figures(made) for name, made in self.made.items() if made}
+        for name, figures in told.items():
+            for stage, samples in figures.items():
+                place, unit = _place(self.group, stage, name), "cpu_s" if stage == "cpu" else "s"
+                self.sheet.measured(place, unit, samples, labels=self._labels(name), shown=stage == "whole")
+        for name, figures in told.items():
+            if name == EAGER or EAGER not in told:
                 continue
-            for stage in STAGES:
-                theirs, its = ([one[stage] for one in self.seconds[side]] for side in (EAGER, name))
-                words = (f"{self.group}/{stage}/{name}", EAGER, name, ratios(theirs, its))
-                self.sheet.compared(*words, shown=stage == "whole")
+            for stage, samples in figures.items():
+                pairs = ratios(told[EAGER][stage], samples)
+                self.sheet.compared(_place(self.group, stage, name), EAGER, name, pairs, shown=stage == "whole")
         for name, found in self.quality.items():
             for metric, better in QUALITY.items():
                 samples = [one[metric] for one in found]
@@ -223,6 +222,10 @@ class Race:
             labels = {"reference": EAGER}
             self.sheet.measured(f"{self.group}/largest_difference/exact", "of 255", levels, labels=labels)
             self.sheet.measured(f"{self.group}/off_by_more_than_1/exact", "share", shares, labels=labels)
+
+    def _figures(self, made: Sequence[Timed]) -> dict[str, list[float]]:
+        """Seconds of each stage, and the CPU seconds of the whole, a sample a round."""
+        return {stage: [one.seconds[stage] for one in made] for stage in STAGES} | {"cpu": [one.cpu_s for one in made]}
 
     def weigh(self, names: Sequence[str], options: argparse.Namespace) -> None:
         """Peak bytes of a process that makes one clip."""
@@ -249,6 +252,10 @@ class Race:
             return {}
         report = asdict(self.contestants.engine.decoders.report)
         return {"decoder": str(report["backend"]), "decoder_why": str(report["why"])}
+
+
+def _place(group: str, stage: str, name: str) -> str:
+    return f"{group}/whole/{name}/cpu" if stage == "cpu" else f"{group}/{stage}/{name}"
 
 
 def peak_of(name: str, options: argparse.Namespace) -> int:

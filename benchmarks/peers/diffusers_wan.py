@@ -25,10 +25,11 @@ MODULES = [r"blocks\.\d+\.(attn1|attn2|ffn)"]  # what TaylorSeer forecasts; its 
 
 @dataclass(frozen=True)
 class Timed:
-    """A whole request: uint8 frames [F, H, W, 3], and seconds by stage."""
+    """A whole request: uint8 frames [F, H, W, 3], seconds by stage, and CPU seconds of the process, all threads."""
 
     frames: Clip
     seconds: dict[str, float]
+    cpu_s: float
 
 
 Run = Callable[[VideoRequest], Timed]
@@ -57,7 +58,7 @@ class DiffusersWan:
     @torch.inference_mode()
     def __call__(self, request: VideoRequest) -> Timed:
         width, height, num_frames = request.size
-        began = self._now()
+        began_cpu, began = time.process_time(), self._now()
         prompt, negative = self.pipeline.encode_prompt(
             request.prompt, request.negative_prompt, max_sequence_length=512, device=self.device
         )
@@ -79,10 +80,8 @@ class DiffusersWan:
         frames = self.pipeline.video_processor.postprocess_video(video, output_type="np")[0]
         frames = (frames * 255).round().astype(np.uint8)
         done = self._now()
-        return Timed(
-            frames,
-            dict(encode=encoded - began, denoise=denoised - encoded, decode=done - denoised, whole=done - began),
-        )
+        stages = dict(encode=encoded - began, denoise=denoised - encoded, decode=done - denoised, whole=done - began)
+        return Timed(frames, stages, time.process_time() - began_cpu)
 
     def _now(self) -> float:
         """Behind all that the device has been given."""

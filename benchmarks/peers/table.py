@@ -9,6 +9,7 @@ from ..record import Comparison, Measurement, SuiteReport
 TITLES = (
     "whole s",
     "diffusers' time over it (quartiles)",
+    "of CPU time",
     "encode s",
     "denoise s",
     "decode s",
@@ -25,11 +26,15 @@ def markdown(report: SuiteReport) -> str:
     """A row a contestant, medians; quality: means, each beside its own uncached clip. Below: what was left out."""
     found = {one.name: one for one in report.measurements}
     ratios = {one.name: one for one in report.comparisons}
-    groups = list(dict.fromkeys(name.rsplit("/", 2)[0] for name in found if "/whole/" in name))
+    groups = list(dict.fromkeys(name.partition("/whole/")[0] for name in found if "/whole/" in name))
     lines = [("contestant", *TITLES), ("---",) * (1 + len(TITLES))]
     for group in groups:
         start = f"{group}/whole/"
-        lines += [_row(found, ratios, group, name.removeprefix(start)) for name in found if name.startswith(start)]
+        lines += [
+            _row(found, ratios, group, name.removeprefix(start))
+            for name in found
+            if name.startswith(start) and "/" not in name.removeprefix(start)
+        ]
     text = ["| " + " | ".join(line) + " |" for line in lines]
     for group in groups:
         apart = found.get(f"{group}/largest_difference/exact")
@@ -52,11 +57,13 @@ def _row(found: dict[str, Measurement], ratios: dict[str, Comparison], group: st
         return format(statistics.mean(one.samples), form) if one else ""
 
     ratio = ratios.get(f"{group}/whole/{name}")
+    cpu = ratios.get(f"{group}/whole/{name}/cpu")
     peak = found.get(f"{group}/peak_bytes/{name}")
     return (
         f"`{name}`",
         seconds("whole"),
         f"{ratio.spread.median:.2f}x ({ratio.spread.q1:.2f}-{ratio.spread.q3:.2f})" if ratio else "",
+        f"{cpu.spread.median:.2f}x" if cpu else "",
         seconds("encode"),
         seconds("denoise"),
         seconds("decode"),

@@ -54,6 +54,11 @@ def export(variables: Mapping[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
+def environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """This process's variables with some changed, for a process that it starts."""
+    return {**os.environ, **changes}
+
+
 def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     """Settings from `environ`; an empty variable counts as unset. ValueError names the variable that is wrong."""
     given = {name: text.strip() for name, text in environ.items() if name.startswith("SKYLAPSE_") and text.strip()}

@@ -12,6 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ...runtime.config import environment
+
 TIMEOUT_S = 600.0
 MARK = "skylapse apart: "  # before the answer, among whatever else is printed
 
@@ -23,12 +25,12 @@ class Died(RuntimeError):
 def run_apart(
     function: Callable[..., object],
     arguments: Mapping[str, object],
-    environment: Mapping[str, str] | None = None,
+    changed: Mapping[str, str] | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> Any:
     """What `function(**arguments)` returns in a fresh process. Died says with which words it ended instead.
 
-    The function must stand in a module; arguments and result are JSON. Environment: beside this process's own.
+    The function must stand in a module; arguments and result are JSON. changed: variables of its environment.
     """
     asked = {"module": function.__module__, "name": function.__qualname__, "arguments": dict(arguments)}
     command = [sys.executable, "-m", __name__, json.dumps(asked)]
@@ -37,7 +39,7 @@ def run_apart(
             command,
             capture_output=True,
             text=True,
-            env={**os.environ, **(environment or {})},
+            env=environment(changed or {}),
             cwd=Path.cwd(),
             timeout=timeout_s,
             check=False,

@@ -4,7 +4,8 @@
     skylapse bench gate --baseline v0.1 --suite decode
     skylapse bench gate --baseline ../other-checkout --threshold 3%
 
-A workload is slower where the interval of its ratio lies wholly above the threshold, with fresh processes once more.
+A workload is slower where the interval of its ratio lies above 1 and its median above 1 + threshold, twice: fresh
+processes have to find the same.
 Exit status: 0 nothing is slower, 1 something is, 2 a mistake in what was asked, 3 there is nothing to compare with.
 """
 

@@ -16,6 +16,11 @@ Opened = Callable[[], AbstractContextManager[Block]]  # fresh processes of both 
 BATCHES = 3  # of rounds, for what stays unclear
 
 
+def is_slower(found: Change, threshold: float) -> bool:
+    """Surely slower, and probably by the threshold: what has to be said twice can be said sooner than `judge` does."""
+    return found.low is not None and found.low > 1 and found.ratio > 1 + threshold
+
+
 @dataclass
 class Samples:
     """One workload's CPU seconds, round by round."""
@@ -41,12 +46,11 @@ class Finding:
 
     @property
     def verdict(self) -> Verdict:
-        """Worse only where both looks say so; what the second one takes back is unclear."""
-        first = judge(self.first.change(), self.threshold, "lower")
-        if self.second is None:
-            return first
-        second = judge(self.second.change(), self.threshold, "lower")
-        return "worse" if second == "worse" else "same" if second == "same" else "unclear"
+        """Worse only where both looks find it slower; the second one's word otherwise."""
+        if self.second is not None and is_slower(self.second.change(), self.threshold):
+            return "worse"
+        found = judge(self.decisive.change(), self.threshold, "lower")
+        return "unclear" if found == "worse" else found
 
 
 def decide(
@@ -67,7 +71,7 @@ def decide(
     with opened() as block:
         names = able()
         first = look(block, names, rounds, threshold, until, now)
-    suspects = [name for name in names if judge(first[name].change(), threshold, "lower") == "worse"]
+    suspects = [name for name in names if is_slower(first[name].change(), threshold)]
     second: dict[str, Samples] = {}
     if suspects:
         until = None if limit_s is None else now() + limit_s / 2

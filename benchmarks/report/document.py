@@ -15,7 +15,7 @@ from pathlib import Path
 from ...runtime.options import Parser
 from ..command import BENCHMARKS
 from ..record import SuiteReport
-from ..track.compare import reasons
+from ..track.compare import figures, reasons
 from ..track.trees import ROOT
 from .blocks import Blocks
 from .load import AnyResult, Found, collect
@@ -143,16 +143,28 @@ def _suite(path: str, report: AnyResult) -> Iterator[str]:
     title = TITLE.get(report.benchmark, BENCHMARKS.get(report.benchmark, ("", ""))[1].partition("; ")[0])
     yield f"\n## {report.benchmark}: {title}\n"
     yield f"From {_link(path)}.{'' if report.is_publishable else ' **Not publishable**, for the reason above.'}\n"
+    if report.benchmark == "gate_proof":
+        yield f"{_counted(report)}\n"
     try:
         yield table(report)
     except ValueError:
         yield "It has no figures."
     lost = reasons(report) | (report.missing if isinstance(report, SuiteReport) else {})
-    if lost:
+    if lost and report.benchmark != "peers":  # whose table says so itself
         yield "\nNot measured:\n"
         yield from (f"- {name}: {why}" for name, why in list(lost.items())[:20])
         if len(lost) > 20:
             yield f"- and {len(lost) - 20} more in the file"
+
+
+def _counted(report: AnyResult) -> str:
+    """Shares of runs as their numbers."""
+    held = {name.rpartition("/")[2]: figure.samples or [] for name, figure in figures(report).items()}
+    caught, alarms = held.get("caught", []), held.get("false_alarms", [])
+    return (
+        f"Slowdowns caught: {sum(caught):.0f} of {len(caught)}. "
+        f"Flagged without a change: {sum(alarms):.0f} of {len(alarms)}."
+    )
 
 
 def _link(path: str) -> str:

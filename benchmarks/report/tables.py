@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
 from ..record import Comparison, KernelReport, Measurement, Spread
@@ -15,13 +16,14 @@ SHARE = {"bytes": (2**20, "MiB"), "bytes/s": (2**30, "GiB/s")}
 
 
 def table(report: AnyResult, begins: str = "") -> str:
-    """Of the figures whose names begin so. A suite that has a table of its own is shown by it."""
+    """Of the figures whose names begin so. A whole run of a suite that has a table of its own is shown by it."""
     if isinstance(report, KernelReport):
         return _kernels(report, begins)
     if report.benchmark in OWN and (report.benchmark == "quality" or not begins):
         markdown = import_module(f"..{OWN[report.benchmark]}", __package__).markdown
-        own: str = markdown(report, begins) if begins else markdown(report)
-        return own
+        with suppress(KeyError):  # a run that ended early, without a figure that every row of it has
+            own: str = markdown(report, begins) if begins else markdown(report)
+            return own
     ratios = [one for one in report.comparisons if one.name.startswith(begins) and not one.name.endswith("/cpu")]
     values = [one for one in report.measurements if one.name.startswith(begins) and not one.name.endswith("/cpu")]
     if not ratios and not values:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-PEERS = ("triton", "diffusers", "xformers", "flash_attn_3")
+PEERS = ("triton", "diffusers", "cache-dit", "onnxruntime", "xformers", "flash_attn_3")
 
 
 def describe() -> dict[str, Any]:

@@ -3,7 +3,8 @@
 All have the same checkpoint, prompt, noise, steps, dtype and threads. Each round has a new prompt and seed, so nothing
 is reused between rounds, and within a round everyone encodes its prompts anew; the order turns round with each. Ratios
 are taken round by round: a noisy machine slows all of a round. Each is compared with its own uncached clip, and our
-exact clips with diffusers'. Peak memory is of processes of their own.
+exact clips with diffusers'. Peak memory is of processes of their own. On a GPU our whole requests are timed to their
+last frame, but our stages end when they have been launched.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def peers(arguments: Sequence[str]) -> int:
     rounds = options.rounds or (3 if options.quick else 9)
     warm, *asked = requests(options, rounds + 1)
     sheet = Sheet("peers", options, _settings(options, names, rounds, warm))
-    with sheet.running(cases=len(names) + rounds + (0 if options.no_memory else len(names))):
+    weighs = not (options.no_memory or options.quick)
+    with sheet.running(cases=len(names) + rounds + (len(names) if weighs else 0)):
         race = Race(sheet, Contestants(options.model, options.dtype, options.device), case_of(warm))
         race.line_up(names, warm)
         try:
@@ -70,8 +72,8 @@ def peers(arguments: Sequence[str]) -> int:
                 race.round(request)
         finally:  # what there is of a run that ends early
             race.record()
-        if not options.no_memory:
-            race.weigh(["exact", EAGER] if options.quick else list(race.runs), options)
+        if weighs:
+            race.weigh(list(race.runs), options)
     print(markdown(sheet.report()))
     for name, goal in GOALS.items():
         if (ratio := race.whole_ratio(name)) is not None:
@@ -90,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--steps", type=_count, metavar="N", help="default: the model's own")
     option("--dtype", choices=tuple(DTYPES), help="default: fp32 on the CPU, bf16 on CUDA")
     option("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    option("--no-memory", action="store_true", help="leave out the processes of their own")
+    option("--no-memory", action="store_true", help="leave out the processes of their own, as --quick does")
     option("--show", type=Path, metavar="FILE", help="print the table of an earlier run and end")
     option("--only", choices=ALL, help=argparse.SUPPRESS)
     return parser

@@ -125,6 +125,7 @@ def _facts(makers: Makers) -> dict[str, Any]:
     return {
         "size": [width, height, frames],
         "dtype": engine.model.precision,
+        "timed": "whole requests" if engine.device.type == "cuda" else "denoising",
         "judged": engine.model.name == "demo",  # the judge knows the demo model's world alone
         "weights_bytes": {loads[0] or loads[1] or "exact": e.model.num_bytes for loads, e in makers.engines.items()},
     }

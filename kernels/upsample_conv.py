@@ -41,5 +41,6 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _kernels(weight: Tensor) -> Tensor:
     """[C_out, C_in, 3, 3] -> [2, 2, C_out, C_in, 2, 2]: of the lower or upper, left or right one of four outputs."""
     taps = torch.tensor(TAPS, device=weight.device)
-    kernels = torch.einsum("ahk,bwl,oikl->aboihw", taps, taps, weight.float())  # summed before they are rounded
-    return kernels.to(weight.dtype)
+    both = (taps[:, None, :, None, :, None] * taps[None, :, None, :, None, :]).flatten(4)  # [2, 2, 2, 2, 9]
+    kernels = weight.float().flatten(2) @ both.flatten(0, 3).T  # summed before they are rounded
+    return kernels.unflatten(-1, (2, 2, 2, 2)).permute(2, 3, 0, 1, 4, 5).to(weight.dtype)

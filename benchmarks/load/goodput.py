@@ -2,7 +2,8 @@
 
 The SLO of each class is three times the peer's own latency alone, measured before the run and fixed from then on. Loads
 are shares of what the peer could serve one by one. Every trace is played against both, one right after the other, the
-order changing from one to the next; meanwhile the other one idles. Goodput counts requests that were done within
+order changing from one to the next; meanwhile the other one idles. The peer's batch size is the one that serves it best
+on a trace of its own. Goodput counts requests that were done within
 their class's SLO, over the time in which they arrived; the trace's beginning, when queues are still empty, is played
 but not counted.
 """
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from ..record import Curve
 from ..sheet import Sheet, note, suite_parser
 from .play import Played, play, quantile
-from .services import Service, ours, plain_ray_serve
+from .services import Service, idle_cores, ours, plain_ray_serve, tune
 from .slo import Good, Slo
 from .slo import goodput as goodput_of
 from .target import Target, detected
@@ -29,8 +30,10 @@ from .traces import Arrival, poisson
 from .workloads import Workload, mixed
 
 FACTOR = 3.0  # of the peer's solo latency: the SLO
-LOADS = (0.6, 1.0, 1.5, 2.0, 2.6)
+LOADS = (0.7, 1.2, 1.8, 2.6)
 QUICK_LOADS = (0.8, 2.0)
+BATCHES = (1, 4, 10)  # of which the peer gets what serves it best; 10 is what `@serve.batch` has of itself
+TUNING_LOAD, TUNING_SEED = 1.0, 1000  # a trace that is not among those that count
 PEER, OURS = "ray_serve", "skylapse"
 SETTLE_S = 30.0
 
@@ -67,17 +70,21 @@ def goodput(arguments: Sequence[str]) -> int:
         "window_s": options.window,
         "warm_up_share": options.warm_up,
         "slo": f"{FACTOR:g}x the peer's median solo latency of the class",
-        "max_batch_of_the_peer": options.max_batch,
         "threads": options.threads or "as many as there are cores",
     }
     sheet = Sheet("goodput", options, settings)
     with sheet.running(), ExitStack() as services:
-        peer = services.enter_context(plain_ray_serve(options.threads, options.model, options.max_batch))
+        peer = services.enter_context(plain_ray_serve(options.threads, options.model))
         mine = services.enter_context(ours(options.threads, options.model))
         sheet.settings["services"] = {
             one.name: {"command": one.command, "start_s": one.start_s} for one in (peer, mine)
         }
+        note("waiting until both are at rest")
+        sheet.settings["idle_cores"] = {name: round(cores, 3) for name, cores in idle_cores((peer, mine)).items()}
         contest = prepare(sheet, {PEER: peer, OURS: mine}, workload, options.solo)
+        batch = options.max_batch or (BATCHES[-1] if options.quick else tuned(sheet, contest, peer, options))
+        sheet.settings["max_batch_of_the_peer"] = batch
+        tune(peer, batch)
         found: Found = {name: {} for name in contest.targets}
         try:
             rounds(sheet, contest, options, found)
@@ -116,6 +123,22 @@ def prepare(sheet: Sheet, services: dict[str, Service], workload: Workload, repe
     sheet.settings["peers_solo_capacity_per_s"] = contest.capacity
     note(f"fixed: {', '.join(sheet.settings['slos'])}; the peer alone makes {contest.capacity:.3f} requests/s")
     return contest
+
+
+def tuned(sheet: Sheet, contest: Contest, peer: Service, options: argparse.Namespace) -> int:
+    """The peer's best batch size: most goodput at its own capacity, in a tie most done, then the lower mean latency."""
+    trace = poisson(
+        TUNING_LOAD * contest.capacity, contest.workload.ask(TUNING_SEED), TUNING_SEED, duration_s=options.window
+    )
+    scores: dict[int, tuple[int, int, float]] = {}
+    for size in BATCHES if trace else ():
+        sheet.check_time(f"tuning the peer, batches of {size}")
+        tune(peer, size)
+        good = one_run(sheet, contest, PEER, trace, f"tuning/batch{size}", options)
+        scores[size] = (good.good, good.ok, -good.mean_s)
+    best = max(scores, key=lambda size: scores[size]) if scores else BATCHES[-1]
+    note(f"the peer's batches have up to {best}: the most goodput of {', '.join(map(str, BATCHES))}")
+    return best
 
 
 Found = dict[str, dict[int, dict[float, Good]]]  # contestant -> seed -> load -> what it came to
@@ -262,22 +285,22 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     option = parser.add_argument
     option("--loads", metavar="A,B,...", help="shares of the peer's solo capacity")
     option("--seeds", metavar="A,B,...", help="of the traces; default: 0,1,2, quick: 0")
-    option("--window", type=float, metavar="S", help="in which requests arrive; default: 40, quick: 20")
+    option("--window", type=float, metavar="S", help="in which requests arrive; default: 33, quick: 20")
     option(
         "--warm-up", type=float, default=0.2, metavar="SHARE", help="of the window that is not counted; default: 0.2"
     )
-    option("--solo", type=int, metavar="N", help="requests of a class alone; default: 7, quick: 3")
+    option("--solo", type=int, metavar="N", help="requests of a class alone; default: 6, quick: 3")
     option("--steps", type=int, metavar="N", help="denoising steps; default: the model's own")
-    option("--max-batch", type=int, default=10, metavar="N", help="of the peer's @serve.batch; default: Ray's own, 10")
+    option("--max-batch", type=int, metavar="N", help="of the peer's @serve.batch; default: the best of 1, 4, 10")
     options = parser.parse_args(arguments)
     quick = options.quick
     options.loads = _numbers("loads", options.loads, QUICK_LOADS if quick else LOADS)
     options.seeds = [int(seed) for seed in _numbers("seeds", options.seeds, (0,) if quick else (0, 1, 2), least=0.0)]
-    options.window = options.window or (20.0 if quick else 40.0)
-    options.solo = options.solo or (3 if quick else 7)
+    options.window = options.window or (20.0 if quick else 33.0)
+    options.solo = options.solo or (3 if quick else 6)
     if not 0 <= options.warm_up < 1:
         raise ValueError(f"warm-up must be from 0 to below 1, got {options.warm_up:g}")
-    if options.window <= 0 or options.solo < 1 or options.max_batch < 1:
+    if options.window <= 0 or options.solo < 1 or (options.max_batch or 1) < 1:
         raise ValueError("window, solo and max-batch must be above 0")
     return options
 

@@ -19,8 +19,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...runtime.config import environment
+
 MARK = "SKYLAPSE_BENCH_SERVICE"  # in the environment of all processes of one service
 START_S, STOP_S, KILL_S = 180.0, 60.0, 10.0
+REST_S, REST_LOOK_S, REST_CORES = 420.0, 4.0, 0.25
 PR_SET_PDEATHSIG = 1
 
 
@@ -31,6 +34,33 @@ class Service:
     key: str | None
     start_s: float
     command: str
+    mark: str = ""  # of all its processes
+
+    def cpu_s(self) -> float:
+        """Seconds of CPU that those of its processes that live have used; 0 where the system does not tell."""
+        used = 0.0
+        for pid in _marked(self.mark) if self.mark else ():
+            with suppress(OSError):
+                words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                used += (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+        return used
+
+
+def idle_cores(services: Sequence[Service]) -> dict[str, float]:
+    """What each uses with nothing to do, once all are at rest: ours builds a decoder behind its first start.
+
+    RuntimeError where one does not come to rest, since it would take from the other what is measured.
+    """
+    until_s = time.monotonic() + REST_S
+    while True:
+        before, began_s = [one.cpu_s() for one in services], time.monotonic()
+        time.sleep(REST_LOOK_S)
+        took_s = time.monotonic() - began_s
+        cores = {one.name: (one.cpu_s() - used) / took_s for one, used in zip(services, before, strict=True)}
+        if max(cores.values()) < REST_CORES:
+            return cores
+        if time.monotonic() > until_s:
+            raise RuntimeError(f"the services do not come to rest within {REST_S:g} s: they use {cores} cores")
 
 
 @contextmanager
@@ -49,11 +79,11 @@ def ours(threads: int | None, model: str = "demo") -> Iterator[Service]:
 
 
 @contextmanager
-def plain_ray_serve(threads: int | None, model: str, max_batch: int) -> Iterator[Service]:
+def plain_ray_serve(threads: int | None, model: str) -> Iterator[Service]:
     """peers/ray_serve_diffusers.py, in fp32 as our service on a CPU."""
     with tempfile.TemporaryDirectory(prefix="skylapse-bench-", ignore_cleanup_errors=True) as folder:
         module = "skylapse.benchmarks.peers.ray_serve_diffusers"
-        command = [sys.executable, "-m", module, "--model", model, "--max-batch", str(max_batch)]
+        command = [sys.executable, "-m", module, "--model", model]
         command += ["--threads", str(threads or os.cpu_count() or 1)]
         with started("ray_serve", command, "/openapi.json", None, Path(folder) / "driver.log") as service:
             yield service
@@ -64,7 +94,7 @@ def started(name: str, command: Sequence[str], ready: str, key: str | None, log:
     """Yields once `ready` answers 200; RuntimeError with the log's end where it ends before. All of it ends with us."""
     mark = secrets.token_hex(8)
     port = _free_port()
-    environment = {**os.environ, MARK: mark, **({"SKYLAPSE_API_KEY": key} if key else {})}
+    variables = {MARK: mark} | ({"SKYLAPSE_API_KEY": key} if key else {})
     url = f"http://127.0.0.1:{port}"
     began_s = time.monotonic()
     with log.open("w") as output:
@@ -72,7 +102,7 @@ def started(name: str, command: Sequence[str], ready: str, key: str | None, log:
             [*command, "--port", str(port)],
             stdout=output,
             stderr=output,
-            env=environment,
+            env=environment(variables),
             cwd=log.parent,
             start_new_session=True,  # Ctrl-C is for us, and we tell it in order
             preexec_fn=_die_with_parent(),
@@ -85,9 +115,17 @@ def started(name: str, command: Sequence[str], ready: str, key: str | None, log:
                 raise RuntimeError(f"{name} was not ready within {START_S:g} s: {log.read_text()[-600:]}")
             time.sleep(0.2)
         shown = " ".join(["python", *command[1:]]).replace(str(log.parent), "DIR")
-        yield Service(name, url, key, time.monotonic() - began_s, shown)
+        yield Service(name, url, key, time.monotonic() - began_s, shown, mark)
     finally:
         _stop(driver, mark)
+
+
+def tune(peer: Service, max_batch: int) -> None:
+    """How many requests of one shape the peer puts into a call."""
+    url = f"{peer.url}/tune?max_batch={max_batch}"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(urllib.request.Request(url, method="POST"), timeout=30.0) as response:
+        response.read()
 
 
 def _stop(driver: subprocess.Popen[bytes], mark: str) -> None:

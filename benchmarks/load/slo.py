@@ -88,6 +88,7 @@ class Good:
     good_per_s: float
     video_s_per_s: float
     good_video_s_per_s: float
+    mean_s: float  # latency of what was done
 
     @property
     def share(self) -> float:
@@ -112,6 +113,7 @@ def goodput(outcomes: Sequence[Outcome], slos: Sequence[Slo], window_s: float, f
         good_per_s=len(good) / over,
         video_s_per_s=sum(one.video_s for one in ok) / until_s,
         good_video_s_per_s=sum(one.video_s for one in good) / over,
+        mean_s=sum(one.latency_s or 0.0 for one in ok) / max(1, len(ok)),
     )
 
 

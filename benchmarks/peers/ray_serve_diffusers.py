@@ -135,6 +135,11 @@ class Pipeline:
     def drop(self, job_id: str) -> None:
         self.dropped.add(job_id)
 
+    def tune(self, max_batch: int) -> None:
+        """For whoever looks for the batch size that serves this service best; nobody may wait meanwhile."""
+        self.max_batch = max_batch
+        self.queues.clear()
+
     def _queue(self) -> Callable[[Job], Awaitable[bytes]]:
         async def batch(jobs: list[Job]) -> list[bytes]:
             async with self.turn:
@@ -211,6 +216,10 @@ class Ingress:
             await self.pipeline.drop.remote(video_id)
         del self.jobs[video_id]
         return {"id": video_id, "object": "video.deleted", "deleted": True}
+
+    @app.post("/tune")
+    async def tune(self, max_batch: int) -> None:
+        await self.pipeline.tune.remote(max_batch)
 
     async def _make(self, job: Job) -> None:
         try:

@@ -298,7 +298,7 @@ def test_previews_and_the_end_are_heard_from_events() -> None:
     async def events(request: web.Request) -> web.StreamResponse:
         stream = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await stream.prepare(request)
-        preview = {"type": "video.preview", "preview": {"b64_json": "A" * 300_000}}
+        preview: dict[str, object] = {"type": "video.preview", "preview": {"b64_json": "A" * 300_000}}
         for number, event in enumerate(({"type": "video.progress"}, preview), 1):
             await stream.write(f"id: {number}\nevent: {event['type']}\ndata: {json.dumps(event)}\n\n".encode())
         await asyncio.sleep(0.1)

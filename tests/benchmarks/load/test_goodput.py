@@ -14,8 +14,9 @@ import pytest
 from aiohttp import web
 
 from skylapse.benchmarks.load import goodput as contest_of
+from skylapse.benchmarks.load import services
 from skylapse.benchmarks.load.goodput import OURS, PEER, Contest, goodput
-from skylapse.benchmarks.load.services import Service, started
+from skylapse.benchmarks.load.services import Service, idle_cores, started
 from skylapse.benchmarks.load.stub import Stub
 from skylapse.benchmarks.load.workloads import mixed
 from skylapse.benchmarks.record import SuiteReport, read
@@ -36,14 +37,20 @@ def listener(url: str) -> int:
     raise AssertionError(f"nobody listens at {url}")
 
 
-def standing_in(monkeypatch: pytest.MonkeyPatch, peer: str, ours: str) -> None:
+def standing_in(monkeypatch: pytest.MonkeyPatch, peer: str, ours: str) -> list[int]:
+    """The batch sizes that the peer is told on the way."""
+    tuned: list[int] = []
+
     @contextmanager
     def service(name: str, url: str) -> Iterator[Service]:
         yield Service(name, url, None, 0.0, "a stub")
 
     monkeypatch.setattr(contest_of, "plain_ray_serve", lambda *_: service(PEER, peer))
     monkeypatch.setattr(contest_of, "ours", lambda *_: service(OURS, ours))
+    monkeypatch.setattr(contest_of, "idle_cores", lambda services: {one.name: 0.0 for one in services})
+    monkeypatch.setattr(contest_of, "tune", lambda peer, size: tuned.append(size))
     monkeypatch.setattr(contest_of, "FACTOR", 6.0)  # stubs take so little that a busy machine adds as much again
+    return tuned
 
 
 def test_slo_and_load_come_from_the_peer_alone() -> None:
@@ -58,12 +65,14 @@ def test_a_service_three_times_as_fast_has_more_goodput_and_the_file_has_all_of_
     serving: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peer, ours = Stub(0.06, slots=1), Stub(0.02, slots=1)
-    standing_in(monkeypatch, serving(peer.app()), serving(ours.app()))
+    tuned = standing_in(monkeypatch, serving(peer.app()), serving(ours.app()))
     out = tmp_path / "r.json"
     arguments = ["--loads", "0.6,2.5", "--seeds", "0,1", "--window", "1", "--solo", "3", "--out", str(out)]
     assert goodput(arguments) in (0, 1)  # 1: the generator itself was late on this machine
     found = read(out, SuiteReport)
     assert found.partial is None and not [name for name in found.failures if not name.endswith("trusted")]
+    best = found.settings["max_batch_of_the_peer"]
+    assert tuned == [1, 4, 10, best]  # all are the same to a stub, which makes no batches
     ratio = next(one for one in found.comparisons if one.name == "goodput/most/requests")
     assert (ratio.of, ratio.to, ratio.spread.n) == (OURS, PEER, 2)
     assert ratio.spread.median > 1.4
@@ -72,10 +81,12 @@ def test_a_service_three_times_as_fast_has_more_goodput_and_the_file_has_all_of_
     assert [x for x, _ in curves["goodput/requests/ray_serve"].points] == pytest.approx(
         [share * found.settings["peers_solo_capacity_per_s"] for share in (0.6, 2.5)]
     )
-    played = [sorted(str(body) for body in one.asked if body["prompt"] != "a star") for one in (peer, ours)]
-    assert played[0] == played[1]  # all but the probes between two runs
+    played = [[str(body) for body in one.asked if body["prompt"] != "a star"] for one in (peer, ours)]
+    alone, tuning = 2 * 4, len(played[0]) - len(played[1])
+    assert tuning > 0 and tuning % 3 == 0
+    assert sorted(played[0][:alone] + played[0][alone + tuning :]) == sorted(played[1])  # all but the probes in between
     good = next(one for one in found.measurements if one.name == "goodput/seed0/load2.5/good/ray_serve")
-    assert good.labels["requests"] > good.labels["good"]
+    assert float(good.labels["requests"]) > float(good.labels["good"])
 
 
 def test_a_run_out_of_time_sums_up_what_both_have_played(
@@ -84,6 +95,7 @@ def test_a_run_out_of_time_sums_up_what_both_have_played(
     standing_in(monkeypatch, serving(Stub(0.02).app()), serving(Stub(0.02).app()))
     out = tmp_path / "r.json"
     arguments = ["--loads", "0.5,1", "--seeds", "0", "--window", "1", "--solo", "1", "--limit", "1.5"]
+    arguments += ["--max-batch", "1"]
     assert goodput([*arguments, "--out", str(out)]) == 1
     found = read(out, SuiteReport)
     assert found.partial is not None and "out of time (1.5 s) before seed 0" in found.partial
@@ -104,9 +116,14 @@ def test_mistakes_are_told_before_anything_is_started(arguments: list[str], said
         goodput(arguments)
 
 
-def test_a_service_ends_with_the_block_and_one_that_does_not_start_is_told_with_its_log(tmp_path: Path) -> None:
+def test_a_service_ends_with_the_block_and_one_that_does_not_start_is_told_with_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services, "REST_LOOK_S", 0.3)
     with started("stub", STUB, "/openapi.json", None, tmp_path / "log") as service:
         pid = listener(service.url)
+        assert service.cpu_s() > 0.1  # it has imported aiohttp
+        assert idle_cores((service,))["stub"] < 0.25
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     broken = (sys.executable, "-c", "import sys; sys.exit('no model here')")

@@ -62,6 +62,8 @@ def profile(options: argparse.Namespace) -> int:
     folder: Path = options.profile
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--profile must be a folder, got the file {str(folder)!r}")
+    if len(options.size or ()) > 1:
+        raise ValueError(f"--profile takes one --size, got {len(options.size)}")
     if load_settings().compile:
         raise ValueError("--profile needs blocks in eager mode, got SKYLAPSE_COMPILE=1")
     options.out = options.out or folder / "denoise.json"

@@ -136,6 +136,8 @@ def test_profile_goes_into_a_folder_and_not_over_a_file(tmp_path: Path, monkeypa
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ValueError, match="--profile must be a folder, got the file"):
         denoise(["--profile", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="--profile takes one --size, got 2"):
+        denoise(["--size", "64x64x1", "--size", "64x64x5", "--profile", str(tmp_path / "new")])
     monkeypatch.setenv("SKYLAPSE_COMPILE", "1")
     with pytest.raises(ValueError, match="eager mode, got SKYLAPSE_COMPILE=1"):
         denoise(["--profile", str(tmp_path / "new")])

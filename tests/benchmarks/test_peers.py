@@ -31,10 +31,15 @@ REQUEST = VideoRequest(prompt="p", width=16, height=16, num_frames=5, num_infere
 class FakeContestants:
     """Clips of one level; time that doubles in the second round; a peer may be missing, or fail in a round."""
 
-    def __init__(self, missing: str = "", fails_in_round: tuple[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        missing: str = "",
+        fails_in_round: tuple[str, int] | None = None,
+        error: BaseException | None = None,
+    ) -> None:
         self.settings: dict[str, str] = {}
         self.order: list[str] = []
-        self.missing, self.fails = missing, fails_in_round
+        self.missing, self.fails, self.error = missing, fails_in_round, error or RuntimeError("broke")
 
     def ready(self, name: str, warm: VideoRequest) -> Callable[[VideoRequest], Timed]:
         if name == self.missing:
@@ -46,7 +51,7 @@ class FakeContestants:
             calls += 1
             self.order.append(name)
             if (name, calls) == self.fails:
-                raise RuntimeError("broke")
+                raise self.error
             seconds = SECONDS[name] * calls
             frames = np.full((5, 16, 16, 3), LEVELS[name], np.uint8)
             return Timed(frames, dict(encode=0.1, denoise=seconds - 0.2, decode=0.1, whole=seconds), 2 * seconds)
@@ -65,10 +70,12 @@ def race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
         sheet, contestants = Sheet("peers", options, {}), FakeContestants(**fake)
         it = Race(sheet, contestants, "16x16x5,3")
         with sheet.running():
-            it.line_up(names, REQUEST)
-            for _ in range(rounds):
-                it.round(REQUEST)
-            it.record()
+            try:
+                it.line_up(names, REQUEST)
+                for _ in range(rounds):
+                    it.round(REQUEST)
+            finally:
+                it.record()
         return read(tmp_path / "p.json", SuiteReport), contestants
 
     return run
@@ -104,6 +111,12 @@ def test_peer_that_is_not_there_is_missing_and_one_that_breaks_is_out_with_its_f
     assert report.failures == {"peers/16x16x5,3/diffusers-mag": "RuntimeError: broke"}
     assert samples(report, "whole/exact") == [2, 4]
     assert not any("diffusers-mag" in one.name for one in (*report.measurements, *report.comparisons))
+
+
+def test_round_that_is_interrupted_counts_for_nobody(race: Callable) -> None:
+    report, _ = race(["exact", EAGER], fails_in_round=("exact", 2), error=KeyboardInterrupt())  # diffusers had its turn
+    assert report.partial == "interrupted"
+    assert samples(report, "whole/exact") == [2] and samples(report, f"whole/{EAGER}") == [6]
 
 
 def test_table_has_a_row_of_each_and_says_who_was_left_out(race: Callable) -> None:

@@ -6,6 +6,7 @@ A run that is interrupted, killed or out of time leaves what it had, marked as p
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -175,6 +176,9 @@ class Sheet:
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
+            self._machine["load_after"] = [round(value, 2) for value in os.getloadavg()]
+            if readings := self.reading():  # a GPU's clocks, power and temperature
+                self._machine["gpu_after"] = readings
             self._save()
             words = f"{len(self.measurements)} measurements, {len(self.comparisons)} comparisons"
             self._say(f"\n{words}{f'; partial: {self.partial}' if self.partial else ''}, in {self.out}")

@@ -35,6 +35,7 @@ def test_whole_run_is_read_back_as_it_was(sheet: Sheet, capsys: pytest.CaptureFi
         assert written(sheet).partial == "still running, or killed"
     report = written(sheet)
     assert (sheet.status, report.partial, report.settings) == (0, None, {"steps": 3})
+    assert len(report.machine["load_before"]) == len(report.machine["load_after"]) == 3
     assert (report.benchmark, report.model, report.seed, report.failures) == ("denoise", "demo", 0, {})
     [found] = report.measurements
     assert (found.samples, found.spread.median, found.labels) == ([3, 1, 2], 2, {"tokens": 8})

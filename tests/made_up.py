@@ -1,9 +1,11 @@
-"""Results of runs that never were, for who reads result files."""
+"""Results of runs that never were, and repositories of two commits, for who reads them."""
 
 from __future__ import annotations
 
 import random
+import subprocess
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from skylapse.benchmarks.harness import spread_of
@@ -102,11 +104,17 @@ def goodput() -> SuiteReport:
         )
         for name, best in (("skylapse", 1.0), ("ray_serve_diffusers", 0.5))
     ]
+    curves += [
+        Curve(name=f"{one.name}/trace{k}", x=one.x, y=one.y, points=[(x, y * (1 + 0.1 * k)) for x, y in one.points])
+        for one in curves
+        for k in (-1, 1)
+    ]
     waits = {
         name: [mean * (0.4 + rng.expovariate(1.0)) for _ in range(60)]
         for name, mean in (("skylapse", 1.0), ("ray_serve_diffusers", 2.5))
     }
     found = [measurement(f"goodput/load0.8/{name}", samples) for name, samples in waits.items()]
+    found.append(measurement("goodput/load0.8/lag/skylapse", around(0.002)))
     return report("goodput", found, [], curves)
 
 
@@ -131,3 +139,30 @@ def memory() -> SuiteReport:
         found.append(measurement(f"memory/64x64x{frames}/exact", [frames * 1.1e6], "bytes"))
         found.append(measurement(f"memory/64x64x{frames}/exact/predicted", [frames * 1.2e6], "bytes", "neither"))
     return report("memory", found)
+
+
+def git(folder: Path, *words: str) -> str:
+    settings = (
+        "-c",
+        "user.name=a",
+        "-c",
+        "user.email=a@b.c",
+        "-c",
+        "init.defaultBranch=main",
+        "-c",
+        "commit.gpgsign=false",
+    )
+    return subprocess.run(
+        ["git", *settings, *words], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def repository(folder: Path) -> Path:
+    """Of two commits, each with a package of one line."""
+    folder.mkdir()
+    git(folder, "init")
+    for version in ("first", "second"):
+        (folder / "__init__.py").write_text(f'VERSION = "{version}"\n')
+        git(folder, "add", ".")
+        git(folder, "commit", "-m", version)
+    return folder

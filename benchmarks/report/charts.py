@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..record import Curve, HistoryLine, KernelReport
+from ..record import Curve, HistoryLine, KernelReport, SuiteReport
 from .load import Found
 
 MOST_SERIES = 8  # as many colours and marks as can be told apart
 LEAST_OF_CDF = 20  # samples, fewer are no distribution
 REQUESTS = ("engine", "serve", "goodput")  # suites whose seconds are latencies of requests
+OF_THE_GENERATOR = ("lag", "resolution")  # but these, by which a run of load is trusted
+DISTRIBUTION = "share of requests"  # the y of curves that are distributions already
 QUALITY = "psnr_pooled"
 
 
@@ -24,6 +26,7 @@ class Series:
     line: Literal["steps", "line", "none"] = "line"
     errors: list[tuple[float, float]] | None = None
     words: list[str] | None = None  # beside each point
+    parts: list[list[tuple[float, float]]] | None = None  # what it is made of, such as each seed's own
 
 
 @dataclass
@@ -67,8 +70,9 @@ def sections(found: Found) -> list[Section]:
         Section(
             "load",
             "Load",
-            "What arrives in time as more is offered; requests arrive whether or not the service keeps up.",
-            list(_curves(found)),
+            "What arrives in time as more is offered; requests arrive whether or not the service keeps up. Faint lines "
+            "are of one trace each.",
+            [chart for path, report in found.suites.items() for chart in _curves(path, report)],
         ),
         Section(
             "quality",
@@ -108,11 +112,14 @@ def _latencies(found: Found) -> Iterator[Chart]:
     for path, report in found.suites.items():
         groups: dict[str, list[Series]] = {}
         for one in report.measurements:
-            if one.unit == "s" and len(one.samples) >= LEAST_OF_CDF and report.benchmark in REQUESTS:
-                group, _, name = one.name.rpartition("/")
+            group, _, name = one.name.rpartition("/")
+            if group.rpartition("/")[2] in OF_THE_GENERATOR or report.benchmark not in REQUESTS:
+                continue
+            if one.unit == "s" and len(one.samples) >= LEAST_OF_CDF:
                 groups.setdefault(group, []).append(cdf(name, one.samples))
         for group, series in groups.items():
-            yield Chart(group, "seconds", "share of requests", series, path)
+            yield Chart(group, "seconds", DISTRIBUTION, series, path)
+        yield from _curves(path, report, of_distributions=True)
 
 
 def cdf(name: str, samples: Sequence[float]) -> Series:
@@ -122,16 +129,24 @@ def cdf(name: str, samples: Sequence[float]) -> Series:
     return Series(name, [(ordered[0], 0.0), *points], "steps")
 
 
-def _curves(found: Found) -> Iterator[Chart]:
-    """Curves of the same axes and of one group, the name up to its last part, share a chart."""
-    for path, report in found.suites.items():
-        groups: dict[tuple[str, str, str], list[Curve]] = {}
-        for curve in report.curves:
-            groups.setdefault((curve.name.rpartition("/")[0], curve.x, curve.y), []).append(curve)
-        for (group, x, y), curves in groups.items():
-            series = [Series(curve.name.rpartition("/")[2], sorted(curve.points)) for curve in curves if curve.points]
-            if series:
-                yield Chart(group or report.benchmark, x, y, series, path)
+def _curves(path: str, report: SuiteReport, of_distributions: bool = False) -> Iterator[Chart]:
+    """Curves of the same axes and of one group, the name up to its last part, share a chart.
+
+    A curve whose name goes on from another one's is a part of it: a seed's own beside the mean over seeds.
+    """
+    curves = {curve.name: curve for curve in report.curves if (curve.y == DISTRIBUTION) == of_distributions}
+    groups: dict[tuple[str, str, str], list[Curve]] = {}
+    for curve in curves.values():
+        group = curve.name.rpartition("/")[0]
+        if curve.points and group not in curves:
+            groups.setdefault((group, curve.x, curve.y), []).append(curve)
+    for (group, x, y), whole in groups.items():
+        series = []
+        for curve in whole:
+            parts = [sorted(one.points) for one in curves.values() if one.name.startswith(f"{curve.name}/")]
+            line: Literal["steps", "line"] = "steps" if of_distributions else "line"
+            series.append(Series(curve.name.rpartition("/")[2], sorted(curve.points), line, parts=parts))
+        yield Chart(group or report.benchmark, x, y, series, path)
 
 
 def _qualities(found: Found) -> Iterator[Chart]:

@@ -78,6 +78,8 @@ def _figure(plt: Any, chart: Chart) -> Any:
     for index, series in enumerate(chart.series):
         xs, ys = zip(*series.points, strict=True)
         look: dict[str, Any] = {"color": SERIES[index], "label": series.name, "zorder": 3}
+        for part in series.parts or ():
+            axes.plot(*zip(*part, strict=True), color=SERIES[index], linewidth=0.9, alpha=0.45, zorder=2)
         if series.line == "steps":
             axes.step(xs, ys, where="post", **look)
             continue

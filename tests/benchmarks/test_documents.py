@@ -31,8 +31,8 @@ def tree(tmp_path: Path) -> Path:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "engine.md").write_text("No figures here.\n")
     (tmp_path / "README.md").write_text(
-        "It starts in <!-- figure: cpu/startup.json | startup/cold | {median:.0f} ms, n {n} | 1000 -->?<!-- /figure -->\n"
-        "<!-- figure: cpu/startup.json | startup/cold: diffusers / ours | {median:.1f}x -->9x<!-- /figure -->sooner.\n\n"
+        "It takes <!-- figure: cpu/startup.json | startup/cold | {median:.0f} ms, n {n} | 1000 -->?<!-- /figure -->\n"
+        "<!-- figure: cpu/startup.json | startup/cold: diffusers / ours | {median:.1f}x -->9x<!-- /figure -->\n\n"
         "<!-- table: cpu/startup.json | startup/ -->\nold\n<!-- /table -->\n\nThe end.\n"
     )
     return tmp_path
@@ -47,7 +47,7 @@ def test_figures_and_tables_are_filled_in_place_and_drift_is_found(
     assert not (tree / "docs" / "benchmarks.md").exists()
     assert main(asked) == 0
     text = (tree / "README.md").read_text()
-    assert "| 1000 -->2100 ms, n 7<!-- /figure -->" in text and "{median:.1f}x -->2.5x<!-- /figure -->sooner." in text
+    assert "| 1000 -->2100 ms, n 7<!-- /figure -->" in text and "{median:.1f}x -->2.5x<!-- /figure -->" in text
     assert "| startup/cold | 2.10 s | 2.05 to 2.20 | 2.00 to 2.30 | 7 |" in text and "\nold\n" not in text
     assert text.endswith("<!-- /table -->\n\nThe end.\n")
     assert main([*asked, "--check"]) == 0

@@ -55,6 +55,19 @@ def test_cdf_steps_up_at_each_sample() -> None:
     assert cdf("a", [3.0, 1.0, 2.0, 4.0]).points == [(1.0, 0.0), (1.0, 0.25), (2.0, 0.5), (3.0, 0.75), (4.0, 1.0)]
 
 
+def test_curves_of_single_traces_are_parts_of_the_whole_ones(results: Path) -> None:
+    (chart,) = charts(results)["load"]
+    assert [series.name for series in chart.series] == ["skylapse", "ray_serve_diffusers"]
+    assert [len(series.parts or ()) for series in chart.series] == [2, 2]
+
+
+def test_curve_of_a_distribution_stands_with_the_latencies(tmp_path: Path) -> None:
+    made = Curve(name="engine/poisson/continuous", x="latency, s", y="share of requests", points=[(1, 0.5), (2, 1)])
+    write(report("engine", curves=[made]), tmp_path / "engine.json")
+    assert [series.line for series in charts(tmp_path)["latency"][0].series] == ["steps"]
+    assert "load" not in charts(tmp_path)
+
+
 def test_quality_is_over_the_speed_up_of_the_same_way(results: Path) -> None:
     (chart,) = charts(results)["quality"]
     made = made_up.quality()

@@ -89,8 +89,8 @@ def test_time_that_one_leaves_over_is_the_others_and_none_begins_without_any(tmp
     suites = Suites(memory=(0, 0.0), startup=(0, 100.0))
     ended, _ = all_of(tmp_path, suites, 100.0, "--only", "startup", "--only", "memory", "--only", "engine")
     assert [one.job.label for one in ended] == ["engine", "startup", "memory"]
-    assert suites.asked["engine"][-3:] == ["--limit", "50", "timeout 100"]  # 100 of 100 + 60 + 40
-    assert suites.asked["startup"][-3:] == ["--limit", "54", "timeout 108"]  # of the 90 that are left, 60 of 100
+    assert suites.asked["engine"][-3:] == ["--limit", "50", "timeout 100"]  # 80 of 80 + 50 + 30
+    assert suites.asked["startup"][-3:] == ["--limit", "56", "timeout 112.5"]  # of the 90 that are left, 50 of 80
     assert (ended[2].status, ended[2].told) == (None, "no time was left")
 
 

@@ -30,7 +30,7 @@ from .traces import Arrival, poisson
 from .workloads import Workload, mixed
 
 FACTOR = 3.0  # of the peer's solo latency: the SLO
-LOADS = (0.7, 1.2, 1.8, 2.6)
+LOADS = (0.8, 1.3, 2.2, 3.2)
 QUICK_LOADS = (0.8, 2.0)
 BATCHES = (1, 4, 10)  # of which the peer gets what serves it best; 10 is what `@serve.batch` has of itself
 TUNING_LOAD, TUNING_SEED = 1.0, 1000  # a trace that is not among those that count
@@ -285,7 +285,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     option = parser.add_argument
     option("--loads", metavar="A,B,...", help="shares of the peer's solo capacity")
     option("--seeds", metavar="A,B,...", help="of the traces; default: 0,1,2, quick: 0")
-    option("--window", type=float, metavar="S", help="in which requests arrive; default: 33, quick: 20")
+    option("--window", type=float, metavar="S", help="in which requests arrive; default: 30, quick: 20")
     option(
         "--warm-up", type=float, default=0.2, metavar="SHARE", help="of the window that is not counted; default: 0.2"
     )
@@ -296,7 +296,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     quick = options.quick
     options.loads = _numbers("loads", options.loads, QUICK_LOADS if quick else LOADS)
     options.seeds = [int(seed) for seed in _numbers("seeds", options.seeds, (0,) if quick else (0, 1, 2), least=0.0)]
-    options.window = options.window or (20.0 if quick else 33.0)
+    options.window = options.window or (20.0 if quick else 30.0)
     options.solo = options.solo or (3 if quick else 6)
     if not 0 <= options.warm_up < 1:
         raise ValueError(f"warm-up must be from 0 to below 1, got {options.warm_up:g}")

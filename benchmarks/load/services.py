@@ -36,13 +36,13 @@ class Service:
     command: str
     mark: str = ""  # of all its processes
 
-    def cpu_s(self) -> float:
-        """Seconds of CPU that those of its processes that live have used; 0 where the system does not tell."""
-        used = 0.0
+    def cpu_s(self) -> dict[int, float]:
+        """Seconds of CPU of each of its processes; none where the system does not tell."""
+        used = {}
         for pid in _marked(self.mark) if self.mark else ():
             with suppress(OSError):
                 words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                used += (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+                used[pid] = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
         return used
 
 
@@ -56,8 +56,13 @@ def idle_cores(services: Sequence[Service]) -> dict[str, float]:
         before, began_s = [one.cpu_s() for one in services], time.monotonic()
         time.sleep(REST_LOOK_S)
         took_s = time.monotonic() - began_s
-        cores = {one.name: (one.cpu_s() - used) / took_s for one, used in zip(services, before, strict=True)}
-        if max(cores.values()) < REST_CORES:
+        after = [one.cpu_s() for one in services]
+        cores = {
+            one.name: sum(used - then.get(pid, 0.0) for pid, used in now.items()) / took_s
+            for one, then, now in zip(services, before, after, strict=True)
+        }
+        have_ended = any(set(then) - set(now) for then, now in zip(before, after, strict=True))
+        if max(cores.values()) < REST_CORES and not have_ended:
             return cores
         if time.monotonic() > until_s:
             raise RuntimeError(f"the services do not come to rest within {REST_S:g} s: they use {cores} cores")

@@ -57,12 +57,12 @@ JUDGED = """\
 else, and it is no failure. Where two files have as many samples of a figure these are pairs; otherwise each side is
 resampled by itself. Fewer than 6 samples give no interval and so no verdict, unless they are equal to the bit.
 
-The gate counts CPU time of one thread, in two forked processes that take turns (A B B A) on one core, and adds rounds
-to what is unclear. It fails where the whole interval is above 1 and the median above 1 + threshold, and fresh processes
-say the same once more: of one and the same tree, two processes can differ by a percent or two as long as they live. CI
-runs it where runtime/, kernels/ or compile/ have changed since the branch left main.
-`python -m skylapse.benchmarks.track.prove` puts it on trial: 20 gates with a slowdown of 10 % put in, and 20 without a
-change.
+The gate counts CPU time of one thread (of the CPU's path, on any machine), in two forked processes that take turns (A
+B B A) on one core, and adds rounds to what is unclear. It fails where the whole interval is above 1 and the median
+above 1 + threshold, and fresh processes say the same once more: of one and the same tree, two processes can differ by
+a percent or two as long as they live. CI runs it where runtime/, kernels/ or compile/ have changed since the branch
+left main. `python -m skylapse.benchmarks.track.prove` puts it on trial: 20 gates with a slowdown of 10 % put in, and
+20 without a change.
 """
 
 

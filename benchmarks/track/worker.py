@@ -1,7 +1,8 @@
 """Both sides of a gate: two trees' packages in two processes, that run a workload each time they are told to.
 
 This file is run by its path, so it imports nothing of the tree it stands in; of a tree under test it uses what is
-stable: Engine and VideoRequest, and an operation of `kernels`. What a tree cannot do it says once.
+stable: Engine and VideoRequest, and an operation of `kernels`. What a tree cannot do it says once. It runs on the CPU,
+also where there is a GPU: CPU time is what is counted.
 
 Both processes are forks of one that has loaded everything but skylapse, and take turns on the same core, so that
 neither libraries' addresses nor a neighbour of one core make a difference between them.
@@ -87,7 +88,7 @@ def serve(folder: Path, model: str, names: Sequence[str], asked: IO[str], answer
         sys.path.insert(0, str(folder))
         skylapse = import_module("skylapse")
         package = str(Path(skylapse.__path__[0]).resolve())
-        runs, reasons = made(skylapse.Engine.from_pretrained(model), names)
+        runs, reasons = made(skylapse.Engine.from_pretrained(model, device="cpu"), names)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         print(json.dumps({"package": package, "workloads": reasons}), file=answers)

@@ -202,7 +202,7 @@ class VideoRequest:
 
 class Engine:
     @classmethod
-    def from_pretrained(cls, name):
+    def from_pretrained(cls, name, device):
         return cls()
 
     def generate_latents(self, request):

@@ -93,7 +93,7 @@ def _first_step(options: argparse.Namespace, folder: Path, compiles: bool) -> di
 
 
 def marks_of_a_start(model: str, threads: int | None, prompt: str) -> dict[str, tuple[float, float]]:
-    """Seconds since this process was born, and CPU seconds: model loaded, first step, first frame, clip done."""
+    """Seconds since this process was born, and its CPU seconds without those of compilers that it starts."""
     born = time.perf_counter() - seconds_until_main()
 
     def now() -> tuple[float, float]:

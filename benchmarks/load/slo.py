@@ -95,14 +95,16 @@ class Good:
         return self.good / self.requests if self.requests else 0.0
 
 
-def goodput(outcomes: Sequence[Outcome], slos: Sequence[Slo], window_s: float, first_s: float = 0.0) -> Good:
+def goodput(
+    outcomes: Sequence[Outcome], slos: Sequence[Slo], window_s: float, first_s: float = 0.0, doubt: bool = False
+) -> Good:
     """window_s: in which they arrived, from first_s on. What was done is over the time until the last was done.
 
     An overloaded server goes on working behind the window; to divide that by the window would give it the offered load
-    as its throughput.
+    as its throughput. doubt: good is also who may have been done in time, between two polls.
     """
     ok = [one for one in outcomes if one.latency_s is not None]
-    good = [one for one in ok if (one.latency_s or 0.0) <= limit_of(slos, one.kind)]
+    good = [one for one in ok if (one.latency_s or 0.0) - doubt * one.resolution_s <= limit_of(slos, one.kind)]
     over = max(window_s, 1e-9)
     until_s = max([over, *(one.done_s - first_s for one in ok if one.done_s is not None)])
     return Good(

@@ -44,6 +44,8 @@ def test_goodput_counts_by_each_class_own_limit_over_the_arrivals_window() -> No
     assert (found.requests, found.ok, found.good, found.share) == (5, 4, 2, 0.4)
     assert (found.good_per_s, found.good_video_s_per_s) == (0.5, 1.0)
     assert (found.requests_per_s, found.video_s_per_s) == (4 / 6, 8 / 6)  # it worked on behind the window
+    outcomes[1].resolution_s = 0.15  # 1.1 s, or as little as 0.95
+    assert goodput(outcomes, slos, 4.0).good == 2 and goodput(outcomes, slos, 4.0, doubt=True).good == 3
     assert limit_of(parse_slo("p95=3s,p50=2s"), "any") == 2.0
     assert cost_per_video_s(3.6, 0.5) == pytest.approx(0.002)
     assert cost_per_video_s(3.6, 0.0) is None

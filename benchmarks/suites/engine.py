@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from ..harness import ratios
 from ..record import Curve
 from ..sheet import Labels, Sheet, suite_parser
 from .overhead import measure_preview, measure_ticks
+from .steps import StepWatch, write_steps
 from .traffic import MODES, SHAPES, Arrival, Driver, Played, draw_trace, request_of, solo_seconds
 
 OURS = "continuous"
@@ -86,7 +88,11 @@ class Traffic:
             for mode in reversed(MODES) if turn % 2 else MODES:
                 name = f"engine/poisson/seed-{seed}/{mode}"
                 self.sheet.check_time(name)
-                found = Driver(self.engine, trace, MODES[mode]).play()
+                watch = StepWatch(self.engine) if (turn, mode) == (0, OURS) else None
+                with watch or nullcontext():
+                    found = Driver(self.engine, trace, MODES[mode]).play()
+                if watch:
+                    write_steps(self.sheet, watch, self.options.steps)
                 played[mode].append(found)
                 for kind in SHAPES:
                     self.sheet.measured(f"{name}/{kind}", "s", found.of(kind), labels=self._shape(kind), shown=False)

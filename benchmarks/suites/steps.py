@@ -15,7 +15,6 @@ from ...runtime.trajectory import Trajectory
 from ..sheet import Labels, Sheet
 from .traffic import SHAPES, request_of
 
-KINDS = {size: kind for kind, size in SHAPES.items()}
 STAGES = ("encode", "decode")
 
 
@@ -32,6 +31,7 @@ class StepWatch:
         self.requests: list[int] = []
         self.tokens: list[int] = []
         self.items_s: dict[tuple[str, str], list[float]] = {(stage, kind): [] for stage in STAGES for kind in SHAPES}
+        self._kinds = {size: kind for kind, size in SHAPES.items()}
         self._submit_s = self._items_s = 0.0
 
     def __enter__(self) -> StepWatch:
@@ -69,7 +69,7 @@ class StepWatch:
         finally:
             item_s = self._now() - began
             self._items_s += item_s
-            self.items_s[stage, KINDS[size]].append(item_s)
+            self.items_s[stage, self._kinds[size]].append(item_s)
 
 
 def write_steps(sheet: Sheet, watch: StepWatch, steps: int) -> None:

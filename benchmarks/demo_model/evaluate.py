@@ -2,46 +2,48 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ...runtime.engine import Engine
+from ...runtime.options import size_of
 from ...runtime.request import VideoRequest
 from ...runtime.video_file import contact_sheet
+from ..sheet import Sheet, suite_parser
 from .judge import score
 from .scenes import caption, draw_scenes, render
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--images", type=int, default=20, help="image-to-video clips")
-    parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("--guidance", type=float, default=None)
-    parser.add_argument("--size", default=None, help="WIDTHxHEIGHT")
-    parser.add_argument("--frames", type=int, default=None)
-    parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--sheet", type=Path, default=None)
+    parser = suite_parser("demo_model", "Judge a demo checkpoint.")
+    option = parser.add_argument
+    option("--prompts", type=int, default=200, metavar="N", help="text-to-video clips; default: 200")
+    option("--images", type=int, default=20, metavar="N", help="image-to-video clips; default: 20")
+    option("--steps", type=int, metavar="N")
+    option("--guidance", type=float, metavar="G")
+    option("--size", type=size_of, metavar="WxH")
+    option("--frames", type=int, metavar="N")
+    option("--sheet", type=Path, metavar="PNG", help="the first 16 clips as a contact sheet")
     args = parser.parse_args()
     engine = Engine.from_pretrained(args.model)
-    width, height = map(int, args.size.split("x")) if args.size else (engine.defaults.width, engine.defaults.height)
+    width, height = args.size or (engine.defaults.width, engine.defaults.height)
     options = dict(
         width=width, height=height, num_frames=args.frames, num_inference_steps=args.steps, guidance_scale=args.guidance
     )
-    result = {"prompts": args.prompts, **{name: value for name, value in options.items() if value is not None}}
-    result |= judge_prompts(engine, args.prompts, options, args.sheet)
-    if args.images:
-        result |= judge_images(engine, args.images, options)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    asked = {name: value for name, value in options.items() if value is not None}
+    sheet = Sheet("demo_model", args, {"prompts": args.prompts, "images": args.images} | asked)
+    with sheet.running():
+        for name, value in judge_prompts(engine, args.prompts, options, args.sheet).items():
+            sheet.measured(f"demo_model/prompts/{name}", "share", [value], "higher")
+        if args.images:
+            scores, kept_db = judge_images(engine, args.images, options)
+            for name, value in scores.items():
+                sheet.measured(f"demo_model/images/{name}", "share", [value], "higher")
+            sheet.measured("demo_model/images/first_frame_psnr", "dB", kept_db, "higher")
+    sys.exit(sheet.status)
 
 
 def judge_prompts(
@@ -51,20 +53,20 @@ def judge_prompts(
     generator = torch.Generator().manual_seed(20_000)
     scenes = draw_scenes(count, generator)
     labels = [scenes.labels(i) for i in range(count)]
-    began = time.perf_counter()
     clips = []
     for i, label in enumerate(labels):
         prompt = caption(label, generator, omit=0.0, synonyms=0.0)
         clips.append(engine.generate(VideoRequest(prompt=prompt, seed=1_000_000 + i, **options)).frames)  # type: ignore[arg-type]
-    seconds = (time.perf_counter() - began) / count
     if sheet:
         rows = [np.concatenate(list(clip[:: max(1, len(clip) // 8)]), axis=1) for clip in clips[:16]]
         contact_sheet(np.stack(rows), columns=1).save(sheet)
-    return score(clips, labels) | {"seconds_per_clip": round(seconds, 3)}
+    return score(clips, labels)
 
 
-def judge_images(engine: Engine, count: int, options: dict[str, int | float | None]) -> dict[str, float]:
-    """PSNR in dB of the first frame against the given one as the VAE decodes it, and the judge's scores."""
+def judge_images(
+    engine: Engine, count: int, options: dict[str, int | float | None]
+) -> tuple[dict[str, float], list[float]]:
+    """The judge's scores, and each clip's PSNR in dB of the first frame against the given one as the VAE decodes it."""
     generator = torch.Generator().manual_seed(30_000)
     scenes = draw_scenes(count, generator)
     width, height = int(options["width"] or 0), int(options["height"] or 0)
@@ -80,8 +82,7 @@ def judge_images(engine: Engine, count: int, options: dict[str, int | float | No
             iter(engine.decode(engine.generate_latents(request)))
         )  # what the model kept, before pixels are pasted
         kept.append(psnr(own, source))
-    scores = {f"image_{name}": value for name, value in score(clips, labels).items()}
-    return scores | {"image_first_frame_psnr_db": round(min(kept), 2)}
+    return score(clips, labels), kept
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -18,7 +18,7 @@ from ...kernels import roofline
 from ...runtime.scheduler import SchedulerConfig
 from ..load.workloads import Kind, Workload, our_prompts
 from .cost import Shape, StepCost
-from .model import MAX_CALLS, Service
+from .service import MAX_CALLS, Service
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -14,7 +14,8 @@ from ..record import Curve, Measurement, SuiteReport, read
 from ..sheet import Labels, Sheet
 from ..suites.traffic import Arrival, draw_trace
 from .cost import Fit, Shape, StepCost, Ticks, fit, trimmed_mean
-from .model import Service, simulate
+from .model import simulate
+from .service import Service
 
 GOAL = 0.2  # the median error of p95, issue 7
 SLOTS = {"continuous": None, "one-at-a-time": 1}  # ways of `bench engine` that are a number of slots

@@ -13,81 +13,12 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
-from ...runtime.scheduler import SchedulerConfig
 from ...serve.autoscaling import num_engines
 from ...serve.store.backlog import Backlog
-from ..load.client import Outcome
 from .cost import Shape, StepCost
 from .replica import Job, Replica
-
-# serve/dispatcher.py's and serve/replica.py's, which import Ray; a test holds them together
-LOOK_S, MAX_CALLS, UNCHECKED_S = 0.1, 256, 5.0
-POLL_S = 1.0  # between two looks of the autoscaler at the backlog
-
-
-@dataclass(frozen=True, kw_only=True)
-class Autoscaler:
-    """`serve.autoscaling.BacklogPolicy` within Serve's bounds and delays; defaults are deploy/serve.yaml's."""
-
-    clear_in_s: float = 120.0
-    min_replicas: int = 1
-    max_replicas: int = 8
-    upscale_delay_s: float = 10.0
-    downscale_delay_s: float = 300.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.min_replicas <= self.max_replicas or self.max_replicas < 1:
-            raise ValueError(
-                f"replicas must scale from 0 or more to 1 or more, got {self.min_replicas} to {self.max_replicas}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Service:
-    """slots: of an engine, None: any number. dispatchers: None hands jobs to engines at once, as `bench engine` does.
-
-    mtbf_s: mean time between deaths of one replica, exponential. detect_s: until its jobs are queued again; load_s:
-    until a new replica works, after a death or when one is added.
-    """
-
-    replicas: int = 1
-    slots: int | None = 8
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    dispatchers: int | None = 1
-    checkpoint_every: int = 5
-    max_attempts: int = 3
-    drain_s: float = 60.0
-    mtbf_s: float = math.inf
-    detect_s: float = 1.0
-    load_s: float = 60.0
-    autoscaler: Autoscaler | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("slots", "dispatchers", "replicas", "checkpoint_every", "max_attempts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not self.mtbf_s > 0:
-            raise ValueError(f"mtbf_s must be above 0 seconds, got {self.mtbf_s}")
-
-
-@dataclass(frozen=True)
-class Ran:
-    """replica_s: of all replicas, from when they were asked for; busy_s: of their ticks. span_s: to the last end."""
-
-    jobs: Sequence[Job]
-    span_s: float
-    replica_s: float
-    busy_s: float
-    num_ticks: int
-    num_deaths: int
-    most_replicas: int
-
-    @property
-    def outcomes(self) -> list[Outcome]:
-        return [Outcome(j.index, j.shape.name, j.due_s, j.shape.video_s, done_s=j.done_s, end=j.end) for j in self.jobs]
+from .service import LOOK_S, MAX_CALLS, POLL_S, UNCHECKED_S, Ran, Service
 
 
 def simulate(service: Service, cost: StepCost, arrivals: Sequence[tuple[float, Shape]], seed: int = 0) -> Ran:
@@ -112,6 +43,7 @@ class _Run:
         self.open: list[Replica] = []  # with a slot for a call
         self._places: dict[int, int] = {}  # number -> place in `open`
         self.idle: dict[int, Replica] = {}  # of those, who hold nothing
+        self._coming = 0  # the next of the trace
         self._looks = False  # whether a look is to come
         self._wants_since: tuple[int, float] | None = None  # the autoscaler's direction, and since when
 
@@ -124,8 +56,7 @@ class _Run:
         for _ in range(first):
             self.num_replicas += 1
             self.born()
-        self._next = iter(self.jobs)
-        self.coming()
+        self.at(self.jobs[0].due_s, self.arrive)
         while self.num_ended < len(self.jobs):
             assert self.heap, "requests are left and nothing is to come"
             self.now_s, _, event = heapq.heappop(self.heap)
@@ -147,16 +78,15 @@ class _Run:
 
     # --- jobs and who gets them -----------------------------------------------------------------------------------
 
-    def coming(self) -> None:
-        """The next of the trace, when it is due."""
-        job = next(self._next, None)
-        if job is not None:
-            self.at(job.due_s, lambda: self.arrive(job))
-
-    def arrive(self, job: Job) -> None:
-        self.backlog_s += job.work_s
-        self.enqueue(job)
-        self.coming()
+    def arrive(self) -> None:
+        """Whoever is due, and then wait for the next one."""
+        while self._coming < len(self.jobs) and self.jobs[self._coming].due_s <= self.now_s:
+            job = self.jobs[self._coming]
+            self._coming += 1
+            self.backlog_s += job.work_s
+            self.enqueue(job)
+        if self._coming < len(self.jobs):
+            self.at(self.jobs[self._coming].due_s, self.arrive)
 
     def enqueue(self, job: Job) -> None:
         heapq.heappush(self.queue, (job.index, job))
@@ -200,7 +130,8 @@ class _Run:
             engine.join(job)
             self.offer(engine)
             if not engine.is_ticking:
-                self.tick(engine)
+                engine.is_ticking = True  # who comes in the same instant is in the same tick
+                self.at(self.now_s, lambda engine=engine: self.tick(engine))  # type: ignore[misc]
 
     def less_busy(self) -> Replica:
         """The power of two choices, as Serve's router has it."""
@@ -236,7 +167,8 @@ class _Run:
     # --- engines --------------------------------------------------------------------------------------------------
 
     def tick(self, engine: Replica) -> None:
-        self.at(self.now_s + engine.begin_tick(), lambda: self.ticked(engine))
+        if not engine.is_gone:
+            self.at(self.now_s + engine.begin_tick(), lambda: self.ticked(engine))
 
     def ticked(self, engine: Replica) -> None:
         if engine.is_gone:
@@ -354,7 +286,7 @@ class _Run:
         for _ in range(wanted - self.num_replicas):
             self.load()
         there = sorted((e for e in self.replicas.values() if not e.is_stopping), key=lambda e: (len(e.held), -e.number))
-        for engine in there[: self.num_replicas - wanted]:
+        for engine in there[: max(0, self.num_replicas - wanted)]:
             self.stop(engine)
         self.num_replicas = wanted
 

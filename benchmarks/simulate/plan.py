@@ -23,7 +23,8 @@ from ..sheet import Labels, Sheet
 from .assume import Assumptions
 from .check import fit_to, read_measured
 from .cost import Shape, StepCost
-from .model import Autoscaler, Ran, Service, simulate
+from .model import simulate
+from .service import Autoscaler, Ran, Service
 
 WARM_UP = 0.1  # of a trace
 MOST_REPLICAS = 100_000

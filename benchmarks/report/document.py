@@ -44,6 +44,10 @@ machine that grows slow for a while does not decide. Peers are run, never quoted
 
     skylapse bench all --quick                  # every local suite in under 10 minutes on two cores
     skylapse bench NAME --help                  # a suite's own options
+    skylapse bench denoise --profile out        # a trace, and a step's time by our own nouns
+    skylapse bench serve --url http://127.0.0.1:8000 --trace poisson --rate 0.5 --slo p95=30s --plan-for 2.5/s
+    skylapse bench goodput                      # our service and a plain Ray Serve + diffusers one, the same traces
+    skylapse bench simulate --replicas 8,64,1000
     skylapse bench report bench-results -o page.html --png plots
     skylapse bench compare old.json new.json    # figure by figure; 1 where one is surely worse by more than 5 %
     skylapse bench gate                         # this tree against where its branch left main; 1 where it is slower

@@ -12,7 +12,7 @@ import numpy as np
 from ...runtime.scheduler import SchedulerConfig
 from ..record import Curve, Measurement, SuiteReport, read
 from ..sheet import Labels, Sheet
-from ..suites.traffic import Arrival, draw_trace
+from ..suites.traffic import SHAPES, Arrival, draw_trace
 from .cost import Fit, Shape, StepCost, Ticks, fit, trimmed_mean
 from .model import simulate
 from .service import Service
@@ -55,6 +55,8 @@ def read_measured(path: Path) -> Measured:
     try:
         scheduler = SchedulerConfig(policy=asked["scheduler"], max_batch_tokens=asked["max_batch_tokens"])
         solo = {name.rpartition("/")[2]: m.samples for name, m in named.items() if name.startswith("engine/solo/")}
+        if missing := set(SHAPES) - set(solo):
+            raise KeyError(f"engine/solo/{min(missing)}")
         service_s = {kind: statistics.median(values) for kind, values in solo.items()}
         traces, latencies = {}, {}
         for seed in range(report.seed, report.seed + int(asked["seeds"])):
@@ -100,12 +102,20 @@ def predict(
     return found
 
 
-def check(sheet: Sheet, files: Sequence[Path], goal: float = GOAL) -> None:
-    """The first file's first trace is fitted to; each other trace, of any file, is predicted and compared."""
+def read_all(files: Sequence[Path]) -> list[Measured]:
+    """For `check`: ValueError where there would be nothing to check the fit against, or two files of one name."""
     every = [read_measured(path) for path in files]
-    fitted = every[0]
+    names = [measured.name for measured in every]
+    if len(set(names)) < len(names):
+        raise ValueError(f"files must have different names, got {', '.join(names)}")
     if sum(len(measured.traces) for measured in every) < 2:
-        raise ValueError(f"{fitted.name} has one trace: nothing is left to check the fit to it against")
+        raise ValueError(f"{names[0]} has one trace: nothing is left to check the fit to it against")
+    return every
+
+
+def check(sheet: Sheet, every: Sequence[Measured], goal: float = GOAL) -> None:
+    """The first file's first trace is fitted to; each other trace, of any file, is predicted and compared."""
+    fitted = every[0]
     model, shapes = fit_to(fitted)
     _write_fit(sheet, model, shapes, fitted.name)
     errors: dict[tuple[str, int], list[float]] = {(way, p): [] for way in SLOTS for p in PERCENTILES}

@@ -16,7 +16,7 @@ from ..load.slo import Slo, check_kinds, parse_slo
 from ..load.traces import PROCESSES
 from ..sheet import Sheet, suite_parser
 from .assume import read_assumptions
-from .check import GOAL, check
+from .check import GOAL, check, read_all
 from .plan import Case, World, assumed_world, curves, fewest, measured_world, write_times
 
 SIZES, QUICK_SIZES = (8, 64, 1000), (8, 64)
@@ -28,9 +28,10 @@ SIMULATED = "simulated"  # no model runs: what it would be is in the labels
 def simulate(arguments: Sequence[str]) -> int:
     options = _options(arguments)
     if options.check:
+        measured = read_all(options.check)
         sheet = Sheet("simulate", options, {"check": [path.name for path in options.check], "goal": options.goal})
         with sheet.running():
-            check(sheet, options.check, options.goal)
+            check(sheet, measured, options.goal)
         return sheet.status
     assumptions = read_assumptions(options.assume)
     world = assumed_world(assumptions) if options.measured is None else measured_world(options.measured, assumptions)

@@ -1,7 +1,8 @@
 """`skylapse bench simulate`: a service of many replicas by the real scheduler, checked against real runs, then planned.
 
 --check FILE... holds the model against `bench engine`'s results. Without it, latencies, goodput and the number of
-replicas of a plan are simulated, with step times that are assumed (--assume, or the default) or fitted (--measured).
+replicas of a plan are simulated, with step times that are assumed (--assume, or the default) or fitted (--measured). A result's
+settings hold all that was assumed, which is what a file for --assume looks like.
 """
 
 from __future__ import annotations
@@ -66,7 +67,12 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         "--check", type=Path, nargs="+", metavar="FILE", help="results of bench engine: fit to one trace, predict all"
     )
     option("--goal", type=float, default=GOAL, metavar="X", help=f"of the median error of p95; default: {GOAL}")
-    option("--assume", type=Path, metavar="FILE", help="JSON; what it leaves out is as docs of simulate/assume.py say")
+    option(
+        "--assume",
+        type=Path,
+        metavar="FILE",
+        help="JSON like `assumptions` in a result; what it leaves out is the default's",
+    )
     option("--measured", type=Path, metavar="FILE", help="a result of bench engine, whose steps are used instead")
     option("--replicas", type=_sizes, metavar="N,...", help="default: 8,64,1000; quick: 8,64")
     option(

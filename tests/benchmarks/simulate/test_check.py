@@ -81,7 +81,7 @@ def made_up(path: Path, slower: Callable[[int], float] = lambda seed: 1.0, **cha
             service = Service(slots=slots, dispatchers=None, scheduler=CONFIG)
             ran = simulate(service, COST, [(one.at_s, SHAPES[one.kind]) for one in trace])
             for kind in SHAPES:
-                latencies = [one.latency_s * slower(seed) for one in ran.outcomes if one.kind == kind]
+                latencies = [(one.latency_s or 0.0) * slower(seed) for one in ran.outcomes if one.kind == kind]
                 found[f"engine/poisson/seed-{seed}/{way}/{kind}"] = (latencies, {})
     packs = [(96, 1), (192, 2), (384, 4), (768, 1), (0, 0)] * 4
     found["engine/ticks/tick_s"] = ([COST.seconds(*pack) for pack in packs], {})
@@ -153,7 +153,8 @@ def test_every_figure_of_a_plan_says_where_its_times_are_from(tmp_path: Path) ->
     assert bench_simulate(*small, "--out", out) == 0
     report = read(out, SuiteReport)
     named = {one.name: one for one in report.measurements}
-    assert all("not measured" in str(one.labels["assumed"]) for one in (*report.measurements, *report.curves))
+    labels = [one.labels for one in report.measurements] + [one.labels for one in report.curves]
+    assert all("not measured" in str(one["assumed"]) for one in labels)
     assert named["simulate/times/long/step"].samples[0] > named["simulate/times/short/step"].samples[0] > 0
     assert named["simulate/plan/4/load-0.9/all/p95"].samples > named["simulate/plan/4/load-0.5/all/p95"].samples
     assert {curve.name for curve in report.curves} >= {"simulate/p95/2 replicas", "simulate/within p95=90s/4 replicas"}

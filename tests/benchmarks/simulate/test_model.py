@@ -110,10 +110,10 @@ def test_a_request_alone_takes_its_work_and_what_hands_it_over() -> None:
 
 
 def test_one_dispatcher_keeps_256_jobs_going_however_many_engines_there_are() -> None:
-    counts = []
+    counts: list[int] = []
     for dispatchers in (1, 2):
         run = model._Run(Service(replicas=100, dispatchers=dispatchers), COST, [(0.0, SMALL)] * 400, 0)
-        run.at(SMALL.alone_s(COST) / 2, lambda run=run: counts.append(run.num_running))
+        run.at(SMALL.alone_s(COST) / 2, lambda run=run: counts.append(run.num_running))  # type: ignore[misc]
         run.play()
     assert counts == [MAX_CALLS, 400]
 

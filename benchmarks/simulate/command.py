@@ -1,8 +1,8 @@
 """`skylapse bench simulate`: a service of many replicas by the real scheduler, checked against real runs, then planned.
 
 --check FILE... holds the model against `bench engine`'s results. Without it, latencies, goodput and the number of
-replicas of a plan are simulated, with step times that are assumed (--assume, or the default) or fitted (--measured). A result's
-settings hold all that was assumed, which is what a file for --assume looks like.
+replicas of a plan are simulated, with step times that are assumed (--assume, or the default) or fitted (--measured).
+A result's settings hold all that was assumed, which is what a file for --assume looks like.
 """
 
 from __future__ import annotations

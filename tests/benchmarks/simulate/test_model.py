@@ -66,7 +66,7 @@ def test_packs_are_those_of_the_real_engine(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Scheduler, "pick", recorded)
     engine = Engine.from_pretrained("demo")
-    asked = [(9, 4), (17, 3), (9, 2), (9, 4)]
+    asked = [(9, 3), (17, 2), (9, 1), (9, 3)]
     requests = [
         VideoRequest(prompt="a red circle", width=64, height=64, num_frames=frames, num_inference_steps=steps, seed=k)
         for k, (frames, steps) in enumerate(asked)
@@ -90,11 +90,11 @@ def test_packs_are_those_of_the_real_engine(monkeypatch: pytest.MonkeyPatch) -> 
 # --- queues -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("load", [0.5, 0.8])
+@pytest.mark.parametrize("load", [0.5, 0.7])
 def test_mean_wait_of_one_engine_with_one_slot_is_that_of_an_m_d_1_queue(load: float) -> None:
     shape = Shape(name="one", tokens=1, num_steps=1)
     rng, at_s, arrivals = random.Random(3), 0.0, []
-    for _ in range(20_000):
+    for _ in range(8000):
         at_s += rng.expovariate(load)
         arrivals.append((at_s, shape))
     ran = simulate(Service(slots=1, dispatchers=None), StepCost(fixed_s=1.0), arrivals)

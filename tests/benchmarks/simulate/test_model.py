@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -19,9 +20,12 @@ from skylapse.benchmarks.simulate import model
 from skylapse.benchmarks.simulate.cost import Shape, StepCost
 from skylapse.benchmarks.simulate.model import simulate
 from skylapse.benchmarks.simulate.service import LOOK_S, MAX_CALLS, UNCHECKED_S, Autoscaler, Ran, Service
+from skylapse.benchmarks.suites.steps import StepWatch
+from skylapse.benchmarks.suites.traffic import request_of
 from skylapse.runtime.engine import Engine
 from skylapse.runtime.request import VideoRequest
 from skylapse.runtime.scheduler import Scheduler, SchedulerConfig
+from skylapse.runtime.trajectory import Trajectory
 
 SMALL = Shape(name="small", tokens=96, num_steps=12, decode_s=(0.1, 0.2), finish_s=0.05)
 LARGE = Shape(name="large", tokens=768, num_steps=12, decode_s=(0.4, 0.4))
@@ -36,6 +40,11 @@ def trace(count: int, rate: float, seed: int = 0) -> list[tuple[float, Shape]]:
         at_s += rng.expovariate(rate)
         arrivals.append((at_s, LARGE if rng.random() < 0.2 else SMALL))
     return arrivals
+
+
+@pytest.fixture(scope="module")
+def demo() -> Engine:
+    return Engine.from_pretrained("demo")
 
 
 # --- the scheduler ----------------------------------------------------------------------------------------------------
@@ -55,9 +64,10 @@ def test_every_pack_is_picked_by_the_runtimes_own_scheduler(monkeypatch: pytest.
     assert apart.span_s > together.span_s + 20 * COST.fixed_s  # nobody shared a step
 
 
-def test_packs_are_those_of_the_real_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packs_are_those_of_the_real_engine(demo: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four requests at once, which do not fit into one pack: the same tickets share the same steps in both."""
     picked: list[list[int]] = []
+    tickets: list[int] = []
     pick = Scheduler.pick
 
     def recorded(self: Scheduler, *given: Any) -> list[int]:
@@ -65,26 +75,43 @@ def test_packs_are_those_of_the_real_engine(monkeypatch: pytest.MonkeyPatch) -> 
         return picked[-1]
 
     monkeypatch.setattr(Scheduler, "pick", recorded)
-    engine = Engine.from_pretrained("demo")
     asked = [(9, 3), (17, 2), (9, 1), (9, 3)]
     requests = [
         VideoRequest(prompt="a red circle", width=64, height=64, num_frames=frames, num_inference_steps=steps, seed=k)
         for k, (frames, steps) in enumerate(asked)
     ]
     shapes = [
-        Shape(name=str(k), tokens=2 * engine.prepare(request).num_tokens, num_steps=steps, decode_s=(0.0, 0.0))
+        Shape(name=str(k), tokens=2 * demo.prepare(request).num_tokens, num_steps=steps, decode_s=(0.0, 0.0))
         for k, (request, (_, steps)) in enumerate(zip(requests, asked, strict=True))
     ]
-    config = SchedulerConfig(max_batch_tokens=engine.max_batch_tokens)
+    config = SchedulerConfig(max_batch_tokens=demo.max_batch_tokens)
     assert sum(shape.tokens for shape in shapes) > config.max_batch_tokens
     for request in requests:
-        engine.submit(request)
-    while engine.has_work():
-        engine.step()
-    real, picked[:] = list(picked), []
+        tickets.append(demo.submit(request))
+    while demo.has_work():
+        demo.step()
+    real, picked[:] = [[ticket - tickets[0] + 1 for ticket in pack] for pack in picked], []
     simulate(Service(slots=None, dispatchers=None, scheduler=config), COST, [(0.0, shape) for shape in shapes])
     assert len({len(pack) for pack in real}) > 1
     assert picked == real
+
+
+def test_a_watch_sees_every_tick_of_an_engine_and_leaves_no_trace(demo: Engine) -> None:
+    before, work = demo.pack_stats, Trajectory.work
+    with StepWatch(demo) as watch:
+        began = time.perf_counter()
+        for seed in range(2):
+            demo.submit(request_of("small", 2, seed))
+        while demo.has_work():
+            demo.step()
+        took_s = time.perf_counter() - began
+    packs, tokens = (after - before[k] for k, after in enumerate(demo.pack_stats))
+    assert sum(watch.tokens) == tokens == 2 * 2 * 96
+    assert sum(watch.requests) == 4 and sum(count > 0 for count in watch.tokens) == packs
+    assert [len(watch.items_s[stage, "small"]) for stage in ("encode", "decode")] == [2, 4]
+    items_s = sum(sum(values) for values in watch.items_s.values())
+    assert min(watch.tick_s) > 0 and items_s > 0 and sum(watch.tick_s) + items_s <= took_s
+    assert "step" not in vars(demo) and Trajectory.work is work
 
 
 # --- queues -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from ..runtime.options import Parser
+from .ending import ended_by_signals
 from .gpu import watch
 from .harness import Turns, spread_of
 from .harness import ratios as paired
@@ -159,14 +159,9 @@ class Sheet:
 
         cases: how often `check_time` will be called, for the bar; None where that is not known.
         """
-
-        def interrupt(*_: object) -> None:
-            raise KeyboardInterrupt
-
-        before = signal.signal(signal.SIGTERM, interrupt)
         try:
             self._save()
-            with Bar(self.benchmark, cases) as self._bar:
+            with ended_by_signals(), Bar(self.benchmark, cases) as self._bar:
                 yield
             self.partial = None
         except (KeyboardInterrupt, OutOfTime) as end:
@@ -175,7 +170,6 @@ class Sheet:
             self.partial = f"{type(error).__name__}: {error}"
             raise
         finally:
-            signal.signal(signal.SIGTERM, before)
             self._machine["load_after"] = [round(value, 2) for value in os.getloadavg()]
             if readings := self.reading():  # a GPU's clocks, power and temperature
                 self._machine["gpu_after"] = readings

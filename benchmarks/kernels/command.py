@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from ...runtime.options import Parser
+from ..ending import ended_by_signals
 from ..gpu import watch
 from ..harness import Budget, reason_of
 from ..machine import describe
@@ -36,7 +35,7 @@ def kernels(arguments: Sequence[str]) -> int:
         return _tell(options, ops)
     torch.set_num_threads(options.threads)
     found = Found(options.suite, options.quick, options.seed, options.out)
-    with _ending_on_terminate():
+    with ended_by_signals():
         try:
             for line in _apart(options, ops) if options.suite == "gpu" else _work(options, ops):
                 found.add(line)
@@ -112,20 +111,6 @@ def _apart(options: argparse.Namespace, ops: list[str]) -> Iterator[Line]:
             yield LINE.validate_json(text) if isinstance(text, str) else text
         except ValidationError:  # what a library prints
             print(text, end="", file=sys.stderr)
-
-
-@contextmanager
-def _ending_on_terminate() -> Iterator[None]:
-    """What stops a container stops us as Ctrl-C does, so that what there is gets written."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # --- what came of it --------------------------------------------------------------------------------------------------

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+
+from ...runtime.request import VideoRequest
 
 Size = tuple[int, int, int]  # width, height, frames
 DIRECTIONS = ("left", "right", "up", "down")
@@ -24,3 +27,17 @@ def words_of(size: Size) -> str:
 def prompt_of(seed: int) -> str:
     """In the demo model's world; any other model takes it too."""
     return f"a red circle moving {DIRECTIONS[seed % len(DIRECTIONS)]}"
+
+
+def clip_request(size: Sequence[int], steps: int, seed: int, cache: str = "none") -> VideoRequest:
+    """A clip of a size, its prompt by the seed."""
+    width, height, num_frames = size
+    return VideoRequest(
+        prompt=prompt_of(seed),
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        num_inference_steps=steps,
+        seed=seed,
+        cache=cache,
+    )

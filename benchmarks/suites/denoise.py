@@ -27,7 +27,7 @@ from ...runtime.request import VideoRequest
 from ...runtime.trajectory import Trajectory
 from ..harness import Budget, Clock, CudaClock, Missing, Run, Turns, WallClock, take_turns
 from ..sheet import Labels, Sheet, suite_parser
-from .clips import Size, prompt_of, size_of, words_of
+from .clips import Size, clip_request, size_of, words_of
 
 # Of the demo model; other models are measured at their own default size, a clip and a single frame of it.
 DEMO_SIZES: tuple[Size, ...] = ((64, 64, 1), (64, 64, 17), (128, 96, 29))
@@ -132,16 +132,7 @@ class Denoising:
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def _request(self, size: Size, cache: str = "none") -> VideoRequest:
-        width, height, num_frames = size
-        return VideoRequest(
-            prompt=prompt_of(self.options.seed),
-            width=width,
-            height=height,
-            num_frames=num_frames,
-            num_inference_steps=self.options.steps,
-            seed=self.options.seed,
-            cache=cache,
-        )
+        return clip_request(size, self.options.steps, self.options.seed, cache)
 
     def _ready(self, size: Size, ticket: int = 0) -> Trajectory:
         """A request that stands before its first step. Tickets tell requests of one pack apart."""

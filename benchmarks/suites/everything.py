@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from ...runtime.options import Parser
 from ..command import BENCHMARKS
+from ..ending import ended_by_signals
 from ..sheet import RESULTS, note
 
 QUICK_S = 540.0  # of all together, on two cores
@@ -149,7 +149,7 @@ def run_suite(words: Sequence[str], timeout_s: float) -> int:
     """Exit code of `bench words` in a process of its own, which is interrupted when its time has passed."""
     package = __package__.removesuffix(".suites")
     process = subprocess.Popen([sys.executable, "-m", package, *words], stdin=subprocess.DEVNULL)
-    with _ending_on_terminate():
+    with ended_by_signals():
         try:
             return process.wait(timeout=None if timeout_s == float("inf") else timeout_s)
         except subprocess.TimeoutExpired:
@@ -169,20 +169,6 @@ def _end(process: subprocess.Popen[bytes]) -> int:
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()
-
-
-@contextmanager
-def _ending_on_terminate() -> Iterator[None]:
-    """SIGTERM ends us as Ctrl-C does, so that no suite is left behind."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _is_there(name: str) -> bool:

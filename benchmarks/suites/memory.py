@@ -17,7 +17,7 @@ from ..harness import reason_of
 from ..peak import held_bytes, peak_while
 from ..sheet import Labels, Sheet, suite_parser
 from .apart import Died, run_apart
-from .clips import Size, prompt_of, size_of, words_of
+from .clips import Size, clip_request, size_of, words_of
 
 SIZES: tuple[Size, ...] = ((64, 64, 1), (64, 64, 17), (64, 64, 65), (96, 64, 17), (128, 96, 29), (128, 128, 17))
 QUICK_SIZES: tuple[Size, ...] = ((64, 64, 17), (128, 96, 29))
@@ -74,32 +74,20 @@ def peak_of_a_request(model: str, threads: int | None, size: list[int], seed: in
     """Bytes that one request takes above what its engine holds, in this process alone."""
     from ...runtime.engine import Engine
     from ...runtime.memory import LiveBytes
-    from ...runtime.request import VideoRequest
 
     if threads:
         torch.set_num_threads(threads)
     engine = Engine.from_pretrained(model)
 
-    def request_of(size: Sequence[int]) -> VideoRequest:
-        width, height, num_frames = size
-        return VideoRequest(
-            prompt=prompt_of(seed),
-            width=width,
-            height=height,
-            num_frames=num_frames,
-            num_inference_steps=STEPS,
-            seed=seed,
-        )
-
-    request = request_of(size)
+    request = clip_request(size, STEPS, seed)
     prepared = engine.prepare(request)
     tokens = prepared.num_tokens * prepared.num_branches
     predicted = engine.memory.working_bytes(prepared) + prepared.resident_bytes
     del prepared
     try:
-        engine.generate(request_of(SMALLEST))
+        engine.generate(clip_request(SMALLEST, STEPS, seed))
     except ValueError:  # no size of this model
-        engine.generate(request_of((*size[:2], 1)))
+        engine.generate(clip_request((*size[:2], 1), STEPS, seed))
     measured: int | None
     if kind == "tensors" and engine.device.type != "cuda":
         with LiveBytes() as live:

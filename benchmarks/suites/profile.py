@@ -29,7 +29,7 @@ from ..harness import without_gc
 from ..kernels.case import Suite
 from ..kernels.suite import clock_of, measure_limits
 from ..sheet import Labels, Sheet
-from .clips import Size, prompt_of, words_of
+from .clips import Size, clip_request, words_of
 from .nouns import PREFIX, Ranges
 
 STEP = "step"
@@ -72,14 +72,7 @@ def profile(options: argparse.Namespace) -> int:
     size: Size = options.size[0] if options.size else (d.width, d.height, d.num_frames)
     num_steps = options.steps or (QUICK_STEPS if options.quick else d.num_inference_steps)
     width, height, num_frames = size
-    request = VideoRequest(
-        prompt=prompt_of(options.seed),
-        width=width,
-        height=height,
-        num_frames=num_frames,
-        num_inference_steps=num_steps,
-        seed=options.seed,
-    )
+    request = clip_request(size, num_steps, options.seed)
     sheet = Sheet("denoise", options, {"profile": True, "steps": num_steps, "dtype": str(engine.dtype)})
     with sheet.running(cases=2):
         sheet.check_time("the same request without the profiler")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ...runtime.engine import Engine
 from ...runtime.events import Failed, Finished
 from ...runtime.request import VideoRequest
-from .clips import Size, prompt_of
+from .clips import Size, clip_request
 
 SHAPES: dict[str, Size] = {"small": (64, 64, 9), "large": (128, 96, 29)}  # 48 and 384 tokens a branch of the demo model
 LARGE_SHARE = 0.2  # of the requests
@@ -124,15 +124,7 @@ def draw_trace(count: int, load: float, steps: int, service_s: dict[str, float],
 
 
 def request_of(kind: str, steps: int, seed: int) -> VideoRequest:
-    width, height, num_frames = SHAPES[kind]
-    return VideoRequest(
-        prompt=prompt_of(seed),
-        width=width,
-        height=height,
-        num_frames=num_frames,
-        num_inference_steps=steps,
-        seed=seed,
-    )
+    return clip_request(SHAPES[kind], steps, seed)
 
 
 def solo_seconds(engine: Engine, kind: str, steps: int, repeats: int) -> list[float]:

@@ -9,7 +9,7 @@ in the plan's dtype, and what one backend returns another one takes. `run` may b
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,17 +25,17 @@ class Backend(Protocol):
     def missing(self, plan: Plan) -> str | None:
         """None where it can build and run this here; else what is missing, and how to get it. Never raises."""
 
+    def plans(self, plan: Plan) -> Sequence[Plan]:
+        """The plan as it is exported for this backend: how it is built here, then what it can run as well."""
+
     def options(self, plan: Plan) -> Mapping[str, Any]:
-        """Of the builder, as far as they change what it builds: part of the artifact's key."""
+        """Of the builder, for one of its `plans`, as far as they change what it builds: part of the artifact's key."""
 
     def versions(self) -> Mapping[str, str]:
         """Of what builds and what runs: part of the key."""
 
     def bound_to(self) -> str:
         """Of the machine, what an artifact is valid for: nothing, an instruction set, a GPU's name and architecture."""
-
-    def plan(self, plan: Plan) -> Plan:
-        """The plan as this backend wants it exported."""
 
     def build(self, coder: Coder, plan: Plan, folder: Path) -> None:
         """Fill an empty folder; any exception is a failed build, its message the reason."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ class Eager:
     def bound_to(self) -> str:
         return "nothing"
 
-    def plan(self, plan: Plan) -> Plan:
-        return replace(plan, size=None, chunk=None)
+    def plans(self, plan: Plan) -> Sequence[Plan]:
+        return [replace(plan, size=None, chunk=None)]
 
     def build(self, coder: Coder, plan: Plan, folder: Path) -> None:
         """Nothing: the weights in memory are the artifact."""

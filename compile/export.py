@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import native
 from .attention import Bounded
+from .frames import Frames
 from .lowering import Planar
 from .stream import DTYPES, FIRST, NEXT, Coder, Graph, Plan
 
@@ -44,12 +46,16 @@ OPERATORS = {
     *("Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where"),
 }
 
+LOWERINGS: dict[str, type[Frames] | None] = {"none": None, "planar": Planar, "native": native.Native}
+
 
 def export(coder: Coder, plan: Plan, folder: Path, external_above_bytes: int = EXTERNAL_ABOVE_BYTES) -> None:
     """Write first.onnx and next.onnx into `folder` and check them; ValueError says what is wrong with a graph."""
     for graph in (FIRST, NEXT):
         path = folder / f"{graph}.onnx"
         program = _program(coder, plan, graph)
+        if plan.lowering == "native":
+            native.fuse(program.model)
         num_bytes = sum(p.numel() * DTYPES[plan.dtype].itemsize for p in coder.module.parameters())
         program.save(path, external_data=num_bytes > external_above_bytes)
         check(path, coder, plan, graph)
@@ -64,16 +70,17 @@ def example(coder: Coder, plan: Plan, graph: str) -> tuple[Tensor, ...]:
     """Arguments of a graph: zeros of the plan's shapes, of small ones where it says any."""
     height, width = plan.size or (6, 10)
     dtype = DTYPES[plan.dtype]
-    x = torch.zeros(coder.input_shape(plan.chunk or 3, height, width, graph), dtype=dtype)
-    states = coder.states.at(height, width) if graph == NEXT else ()
-    return x, *(torch.zeros(shape, dtype=dtype) for shape in states)
+    shapes = [coder.input_shape(plan.chunk or 3, height, width, graph)]
+    shapes += coder.states.at(height, width) if graph == NEXT else []
+    return tuple(torch.zeros(plan.laid_out(shape), dtype=dtype) for shape in shapes)
 
 
 def dynamic_shapes(coder: Coder, plan: Plan, graph: str) -> tuple[Any, ...] | None:
     """Which sides of which argument are free, in the exporter's form: (x, states)."""
     free = torch.export.Dim.DYNAMIC
-    sides = {} if plan.size else {3: free, 4: free}
-    frames = {2: free} if plan.chunk is None and graph == NEXT else {}
+    time, *space = (1, 2, 3) if plan.channels_last else (2, 3, 4)
+    sides = {} if plan.size else dict.fromkeys(space, free)
+    frames = {time: free} if plan.chunk is None and graph == NEXT else {}
     if not sides and not frames:
         return None
     x = frames | sides
@@ -92,7 +99,7 @@ def exported(
     arguments = tuple(tensor.to(device) for tensor in example(coder, plan, graph))
     with torch.no_grad(), quiet():
         return torch.export.export(
-            _Lowered(module, plan.planar, bounded).eval(), arguments, dynamic_shapes=dynamic_shapes(coder, plan, graph)
+            _Lowered(module, plan, bounded).eval(), arguments, dynamic_shapes=dynamic_shapes(coder, plan, graph)
         )
 
 
@@ -113,14 +120,18 @@ def _program(coder: Coder, plan: Plan, graph: str) -> torch.onnx.ONNXProgram:
 
 
 class _Lowered(nn.Module):
-    def __init__(self, inner: nn.Module, planar: bool, bounded: bool) -> None:
+    def __init__(self, inner: nn.Module, plan: Plan, bounded: bool) -> None:
         super().__init__()
-        self.inner, self.planar, self.bounded = inner, planar, bounded  # fx keeps the name `graph` for itself
+        self.inner, self.plan, self.bounded = inner, plan, bounded  # fx keeps the name `graph` for itself
 
     def forward(self, x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-        with Planar() if self.planar else nullcontext(), Bounded() if self.bounded else nullcontext():
-            result: tuple[Tensor, ...] = self.inner(x, *states)
-        return result
+        lowering = LOWERINGS[self.plan.lowering]
+        with lowering() if lowering else nullcontext() as frames, Bounded() if self.bounded else nullcontext():
+            if frames is None or not self.plan.channels_last:
+                result: tuple[Tensor, ...] = self.inner(x, *states)
+                return result
+            clips = self.inner(*(frames.view(x.squeeze(0)) for x in (x, *states)))
+            return tuple(frames.frames_of(clip).unsqueeze(0) for clip in clips)
 
 
 def check(path: Path, coder: Coder, plan: Plan, graph: str) -> None:
@@ -134,18 +145,22 @@ def check(path: Path, coder: Coder, plan: Plan, graph: str) -> None:
         model = onnx.load(str(inferred), load_external_data=False)
     finally:
         inferred.unlink(missing_ok=True)
-    if foreign := sorted({node.op_type for node in model.graph.node} - OPERATORS):
-        raise ValueError(f"{path.name} has operators that not every backend knows: {', '.join(foreign)}")
+    own = {(native.DOMAIN, name) for name in native.OPERATORS} if plan.lowering == "native" else set()
+    allowed = own | {("", name) for name in OPERATORS}
+    if foreign := sorted({(node.domain, node.op_type) for node in model.graph.node} - allowed):
+        names = ", ".join(name for _, name in foreign)
+        raise ValueError(f"{path.name} has operators that not every backend knows: {names}")
     versions = {entry.domain: entry.version for entry in model.opset_import}
-    if versions.get("") != opset(plan) or set(versions) - {""}:
+    if versions.get("") != opset(plan) or set(versions) - {"", *(domain for domain, _ in own)}:
         raise ValueError(f"{path.name} must be of opset {opset(plan)} alone, got {versions}")
     arguments = example(coder, plan, graph)
     given = {value.name: value for value in model.graph.input}
     expected = [("x", arguments[0].shape), *((f"state_{i}", s.shape) for i, s in enumerate(arguments[1:]))]
     made = {value.name: value for value in model.graph.output}
     height, width = plan.size or (6, 10)
-    results = [("y", coder.output_shape(arguments[0].shape, graph))]
-    results += [(f"new_state_{i}", shape) for i, shape in enumerate(coder.states.at(height, width))]
+    y = coder.output_shape(coder.input_shape(plan.chunk or 3, height, width, graph), graph)
+    results = [("y", plan.laid_out(y))]
+    results += [(f"new_state_{i}", plan.laid_out(shape)) for i, shape in enumerate(coder.states.at(height, width))]
     for values, wanted in ((given, expected), (made, results)):
         if list(values) != [name for name, _ in wanted]:
             raise ValueError(f"{path.name} must have {[name for name, _ in wanted]}, got {list(values)}")
@@ -162,7 +177,8 @@ def _check_value(path: Path, value: Any, shape: Any, plan: Plan) -> None:
         raise ValueError(f"{path.name}: {value.name} must be {kind}")
     sides = [side.dim_value if side.HasField("dim_value") else None for side in tensor.shape.dim]
     fits = len(sides) == len(shape) and all(a in (None, b) for a, b in zip(sides, shape, strict=True))
-    if not fits or (plan.size and None in sides[3:]) or (plan.size is None and None not in sides[3:]):
+    space = sides[2:4] if plan.channels_last else sides[3:]
+    if not fits or (plan.size and None in space) or (plan.size is None and None not in space):
         raise ValueError(f"{path.name}: {value.name} must be {list(shape)}, where the plan says so, got {sides}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ class Inductor:
     def bound_to(self) -> str:
         return machine_name(self.device)
 
-    def plan(self, plan: Plan) -> Plan:
-        return plan
+    def plans(self, plan: Plan) -> Sequence[Plan]:
+        return [plan]
 
     def build(self, coder: Coder, plan: Plan, folder: Path) -> None:
         from torch._inductor import aoti_compile_and_package

@@ -11,14 +11,15 @@ convolutions, 0.35 s with 2-D ones, 0.30 s with m = 2 and 0.26 s with m up to 4;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.overrides import TorchFunctionMode
+
+from .frames import Frames, Lowered, Views
 
 Matrix = list[list[float]]
 Triple = tuple[int, int, int]
@@ -53,38 +54,24 @@ WINOGRAD: dict[int, tuple[Matrix, Matrix, Matrix]] = {
 }
 
 
-class Planar(TorchFunctionMode):
-    """While it is active, a clip x [1, C, T, H, W] is worked on as its frames [T, C, H, W], and F.conv3d as 2-D ones.
+class Planar(Frames):
+    """Frames are [T, C, H, W]."""
 
-    Every tensor that is made of frames by views alone has them noted beside it, so that what comes next starts from
-    them: or each convolution would turn the clip around twice. What is not known here is done as it is written.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._known: dict[int, tuple[Tensor, str, Tensor]] = {}  # id -> (it, which of VIEWS, its frames)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        lowered = LOWERED.get(func)
-        result = lowered(self, *args, **(kwargs or {})) if lowered else None
-        return func(*args, **(kwargs or {})) if result is None else result
-
-    def frames(self, x: Tensor, view: str = "clip") -> Tensor | None:
-        """Of a tensor that is known as this view of them."""
-        _, known, frames = self._known.get(id(x), (None, None, None))
-        return frames if known == view else None
+    VIEWS: ClassVar[Views] = {
+        "clip": lambda frames: frames.transpose(0, 1).unsqueeze(0),
+        "frames first": lambda frames: frames.unsqueeze(0),
+        "channels last": lambda frames: frames.movedim(1, -1).unsqueeze(0),
+        "images": lambda frames: frames,
+        "images, channels last": lambda frames: frames.movedim(1, -1),
+    }
+    LOWERED: ClassVar[Lowered] = {**Frames.LOWERED, F.conv3d: "conv3d", F.rms_norm: "rms_norm"}
 
     def frames_of(self, x: Tensor) -> Tensor:
-        """Of any clip."""
         frames = self.frames(x)
         return x.squeeze(0).transpose(0, 1) if frames is None else frames
 
-    def view(self, frames: Tensor, view: str = "clip") -> Tensor:
-        x = VIEWS[view](frames)
-        self._known[id(x)] = (x, view, frames)
+    def of_images(self, x: Tensor) -> Tensor:
         return x
-
-    # Each of these returns None where the call is none that it knows.
 
     def conv3d(
         self, x: Tensor, weight: Tensor, bias: Tensor, stride: Triple = (1, 1, 1), padding: Triple = (0, 0, 0)
@@ -96,63 +83,6 @@ class Planar(TorchFunctionMode):
     def rms_norm(self, x: Tensor, shape: Sequence[int], weight: Tensor, eps: float) -> Tensor | None:
         frames = self.frames(x, "channels last")
         return None if frames is None else self.view(planar_rms_norm(frames, weight, eps), "channels last")
-
-    def silu(self, x: Tensor, inplace: bool = False) -> Tensor | None:
-        frames = self.frames(x)
-        return None if frames is None else self.view(F.silu(frames))
-
-    def add(self, a: Tensor, b: Tensor) -> Tensor | None:
-        if not isinstance(b, Tensor) or (self.frames(a) is None and self.frames(b) is None) or b.dim() != a.dim():
-            return None
-        return self.view(self.frames_of(a) + self.frames_of(b))
-
-    def cat(self, clips: Sequence[Tensor], dim: int = 0) -> Tensor | None:
-        if dim != 2 or all(self.frames(clip) is None for clip in clips):
-            return None
-        return self.view(torch.cat([self.frames_of(clip) for clip in clips]))
-
-    def take(self, x: Tensor, index: Any) -> Tensor | None:
-        frames = self.frames(x)
-        if frames is None or not isinstance(index, tuple) or len(index) != 3 or index[:2] != (slice(None),) * 2:
-            return None
-        return self.view(frames[index[2]]) if isinstance(index[2], slice) else None
-
-    def turn(self, x: Tensor, source: int, target: int) -> Tensor | None:
-        """movedim and transpose between the views."""
-        _, view, frames = self._known.get(id(x), (x, "none", x))
-        to = TURNS.get((view, source, target))
-        return None if to is None else self.view(frames, to)
-
-    def flatten(self, x: Tensor, *dims: int) -> Tensor | None:
-        return self.frames(x, "frames first") if dims == (0, 1) else None
-
-    def unflatten(self, x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor | None:
-        return self.view(x, "frames first") if (x.dim(), dim, tuple(sizes)) == (4, 0, (1, -1)) else None
-
-
-VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "clip": lambda frames: frames.transpose(0, 1).unsqueeze(0),
-    "frames first": lambda frames: frames.unsqueeze(0),
-    "channels last": lambda frames: frames.movedim(1, -1).unsqueeze(0),
-}
-TURNS = {
-    ("clip", 1, 2): "frames first",
-    ("frames first", 1, 2): "clip",
-    ("clip", 1, -1): "channels last",
-    ("channels last", -1, 1): "clip",
-}
-LOWERED: dict[Any, Callable[..., Tensor | None]] = {
-    F.conv3d: Planar.conv3d,
-    F.rms_norm: Planar.rms_norm,
-    F.silu: Planar.silu,
-    torch.cat: Planar.cat,
-    Tensor.add: Planar.add,
-    Tensor.__getitem__: Planar.take,
-    Tensor.transpose: Planar.turn,
-    Tensor.movedim: Planar.turn,
-    Tensor.flatten: Planar.flatten,
-    Tensor.unflatten: Planar.unflatten,
-}
 
 
 def planar_rms_norm(frames: Tensor, weight: Tensor, eps: float) -> Tensor:

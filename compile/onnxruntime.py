@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.cpu import library
 from .backend import Unavailable, versions_of
 from .providers import PREFERRED, options_of, probe
 from .stream import DTYPES, FIRST, NEXT, Coder, Plan, Run, States
@@ -46,8 +47,17 @@ class OnnxRuntime:
             return f"onnxruntime's Python binding has no {plan.dtype}: --dtype fp16"
         return None
 
+    def plans(self, plan: Plan) -> Sequence[Plan]:
+        if self.device.type != "cpu":
+            return [plan]
+        native, planar = replace(plan, lowering="native"), replace(plan, lowering="planar")
+        if library.level() is None:  # a processor that none of the libraries is for
+            return [planar]
+        return [native, planar] if library.compiler() else [planar, native]
+
     def options(self, plan: Plan) -> Mapping[str, Any]:
-        return {}  # what the session makes of the graph, it makes anew at every load
+        """What the session makes of the graph, it makes anew at every load."""
+        return {"operators": library.digest()} if plan.lowering == "native" else {}
 
     def versions(self) -> Mapping[str, str]:
         return versions_of("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
@@ -55,12 +65,11 @@ class OnnxRuntime:
     def bound_to(self) -> str:
         return "nothing"
 
-    def plan(self, plan: Plan) -> Plan:
-        return replace(plan, planar=self.device.type == "cpu")
-
     def build(self, coder: Coder, plan: Plan, folder: Path) -> None:
         from .export import export  # the exporter takes a second to load, and who runs an artifact needs none
 
+        if plan.lowering == "native":
+            library.build(folder)
         export(coder, plan, folder)
 
     def load(self, coder: Coder, plan: Plan, folder: Path) -> Run:
@@ -102,6 +111,8 @@ class OnnxRuntime:
         options.log_severity_level = 3
         # Threads that spin between two operations take the core from the denoiser, which shares it.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if plan.lowering == "native":
+            options.register_custom_ops_library(str(folder / library.name_of(library.level() or "none")))
         told = options_of(provider, coder, plan, graph, folder, self.device)
         path = str(folder / f"{graph}.onnx")
         session = onnxruntime.InferenceSession(path, options, providers=[provider], provider_options=[told])
@@ -114,7 +125,7 @@ class _Sessions:
     """The function of a loaded pair of graphs. A chunk that the plan does not allow is refused by the session."""
 
     def __init__(self, coder: Coder, plan: Plan, sessions: Mapping[str, Any], device: torch.device) -> None:
-        self.coder, self.sessions, self.device = coder, sessions, device
+        self.coder, self.plan, self.sessions, self.device = coder, plan, sessions, device
         self.dtype, self.element = DTYPES[plan.dtype], NUMPY[plan.dtype]
 
     def __call__(self, x: Tensor, states: States | None) -> tuple[Tensor, States]:
@@ -122,7 +133,7 @@ class _Sessions:
         session = self.sessions[graph]
         given = [self._own(tensor) for tensor in (x, *(states or ()))]
         shapes = [self.coder.output_shape(x.shape, graph), *self.coder.states.at(*self.coder.latent_size(x.shape))]
-        made = [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes]
+        made = [torch.empty(self.plan.laid_out(s), dtype=self.dtype, device=self.device) for s in shapes]
         binding = session.io_binding()
         place, index = self.device.type, self.device.index or 0
         for value, tensor in zip(session.get_inputs(), given, strict=True):
@@ -132,7 +143,11 @@ class _Sessions:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # the session has a stream of its own
         session.run_with_iobinding(binding)
+        if self.plan.channels_last:
+            made = [tensor.permute(0, 4, 1, 2, 3) for tensor in made]
         return made[0], made[1:]
 
     def _own(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype).contiguous()
+        """A clip in the memory order of the graphs."""
+        tensor = tensor.to(self.device, self.dtype)
+        return (tensor.permute(0, 2, 3, 4, 1) if self.plan.channels_last else tensor).contiguous()

@@ -97,14 +97,18 @@ class Selector:
         return found
 
     def key(self, backend: Backend, plan: Plan) -> Key:
+        """Of what this backend builds here by a plan."""
+        return self._key(backend, backend.plans(plan)[0])
+
+    def _key(self, backend: Backend, exported: Plan) -> Key:
         return Key(
             {
                 "coder": self.coder.digest,
                 "exporter": _exporter_digest(),
                 "kind": self.coder.kind,
                 "backend": backend.name,
-                "plan": asdict(backend.plan(plan)),
-                "options": dict(backend.options(plan)),
+                "plan": asdict(exported),
+                "options": dict(backend.options(exported)),
                 "versions": dict(backend.versions()),
                 "device": f"{backend.device.type} {backend.bound_to()}",
                 "system": f"{platform.system()} {platform.machine()}",
@@ -159,24 +163,27 @@ class Selector:
         footprint = self.ledger.footprint(size, fastest)
         return Choice(fastest, why, self._guarded(candidate, run), candidate.key.id, footprint)
 
+    def find(self, backend: Backend, plan: Plan) -> _Candidate | None:
+        """Its artifact by a plan, in whichever of the backend's ways it was built, if it has not been demoted."""
+        demoted = self.ledger.demoted()
+        for exported in backend.plans(plan):
+            key = self._key(backend, exported)
+            if key.id not in demoted and (artifact := self.cache.find(key)) is not None:
+                return _Candidate(backend, exported, key, artifact)
+        return None
+
     def _candidates(self, size: Size) -> list[_Candidate]:
         """The artifact of each backend for this size, or else for any."""
-        found, demoted = [], self.ledger.demoted()
-        for backend in self.backends:
-            if self.wanted not in ("auto", backend.name):
+        found = []
+        for backend in (backend for backend in self.backends if self.wanted in ("auto", backend.name)):
+            plans = (Plan(self.dtype, size), self.plan_for(size))
+            candidate = next((c for plan in plans if (c := self.find(backend, plan)) is not None), None)
+            if candidate is None:
                 continue
-            for plan in (Plan(self.dtype, size), self.plan_for(size)):
-                key = self.key(backend, plan)
-                if key.id in demoted:
-                    continue
-                artifact = self.cache.find(key)
-                if artifact is None:
-                    continue
-                if reason := backend.missing(plan):
-                    logger.warning("%s has an artifact but cannot run it: %s", backend.name, reason)
-                else:
-                    found.append(_Candidate(backend, backend.plan(plan), key, artifact))
-                break
+            if reason := backend.missing(candidate.plan):
+                logger.warning("%s has an artifact but cannot run it: %s", backend.name, reason)
+            else:
+                found.append(candidate)
         return found
 
     def _why_none(self, size: Size) -> str:
@@ -284,7 +291,7 @@ class Selector:
         plan = Plan(self.dtype, size)
         if reason := backend.missing(plan):
             raise Unavailable(reason)
-        key, exported = self.key(backend, plan), backend.plan(plan)
+        key, exported = self.key(backend, plan), backend.plans(plan)[0]
         self.cache.build(key, lambda folder: backend.build(self.coder, exported, folder), again=again)
         self._failed.discard(key.id)
         self.ledger.pardon(key.id)
@@ -307,18 +314,18 @@ class Selector:
             missing = backend.missing(plans[0])
             failures = [failure for key in keys if (failure := self.cache.failure(key))]
             told = next((demoted[key.id] for key in keys if key.id in demoted), None)
-            built = next((key for key in keys if key.id not in demoted and self.cache.find(key)), None)
+            built = next((c for plan in plans if (c := self.find(backend, plan)) is not None), None)
             if missing:
                 state, detail = "missing", missing
             elif built is not None:
-                state, detail = "built", "for this size" if built.id == keys[0].id else "for any size"
+                state, detail = "built", "for this size" if built.plan.size == size else "for any size"
             elif told is not None:
                 state, detail = "demoted", told["reason"]
             elif failures:
                 state, detail = "failed", failures[0].reason
             else:
                 state, detail = "not built", f"skylapse compile MODEL --backend {backend.name}"
-            error = self.ledger.checked(built.id) if built else None
+            error = self.ledger.checked(built.key.id) if built else None
             found.append(Standing(backend.name, state, detail, times.get(backend.name), error))
         return [Standing("eager", "built", "torch itself", times.get("eager"), 0.0), *found]
 
@@ -343,8 +350,8 @@ class Selector:
 def _exporter_digest() -> str:
     """Of the code that turns a coder into graphs."""
     here = Path(__file__).parent
-    sources = [here / f"{name}.py" for name in ("attention", "export", "lowering", "stream")]
-    sources += [here.parent / "kernels" / f"{name}.py" for name in ("conv3d", "upsample_conv")]
+    sources = [here / f"{name}.py" for name in ("attention", "export", "frames", "lowering", "native", "stream")]
+    sources += [here.parent / "kernels" / f"{name}.py" for name in ("conv3d", "resample_conv")]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 

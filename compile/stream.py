@@ -124,11 +124,21 @@ class Plan:
     dtype: str = "fp32"
     size: tuple[int, int] | None = None  # (h, w) of the latents; None: any
     chunk: int | None = None  # latent frames of a `next`; None: any
-    planar: bool = False  # 2-D convolutions, see lowering.py
+    lowering: str = "none"  # to planar frames (lowering.py) or to operators of our own (native.py)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {self.dtype!r}")
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether its graphs take and give [1, T, H, W, C] in place of [1, C, T, H, W]."""
+        return self.lowering == "native"
+
+    def laid_out(self, clip: Sequence[int]) -> Shape:
+        """Shape of a clip [1, C, T, H, W] as its graphs have it."""
+        b, c, t, h, w = clip
+        return (b, t, h, w, c) if self.channels_last else (b, c, t, h, w)
 
 
 class Graph(nn.Module):

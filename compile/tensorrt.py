@@ -7,7 +7,7 @@ computes what the graphs say; `skylapse compile MODEL --backend tensorrt --verif
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,8 @@ class TensorRT:
     def bound_to(self) -> str:
         return machine_name(self.device)
 
-    def plan(self, plan: Plan) -> Plan:
-        return plan
+    def plans(self, plan: Plan) -> Sequence[Plan]:
+        return [plan]
 
     def build(self, coder: Coder, plan: Plan, folder: Path) -> None:
         from .export import export

@@ -191,7 +191,7 @@ class Decoders:
             told = demoted[key.id]["reason"] if key.id in demoted else None
             if reason := backend.missing(plan) or (failure.reason if failure else None) or told:
                 logger.info("%s: no %s is built in the background: %s", backend.name, part, reason)
-            elif selector.cache.find(key) is None:
+            elif selector.find(backend, plan) is None:
                 return backend.name
             else:
                 return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ class Fake:
     def bound_to(self) -> str:
         return "nothing"
 
-    def plan(self, plan: Plan) -> Plan:
-        return plan
+    def plans(self, plan: Plan) -> Sequence[Plan]:
+        return [plan]
 
     def build(self, coder: Coder, plan: Plan, folder: Path) -> None:
         if self.build_error is not None:

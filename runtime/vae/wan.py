@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.conv3d import conv3d
-from ...kernels.upsample_conv import upsample_conv2d
+from ...kernels.resample_conv import downsample_conv2d, upsample_conv2d
 
 States = list[Tensor]
 
@@ -129,13 +129,13 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         del stream  # frames do not see each other here
-        b, c, t, h, w = x.shape
+        b, _, _, h, w = x.shape
         frames = fold_time(x)
-        tokens = self.norm(frames).flatten(2).transpose(1, 2)  # [BT, HW, C]
+        tokens = self.norm(frames).movedim(1, -1).flatten(1, 2)  # [BT, HW, C]
         q, k, v = F.linear(tokens, self.to_qkv.weight.flatten(1), self.to_qkv.bias).chunk(3, dim=-1)
         out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         out = F.linear(out, self.proj.weight.flatten(1), self.proj.bias)
-        return x + unfold_time(out.transpose(1, 2).reshape(b * t, c, h, w), b)
+        return x + unfold_time(out.unflatten(1, (h, w)).movedim(-1, 1), b)
 
 
 class Downsample(nn.Module):
@@ -147,8 +147,8 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        y = self.resample(F.pad(fold_time(x), (0, 1, 0, 1)))
-        y = unfold_time(y, x.shape[0])
+        assert self.resample.bias is not None
+        y = unfold_time(downsample_conv2d(fold_time(x), self.resample.weight, self.resample.bias), x.shape[0])
         if self.time_conv is None:
             return y
         if stream.first:

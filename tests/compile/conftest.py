@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from skylapse.compile.export import export
 from skylapse.compile.stream import Coder, Plan
+from skylapse.kernels.cpu import library
 from skylapse.runtime.vae.coders import decoder_of, encoder_of
 from skylapse.runtime.vae.wan import WanVAE, WanVAEConfig
 
@@ -87,6 +88,8 @@ def exported(coders: dict[str, Coder], tmp_path_factory: pytest.TempPathFactory)
     def folder(name: str, plan: Plan) -> Path:
         if (name, plan) not in made:
             path = tmp_path_factory.mktemp("graphs")
+            if plan.lowering == "native":
+                library.build(path)
             export(coders[name], plan, path)
             made[name, plan] = path
         return made[name, plan]

@@ -49,7 +49,7 @@ def test_bounded_graph_decodes_as_eager_does(
     """48 tokens, of 4 frames where their number is free: 10 queries at a time are 4 products, and 8 a fifth."""
     monkeypatch.setattr(attention, "MAX_SCORES", 48 * 10 * (chunk or 4))
     backend = OnnxRuntime(CPU, threads=1)
-    plan = backend.plan(Plan(size=SIZE, chunk=chunk))
+    plan = backend.plans(Plan(size=SIZE, chunk=chunk))[0]
     backend.build(coder, plan, tmp_path)
     model = onnx.load(tmp_path / f"{NEXT}.onnx")
     assert len([node for node in model.graph.node if node.op_type == "Softmax"]) == 5

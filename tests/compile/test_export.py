@@ -55,7 +55,7 @@ def test_published_decoders_states_are_told_without_their_memory() -> None:
 def test_static_graph_has_the_plans_sides_and_dynamic_graph_none(exported: Exported) -> None:
     static = onnx.load(exported("2.2", STATIC["2.2"]) / "next.onnx")
     assert [side.dim_value for side in static.graph.input[0].type.tensor_type.shape.dim] == [1, 4, 3, 4, 6]
-    dynamic = onnx.load(exported("distilled", Plan(planar=True)) / "next.onnx")
+    dynamic = onnx.load(exported("distilled", Plan(lowering="planar")) / "next.onnx")
     sides = dynamic.graph.input[0].type.tensor_type.shape.dim
     assert [bool(side.dim_param) for side in sides] == [False, False, True, True, True]
     for model in (static, dynamic):
@@ -72,7 +72,7 @@ def test_frames_are_enlarged_behind_the_convolution_not_by_gathering(exported: E
 
 def test_planar_graph_turns_no_clip_around_for_a_convolution_or_a_norm(exported: Exported) -> None:
     """What the residual blocks make is frames already; only the latents are turned into them, and the states."""
-    model = onnx.load(exported("2.1", Plan(size=(4, 6), planar=True)) / "next.onnx")
+    model = onnx.load(exported("2.1", Plan(size=(4, 6), lowering="planar")) / "next.onnx")
     made_by = {name: node.op_type for node in model.graph.node for name in node.output}
     readers = [node for node in model.graph.node if node.op_type in ("Conv", "Mul", "Sigmoid")]
     turned = [node.name for node in readers for name in node.input if made_by.get(name) == "Transpose"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from skylapse.kernels.upsample_conv import upsample_conv2d
+from skylapse.kernels.resample_conv import upsample_conv2d
 
 
 class Module(torch.nn.Module):

@@ -1,4 +1,6 @@
-"""Nearest-neighbour doubling and the 3 x 3 convolution behind it, as four convolutions of 2 x 2 on the small frames.
+"""The convolutions that double and halve a frame's sides, as functions that an exporter may replace as a whole.
+
+Nearest-neighbour doubling and the 3 x 3 convolution behind it are four convolutions of 2 x 2 on the small frames.
 
 Of the nine pixels that a window of the doubled frame holds, only four differ: where a pixel and its copy both lie in
 the window, their weights add up. That is 4 multiplications an output pixel and pair of channels in place of 9, and the
@@ -10,6 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 # Which of a side's three weights each of two pixels is multiplied with: for even outputs, then for odd ones.
 TAPS = [[[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]]
@@ -20,6 +23,8 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     x: [B, C_in, H, W]; weight: [C_out, C_in, 3, 3] -> [B, C_out, 2 H, 2 W], in x's memory order.
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(upsample_conv2d, (x,), x, weight, bias)
     kernels = _kernels(weight)
     if torch.compiler.is_exporting():  # graphs write into nothing, and their runtimes fold the padding in
         phases = [
@@ -36,6 +41,16 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         for right in (0, 1):
             y[:, :, low::2, right::2] = every[:, low, right, :, low : low + height, right : right + width]
     return y
+
+
+def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """conv2d with a stride of 2, behind a row of zeros below and a column to the right of each frame.
+
+    x: [B, C_in, H, W], H and W even; weight: [C_out, C_in, 3, 3] -> [B, C_out, H / 2, W / 2], in x's memory order.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(downsample_conv2d, (x,), x, weight, bias)
+    return F.conv2d(F.pad(x, (0, 1, 0, 1)), weight, bias, stride=2)
 
 
 def _kernels(weight: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Operators for ONNX Runtime on a CPU, in C++."""

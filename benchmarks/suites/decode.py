@@ -1,7 +1,8 @@
-"""`bench decode`: every decoder that this machine has beside diffusers' own; first frame and peak memory of long clips.
+"""`bench decode`: all that decodes and encodes here beside diffusers' own; first frame and peak memory of long clips.
 
-All are timed as `engine.decode(latents)` gives clips: an iterator of uint8 frames. Ours are built, checked and chosen
-as `skylapse compile` does it. Long clips are decoded in a process of their own each, the demo decoder's.
+All are timed as `engine.decode(latents)` gives clips, an iterator of uint8 frames, and as `engine.encode(frames)` takes
+them. Ours are built, checked and chosen as `skylapse compile` does it. Long clips are decoded in a process of their own
+each, the demo decoder's.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,12 @@ from ..sheet import Labels, Sheet, note, suite_parser
 from .apart import Died, run_apart
 
 BACKENDS = ("eager", "onnxruntime", "inductor", "tensorrt")
+ENCODING = ("eager", "onnxruntime", "tensorrt")  # an encoder by inductor takes minutes to build
 DECODERS = ("demo", "base-32")
 FRAMES = 13  # of the clips that take turns
 LONG = (17, 65, 257)
 BASE_32: dict[str, Any] = dict(base_dim=32, latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
-Decode = Callable[[torch.Tensor], np.ndarray]
+Code = Callable[[Any], np.ndarray]
 
 
 def decode(arguments: Sequence[str]) -> int:
@@ -46,9 +49,10 @@ def decode(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         suite = Decoding(options, wanted, options.artifacts or Path(temporary))
         decoders, lengths = (DECODERS[:1], LONG[:2]) if options.quick else (DECODERS, LONG)
-        with suite.sheet.running(cases=len(decoders) + len(lengths) * len(suite.lasting)):
-            for decoder in decoders:
-                suite.turns(decoder)
+        with suite.sheet.running(cases=2 * len(decoders) + len(lengths) * len(suite.lasting)):
+            for part in ("decoder", "encoder"):
+                for decoder in decoders:
+                    suite.turns(part, decoder)
             for num_frames in lengths:
                 for backend in suite.lasting:
                     suite.long(num_frames, backend)
@@ -77,31 +81,29 @@ class Decoding:
         self.rounds = 1 if quick else 3
         self.absent: dict[str, str] = {}  # backends -> why long clips need not be tried
 
-    def turns(self, decoder: str) -> None:
-        """A clip of 13 frames by everyone."""
-        group = f"decode/{decoder}"
+    def turns(self, part: str, decoder: str) -> None:
+        """A clip of 13 frames by everyone's decoder or encoder."""
+        group = f"{part.removesuffix('r')}/{decoder}"
         self.sheet.check_time(group)
-        codec = codec_of(decoder, self.device)
-        side = self.options.size // codec.spatial_factor
-        z = torch.randn(
-            codec.num_channels, (FRAMES - 1) // 4 + 1, side, side, generator=torch.Generator().manual_seed(0)
-        )
-        runs: dict[str, Run] = {"eager": lambda: _whole(codec, z)}
-        for backend in self.wanted:
+        codec, work = codec_of(decoder, self.device), WORK[part]
+        given = example(part, codec, self.options.size)
+        backends = [b for b in self.wanted if part == "decoder" or b in ENCODING]
+        runs: dict[str, Run] = {"eager": lambda: work(codec, given)}
+        for backend in backends:
             if backend != "eager":
-                note(f"{decoder}: {backend} is built")
-                if (ours := self._built(group, decoder, backend)) is not None:
-                    runs[backend] = lambda ours=ours: _whole(ours, z)  # type: ignore[misc]
+                note(f"{group}: {backend} is built")
+                if (ours := self._built(group, part, decoder, backend)) is not None:
+                    runs[backend] = lambda ours=ours: work(ours, given)  # type: ignore[misc]
         try:
-            theirs = diffusers_of(decoder, self.device)
-            runs["diffusers"] = lambda: theirs(z)
+            theirs = diffusers_of(part, decoder, self.device)
+            runs["diffusers"] = lambda: theirs(given)
         except Missing as reason:
             self.sheet.missing(f"{group}/diffusers", str(reason))
         labels: Labels = {"width": self.options.size, "height": self.options.size, "num_frames": FRAMES}
-        self._differences(group, runs, labels)
+        self._differences(group, runs, labels, "of 255" if part == "decoder" else "of a deviation")
         turns = take_turns(runs, self.clock, self.budget)
         self.sheet.turns(group, turns, "eager", labels)
-        for backend in self.wanted:
+        for backend in backends:
             if backend != "eager" and {backend, "diffusers"} <= turns.samples.keys():
                 for suffix, samples in {"": turns.samples, "/cpu": turns.cpu_s}.items():
                     if samples:
@@ -109,28 +111,30 @@ class Decoding:
                         name = f"{group}/diffusers/over-{backend}{suffix}"
                         self.sheet.compared(name, "diffusers", backend, times, labels, shown=not suffix)
 
-    def _built(self, group: str, decoder: str, backend: str) -> VideoCodec | None:
+    def _built(self, group: str, part: str, decoder: str, backend: str) -> VideoCodec | None:
         try:
-            return built(decoder, backend, self.options.size, self.artifacts, self.device)
+            return built(part, decoder, backend, self.options.size, self.artifacts, self.device)
         except Missing as reason:
-            self.absent[backend] = str(reason)
-            self.sheet.missing(f"{group}/{backend}", str(reason))
+            why = str(reason)
+            self.sheet.missing(f"{group}/{backend}", why)
         except Exception as error:  # a build that fails is that backend's result
-            self.absent[backend] = reason_of(error)
-            self.sheet.failed(f"{group}/{backend}", reason_of(error))
+            why = reason_of(error)
+            self.sheet.failed(f"{group}/{backend}", why)
+        if part == "decoder":
+            self.absent[backend] = why
         return None
 
-    def _differences(self, group: str, runs: dict[str, Run], labels: Labels) -> None:
-        """Levels of 255 by which the others' frames are off ours in eager mode."""
+    def _differences(self, group: str, runs: dict[str, Run], labels: Labels, unit: str) -> None:
+        """By how much the others' frames are off ours in eager mode, or their latents, whose deviation is about 1."""
         frames = {}
         for name, run in runs.items():
             try:
-                frames[name] = np.asarray(run()).astype(int)
+                frames[name] = np.asarray(run()).astype(np.float64)
             except Exception as error:  # it will fall out of the turns with this reason
                 note(f"{group}/{name}: {reason_of(error)}")
         for name in frames.keys() - {"eager"} if "eager" in frames else ():
             worst = float(np.abs(frames[name] - frames["eager"]).max())
-            self.sheet.measured(f"{group}/{name}/difference", "of 255", [worst], labels=labels)
+            self.sheet.measured(f"{group}/{name}/difference", unit, [worst], labels=labels)
 
     def long(self, num_frames: int, backend: str) -> None:
         """Time to the first frame and peak memory of one clip, in fresh processes."""
@@ -174,7 +178,11 @@ def long_clip(backend: str, num_frames: int, size: int, artifacts: str, threads:
     if threads:
         torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    codec = codec_of("demo", device) if backend == "eager" else built("demo", backend, size, Path(artifacts), device)
+    codec = (
+        codec_of("demo", device)
+        if backend == "eager"
+        else built("decoder", "demo", backend, size, Path(artifacts), device)
+    )
     side = size // codec.spatial_factor
     _whole(codec, torch.zeros(codec.num_channels, 5, side, side))  # loads, and grows the allocator's pools
     z = torch.randn(codec.num_channels, (num_frames - 1) // 4 + 1, side, side)
@@ -208,34 +216,40 @@ def codec_of(decoder: str, device: torch.device) -> VideoCodec:
     return VideoCodec(vae.to(device), device=device)
 
 
-def built(decoder: str, backend: str, size: int, artifacts: Path, device: torch.device) -> VideoCodec:
-    """The same with a compiled decoder, which is built if it has not been. Missing where this machine cannot."""
+def built(part: str, decoder: str, backend: str, size: int, artifacts: Path, device: torch.device) -> VideoCodec:
+    """The same with a compiled part, which is built if it has not been. Missing where this machine cannot."""
     found = next(one for one in backends(device) if one.name == backend)
     codec = codec_of(decoder, device)
-    settings = Settings(compiled_dir=artifacts, decoder=backend, encoder="eager")
-    decoders = Decoders(decoder, codec, (size, size), settings)
+    settings = Settings(compiled_dir=artifacts, decoder="eager", encoder="eager")
+    decoders = Decoders(decoder, codec, (size, size), replace(settings, **{part: backend}))  # type: ignore[arg-type]
     if reason := found.missing(decoders.plan):
         raise Missing(reason)
-    choice = decoders.selector.build(found, None, measure_at=decoders.default_size)
+    choice = decoders.selector_of(part).build(found, None, measure_at=decoders.default_size)
     if choice.backend != backend:
         raise RuntimeError(f"{backend} was built and is not used: {choice.why}")
     decoders.attach()
     return codec
 
 
-def diffusers_of(decoder: str, device: torch.device) -> Decode:
+def diffusers_of(part: str, decoder: str, device: torch.device) -> Code:
     """Missing where it is not installed."""
     vae = _reference(decoder).to(device)
     shape = (1, -1, 1, 1, 1)
     mean, std = (torch.tensor(v, device=device).view(shape) for v in (vae.config.latents_mean, vae.config.latents_std))
 
     @torch.inference_mode()
-    def run(z: torch.Tensor) -> np.ndarray:
+    def decode(z: torch.Tensor) -> np.ndarray:
         frames = vae.decode(z[None].to(device) * std + mean, return_dict=False)[0]
         levels = ((frames[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
-    return run
+    @torch.inference_mode()
+    def encode(frames: np.ndarray) -> np.ndarray:
+        clip = torch.from_numpy(frames).to(device).permute(3, 0, 1, 2)[None] / 127.5 - 1
+        latents = (vae.encode(clip).latent_dist.mode() - mean) / std
+        return latents[0].cpu().numpy()
+
+    return decode if part == "decoder" else encode
 
 
 def _reference(decoder: str) -> Any:
@@ -251,3 +265,19 @@ def _reference(decoder: str) -> Any:
 
 def _whole(codec: VideoCodec, z: torch.Tensor) -> np.ndarray:
     return np.concatenate(list(codec.decode(z)))
+
+
+def _latents(codec: VideoCodec, frames: np.ndarray) -> np.ndarray:
+    return codec.encode(frames).cpu().numpy()
+
+
+WORK: dict[str, Callable[[VideoCodec, Any], np.ndarray]] = {"decoder": _whole, "encoder": _latents}
+
+
+def example(part: str, codec: VideoCodec, size: int) -> Any:
+    """What a part is given: latents of a clip of FRAMES, or its frames."""
+    generator = torch.Generator().manual_seed(0)
+    if part == "encoder":
+        return torch.randint(0, 256, (FRAMES, size, size, 3), dtype=torch.uint8, generator=generator).numpy()
+    side = size // codec.spatial_factor
+    return torch.randn(codec.num_channels, (FRAMES - 1) // 4 + 1, side, side, generator=generator)

@@ -236,7 +236,7 @@ def test_compiled_model_shares_weights_and_leaves_the_eager_one(demo: Engine, mo
 def test_decoders_that_are_missing_or_break_do_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def built(decoder: str, backend: str, *_: object) -> Any:
+    def built(part: str, decoder: str, backend: str, *_: object) -> Any:
         if backend == "tensorrt":
             raise Missing("TensorRT needs an NVIDIA GPU")
         if backend == "inductor":
@@ -253,7 +253,7 @@ def test_decoders_that_are_missing_or_break_do_not_stop_the_others(
         return dict.fromkeys(decode.LONG_UNITS, 2.0) | {"above_bytes": None}
 
     monkeypatch.setattr(decode, "built", built)
-    monkeypatch.setattr(decode, "diffusers_of", lambda *_: partial(decode._whole, theirs))
+    monkeypatch.setattr(decode, "diffusers_of", lambda part, *_: partial(decode.WORK[part], theirs))
     monkeypatch.setattr(decode, "run_apart", apart)
     monkeypatch.setattr(decode, "Budget", lambda **_: TWICE)
     words = ["--quick", "--size", "16", "--out", str(tmp_path / "decode.json")]
@@ -265,13 +265,17 @@ def test_decoders_that_are_missing_or_break_do_not_stop_the_others(
         "decode/long/65/eager": "Died: signal 9: it said nothing",
         "decode/long/65/onnxruntime": "Died: signal 9: it said nothing",
     }
-    assert set(report.missing) == {f"decode/{case}/tensorrt" for case in ("demo", "long/17", "long/65")}
+    assert set(report.missing) == {
+        f"{case}/tensorrt" for case in ("decode/demo", "encode/demo", "decode/long/17", "decode/long/65")
+    }
     found = {m.name: m.samples for m in report.measurements}
     assert found["decode/demo/onnxruntime/difference"] == found["decode/demo/diffusers/difference"] == [0]
+    assert found["encode/demo/onnxruntime/difference"] == found["encode/demo/diffusers/difference"] == [0]
     assert found["decode/long/17/eager/peak"] == [2]
     assert "decode/long/17/eager/above" not in found  # nobody has counted it
     over = [c.name for c in report.comparisons if "/over-" in c.name]
-    assert over == ["decode/demo/diffusers/over-onnxruntime", "decode/demo/diffusers/over-onnxruntime/cpu"]
+    names = [f"{group}/demo/diffusers/over-onnxruntime" for group in ("decode", "encode")]
+    assert over == [name + suffix for name in names for suffix in ("", "/cpu")]
     assert {asked["backend"] for asked in long} == {"eager", "onnxruntime"}
 
 

@@ -12,6 +12,7 @@ from ..kernels.backends import parse
 
 MIB = 2**20
 DECODERS = ("auto", "eager", "onnxruntime", "inductor", "tensorrt")
+OFFLOAD = ("auto", "none", "all")  # which parts of a model may leave the device while nothing needs them
 QUANTIZE = ("none", "fp8", "int8")  # what the weights of a denoiser's blocks may be kept in
 
 
@@ -41,6 +42,7 @@ class Settings:
     compiled_bytes: int = 20 * 1024 * MIB  # SKYLAPSE_COMPILED_MB: what compiled_dir may hold
     compile: bool = False  # SKYLAPSE_COMPILE: torch.compile the blocks
     quantize: str = "none"  # SKYLAPSE_QUANTIZE: fp8 or int8 weights in the denoiser's blocks
+    offload: str = "auto"  # SKYLAPSE_OFFLOAD: auto moves what does not fit, none nothing, all every part
     kernels: Mapping[str, str] = field(default_factory=dict)  # SKYLAPSE_KERNELS: "attention=sdpa"
     # secrets of the service, which belong into no file that a dashboard shows
     api_key: str | None = field(default=None, repr=False)  # SKYLAPSE_API_KEY: the local service's key
@@ -85,6 +87,7 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         "compiled_bytes": None if compiled_mb is None else compiled_mb * MIB,
         "compile": _switch(given, "SKYLAPSE_COMPILE"),
         "quantize": _choice(given, "SKYLAPSE_QUANTIZE", QUANTIZE),
+        "offload": _choice(given, "SKYLAPSE_OFFLOAD", OFFLOAD),
         "kernels": _kernels(given, "SKYLAPSE_KERNELS"),
         "api_key": given.get("SKYLAPSE_API_KEY"),
         "database_url": given.get("SKYLAPSE_DATABASE_URL"),

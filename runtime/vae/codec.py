@@ -37,6 +37,7 @@ class VideoCodec:
         # What codes a clip whose latents (or whose tiles of them) are h x w; asked once a clip. `Decoders` sets them.
         self.choose_decoder: Callable[[int, int], Chunk] = lambda height, width: vae.decode_chunk
         self.choose_encoder: Callable[[int, int], Chunk] = lambda height, width: self._encode_means
+        self.require: Callable[[str], None] = lambda part: None  # has the "encoder" or "decoder" on the device
         self.mean = torch.tensor(list(config.latents_mean), dtype=torch.float32, device=device).view(shape)
         self.std = torch.tensor(list(config.latents_std), dtype=torch.float32, device=device).view(shape)
 
@@ -66,12 +67,15 @@ class VideoCodec:
         starts = (0, *range(1, num_frames, self.chunk * self.temporal_factor), num_frames)
         for start, stop in pairwise(starts):
             with torch.inference_mode():  # never across a yield: the caller would inherit it
+                self.require("encoder")
                 chunk = self._pixels(frames, start, stop).to(self.dtype)
                 means, states = encode_tiled(run, chunk, states, self.tiling, factor)
                 latents = (means.float() - self.mean) / self.std
             yield latents[0]
 
-    def decode(self, latents: Tensor) -> Iterator[Frames]:
+    def decode(
+        self, latents: Tensor, *, chunk: int | None = None, tiling: Tiling | None = None, beside: bool = True
+    ) -> Iterator[Frames]:
         """uint8 frames [n, H, W, 3] of normalised latents [C, T, H, W], as soon as each chunk is decoded.
 
         On CUDA beside what the caller queues between two chunks; see overlap.py.
@@ -98,6 +102,7 @@ class VideoCodec:
         for chunk in (z[:, :, :1], *z[:, :, 1:].split(self.chunk, dim=2)):
             if chunk.shape[2]:
                 with torch.inference_mode():
+                    self.require("decoder")
                     frames, states = decode_tiled(run, chunk, states, self.tiling, self.spatial_factor)
                 yield frames[0]
 

@@ -19,12 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+# Handed over: what runs eagerly empties the list as it reads it, what is compiled leaves it as it is.
 States = list[Tensor]
 Shape = tuple[int, int, int, int, int]
 Run = Callable[[Tensor, States | None], tuple[Tensor, States]]
 
 FIRST, NEXT = "first", "next"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def owned(state: Tensor) -> Tensor:
+    """A state with no bytes but its own: as a view it would keep all of the tensor that it was cut from."""
+    if torch.compiler.is_exporting() or state.untyped_storage().nbytes() == state.nbytes:
+        return state  # what a graph gives back is a buffer of its own
+    return state.clone()
 
 
 @dataclass(frozen=True)

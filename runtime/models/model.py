@@ -18,7 +18,8 @@ from ..cache.teacache import PUBLISHED
 from ..config import Settings
 from ..request import ModelDefaults, ModelLimits
 from ..sampler.schedule import SolverConfig
-from ..vae.codec import VideoCodec
+from ..vae.codec import VideoCodec, decoder_dtype
+from ..vae.tiling import Tiling
 from ..vae.wan import WanVAE, WanVAEConfig, checkpoint_name
 from .checkpoint import load_weights
 from .fingerprint import fingerprint
@@ -103,8 +104,8 @@ def load_model(
     """Load a model by name; ValueError names the model, the component and the key that do not fit.
 
     quantize: "fp8" or "int8" for the weights of the denoiser's blocks; see `quantization`.
-    The VAE stays fp32 whatever `dtype` is: encoding in bf16 visibly changes a given image, and so does decoding on a
-    CPU.
+    The VAE encodes in fp32 whatever `dtype` is: in bf16 a given image is visibly another. What it decodes in is the
+    settings' affair.
     """
     path = resolve_folder(name, cache_dir or settings.cache_dir)
     try:
@@ -141,17 +142,20 @@ def _load_folder(
 
 
 def load_codec(folder: ModelFolder, device: torch.device, settings: Settings) -> VideoCodec:
-    """The VAE alone, in fp32."""
+    """The VAE alone: it encodes in fp32, and decodes as the settings say."""
+    dtype = decoder_dtype(settings.decoder_dtype, device)
     vae = _load(
         WanVAE,
         WanVAEConfig,
         folder.vae,
         folder.path / "vae",
-        device=device,
+        device=device if dtype == torch.float32 else torch.device("cpu"),
         dtype=torch.float32,
         rename=checkpoint_name,
     )
-    return VideoCodec(vae, device=device, chunk=settings.decode_chunk)
+    return VideoCodec(
+        vae, device=device, chunk=settings.decode_chunk, tiling=Tiling.of(settings.tile), decoder_dtype=dtype
+    )
 
 
 def _load(

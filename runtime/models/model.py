@@ -18,7 +18,8 @@ from ..cache.teacache import PUBLISHED
 from ..config import Settings
 from ..request import ModelDefaults, ModelLimits
 from ..sampler.schedule import SolverConfig
-from ..vae.codec import VideoCodec
+from ..vae.codec import VideoCodec, decoder_dtype
+from ..vae.tiling import Tiling
 from ..vae.wan import WanVAE, WanVAEConfig, checkpoint_name
 from .checkpoint import load_weights
 from .configs import parse_config
@@ -89,14 +90,13 @@ class Model:
     @property
     def parts(self) -> dict[str, tuple[nn.Module, ...]]:
         """What can be on the device by itself: encoders, experts, and the halves of the VAE."""
-        vae = self.codec.vae
         images = {} if self.image_encoder is None else {"image_encoder": (self.image_encoder.model,)}
         return {
             "text_encoder": (self.text_encoder.model,),
             **images,
             **{name: (expert,) for name, expert in zip(EXPERTS, self.experts, strict=False)},
-            "encoder": (vae.encoder, vae.quant_conv),
-            "decoder": (vae.decoder, vae.post_quant_conv),
+            "encoder": (self.codec.encoder,),
+            "decoder": (self.codec.decoder,),
         }
 
     @property
@@ -125,8 +125,8 @@ def load_model(
 
     quantize: "fp8" or "int8" for the weights of the denoiser's blocks; see `quantization`. mover: what moves parts that
     do not stay on the device; by default CUDA's on CUDA, and on a CPU nothing moves.
-    The VAE stays fp32 whatever `dtype` is: encoding in bf16 visibly changes a given image, and so does decoding on a
-    CPU.
+    The VAE encodes in fp32 whatever `dtype` is: in bf16 a given image is visibly another. What it decodes in is the
+    settings' affair.
     """
     path = resolve_folder(name, cache_dir or settings.cache_dir)
     try:
@@ -149,7 +149,7 @@ def _load_folder(
         mover = CudaMover(device)
     if mover is None and settings.offload == "all":
         raise ValueError(f"offload all needs a CUDA device, and this is {device}: nothing can be moved off it")
-    moved = () if mover is None else place(folder, device, dtype, quantize, decoder_dtype(device, settings), settings)
+    moved = () if mover is None else place(folder, device, dtype, quantize, decoder_dtype(settings.decoder_dtype, device), settings)
     at = {part: torch.device("cpu") if part in moved else device for part in (*folder.transformers, *folder.encoders)}
     experts = tuple(
         _load(WanDenoiser, WanConfig, config, path / part, device=at[part], dtype=dtype, quantize=quantize)
@@ -180,24 +180,21 @@ def _load_folder(
     return model
 
 
-def decoder_dtype(device: torch.device, settings: Settings) -> torch.dtype:
-    """Of what decodes in eager mode."""
-    del device, settings
-    return torch.float32
-
-
 def load_codec(folder: ModelFolder, device: torch.device, settings: Settings) -> VideoCodec:
-    """The VAE alone, in fp32."""
+    """The VAE alone: it encodes in fp32, and decodes as the settings say."""
+    dtype = decoder_dtype(settings.decoder_dtype, device)
     vae = _load(
         WanVAE,
         WanVAEConfig,
         folder.vae,
         folder.path / "vae",
-        device=device,
+        device=device if dtype == torch.float32 else torch.device("cpu"),
         dtype=torch.float32,
         rename=checkpoint_name,
     )
-    return VideoCodec(vae, device=device, chunk=settings.decode_chunk)
+    return VideoCodec(
+        vae, device=device, chunk=settings.decode_chunk, tiling=Tiling.of(settings.tile), decoder_dtype=dtype
+    )
 
 
 def _load(

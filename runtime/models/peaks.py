@@ -25,6 +25,8 @@ from torch import Tensor
 
 from ...kernels.fake_cuda import fake_cuda
 from ..pack import Context, Pack, each_alone
+from ..vae.codec import VideoCodec
+from ..vae.coders import WanDecoder, WanEncoder
 from ..vae.tiling import Tiling
 from ..vae.wan import WanVAE, WanVAEConfig
 from .checkpoint import allocate
@@ -171,25 +173,23 @@ def coding_bytes(
 
 
 def _coding_of(
-    vae: WanVAE, kind: str, dtype: torch.dtype, device: str, sides: Sequence[tuple[int, int]], counts: Sequence[int]
+    module: WanEncoder | WanDecoder, device: str, sides: Sequence[tuple[int, int]], counts: Sequence[int]
 ) -> Coding:
     """Of three chunks (the first, and two that have a past), at two sizes."""
-    config = vae.config
+    config, decodes = module.config, isinstance(module, WanDecoder)
     factor, frames = config.scale_factor_spatial, config.scale_factor_temporal
-    decodes = kind == "decode"
-    like = torch.zeros(1, dtype=dtype, device=device)
+    like = torch.zeros(1, dtype=next(module.parameters()).dtype, device=device)
     channels, scale, per_latent = (config.z_dim, 1, 1) if decodes else (3, factor, frames)
-    run = vae.decode_chunk if decodes else vae.encode_chunk
     chunks = {}
     for chunk in counts:
         points = []
         for h, w in sides:
             shapes = [(1, channels, n, scale * h, scale * w) for n in (1, chunk * per_latent, chunk * per_latent)]
-            points.append((float(h * w * factor**2), float(coding_bytes(run, shapes, like))))
+            points.append((float(h * w * factor**2), float(coding_bytes(module, shapes, like))))
         chunks[chunk] = Curve(tuple(points))
     h, w = sides[-1]
     with torch.no_grad():
-        _, states = run(like.new_zeros(1, channels, 1, scale * h, scale * w), None)
+        _, states = module(like.new_zeros(1, channels, 1, scale * h, scale * w), None)
     held = sum(state.nbytes for state in states)
     output = 4.0 * (3 * frames if decodes else config.z_dim / factor**2)
     return Coding(chunks, held / (h * w * factor**2), output)
@@ -213,7 +213,8 @@ def predict_peaks(
     with fake_cuda(capability):
         with torch.device("meta"):
             denoiser = WanDenoiser(parse_config(WanConfig, fields, name))
-            encoder, decoder = (WanVAE(parse_config(WanVAEConfig, folder.vae, "vae")) for _ in range(2))
+            vae = WanVAE(parse_config(WanVAEConfig, folder.vae, "vae"))
+            encoder, decoder = WanEncoder(vae), WanDecoder(vae)
         allocate(
             denoiser,
             device=device,
@@ -230,32 +231,33 @@ def predict_peaks(
             Curve(tuple((float(total), float(step_bytes(denoiser, 2, n, "cuda", how))) for total, n in pairs))
             for how in (False, True)
         )
-        encode = _coding_of(encoder, "encode", torch.float32, "cuda", SIDES, chunks)
-        decode = _coding_of(decoder, "decode", decoder_dtype, "cuda", SIDES, chunks)
+        encode = _coding_of(encoder, "cuda", SIDES, chunks)
+        decode = _coding_of(decoder, "cuda", SIDES, chunks)
     return Peaks(step, apart, encode, decode, **_encoders(folder, dtype))
 
 
-def measure_peaks(folder: ModelFolder, denoiser: WanDenoiser, vae: WanVAE, chunks: Sequence[int] = CHUNKS) -> Peaks:
+def measure_peaks(
+    folder: ModelFolder, denoiser: WanDenoiser, codec: VideoCodec, chunks: Sequence[int] = CHUNKS
+) -> Peaks:
     """On a CPU, with the model's own weights and its kernels for CPUs, at sizes that take a moment."""
     totals = (128, 512)
     step, apart = (
         Curve(tuple((float(total), float(step_bytes(denoiser, 2, total // 2, "cpu", how))) for total in totals))
         for how in (False, True)
     )
-    dtype = next(vae.parameters()).dtype
-    encode, decode = (_coding_of(vae, kind, dtype, "cpu", ((2, 2), (4, 4)), chunks) for kind in ("encode", "decode"))
+    encode, decode = (_coding_of(half, "cpu", ((2, 2), (4, 4)), chunks) for half in (codec.encoder, codec.decoder))
     return Peaks(step, apart, encode, decode, **_encoders(folder, denoiser.dtype))
 
 
-def measure_workspace(denoiser: WanDenoiser, vae: WanVAE, peaks: Peaks, device: torch.device) -> int:
+def measure_workspace(denoiser: WanDenoiser, codec: VideoCodec, peaks: Peaks) -> int:
     """What libraries allocate beside the tensors of a small step and a small chunk, on a CUDA device."""
     num_tokens, (h, w) = STEP_TOKENS[0] // 2, SIDES[0]
     chunk, curve = min(peaks.decode.chunks.items())
-    z = torch.zeros(1, dtype=next(vae.decoder.parameters()).dtype, device=device)
-    shapes = [(1, vae.config.z_dim, length, h, w) for length in (1, chunk, chunk)]
+    device, z = codec.device, torch.zeros(1, dtype=codec.decoder_dtype, device=codec.device)
+    shapes = [(1, codec.num_channels, length, h, w) for length in (1, chunk, chunk)]
     work: list[tuple[Callable[[], int], int]] = [
         (lambda: step_bytes(denoiser, 2, num_tokens, "cuda"), peaks.step.at(2 * num_tokens)),
-        (lambda: coding_bytes(vae.decode_chunk, shapes, z), curve.at(h * w * vae.config.scale_factor_spatial**2)),
+        (lambda: coding_bytes(codec.decoder, shapes, z), curve.at(h * w * codec.spatial_factor**2)),
     ]
     most = 0
     for run, predicted in work:

@@ -69,14 +69,14 @@ def peaks_of(model: Model, settings: Settings) -> Peaks:
     device, codec, chunks = model.device, model.codec, chunks_of(settings)
     if device.type != "cuda":
         name = f"{model.fingerprint[:16]}-cpu-{model.precision}-{'-'.join(map(str, chunks))}"
-        measure = lambda: measure_peaks(model.folder, model.experts[0], codec.vae, chunks)  # noqa: E731
+        measure = lambda: measure_peaks(model.folder, model.experts[0], codec, chunks)  # noqa: E731
         return stored_peaks(settings.profile_dir, name, measure)
-    peaks = _predicted(model.folder, device, model.dtype, model.quantize, codec.dtype, settings)
+    peaks = _predicted(model.folder, device, model.dtype, model.quantize, codec.decoder_dtype, settings)
     name = f"{model.fingerprint[:16]}-{torch.cuda.get_device_name(device)}-{model.precision}-workspace"
 
     def workspace() -> Peaks:
         model.residency.require("transformer", "decoder")
-        return replace(peaks, workspace=measure_workspace(model.experts[0], codec.vae, peaks, device))
+        return replace(peaks, workspace=measure_workspace(model.experts[0], codec, peaks))
 
     return stored_peaks(settings.profile_dir, name, workspace)
 

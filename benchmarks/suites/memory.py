@@ -82,7 +82,7 @@ def peak_of_a_request(model: str, threads: int | None, size: list[int], seed: in
     request = clip_request(size, STEPS, seed)
     prepared = engine.prepare(request)
     tokens = prepared.num_tokens * prepared.num_branches
-    predicted = engine.memory.working_bytes(prepared) + prepared.resident_bytes
+    predicted = engine.memory.work_bytes([engine.memory.fit(prepared.needs)]) + prepared.resident_bytes
     del prepared
     try:
         engine.generate(clip_request(SMALLEST, STEPS, seed))

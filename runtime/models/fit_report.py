@@ -1,4 +1,4 @@
-"""Rows that tell which native sizes of a model fit on a device, as `models inspect` and the committed table have them."""
+"""Rows that tell which native sizes of a model fit on a device: of `models inspect`, and of the committed table."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .fit import Fitter, Needs, Size, longest_of, nearest_of
 from .configs import parse_config
+from .fit import Fitter, Needs, Size, longest_of, nearest_of
 from .needs import needs_of
 from .peaks import Peaks, predict_peaks
 from .registry import ModelFolder

@@ -49,8 +49,8 @@ def _parameters_of(name: str, config: str) -> int:
     import transformers
 
     fields = json.loads(config)
-    module_class = transformers.CLIPVisionModel if name == "image_encoder" else None
-    module_class = module_class or getattr(transformers, fields["architectures"][0])
+    kind = "CLIPVisionModel" if name == "image_encoder" else fields["architectures"][0]
+    module_class: Any = getattr(transformers, kind)
     with torch.device("meta"):
         module = module_class(module_class.config_class.from_dict(fields))
     return sum(parameter.numel() for parameter in module.parameters())

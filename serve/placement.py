@@ -11,7 +11,9 @@ from .config import ServeConfig
 
 def cluster_gpus() -> float:
     """GPUs that Ray knows of now, in use or not; a cluster that scales may have more later."""
-    return float(ray.cluster_resources().get("GPU", 0.0)) if ray.is_initialized() else 0.0
+    if not ray.is_initialized():
+        return 0.0
+    return float(ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
 
 
 def gpus_per_engine(config: ServeConfig, num_gpus: float) -> float:

@@ -23,7 +23,8 @@ def options(num_gpus: float, monkeypatch: pytest.MonkeyPatch, **config: Any) -> 
     from skylapse.serve import app
 
     monkeypatch.setattr(app, "cluster_gpus", lambda: num_gpus)
-    found, bound = {}, app.build({"data": "unused", **config})
+    found: dict[str, dict[str, Any]] = {}
+    bound: Any = app.build({"data": "unused", **config})
     while bound is not None:
         deployment = bound._bound_deployment
         found[deployment.name] = deployment.ray_actor_options

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ...compile.attention import ANY_AREA
-from ...compile.stream import Coder
-from .wan import States, WanVAE
+from ...compile.stream import Coder, States
+from .wan import WanVAE
 
 
 def move(module: nn.Module, device: torch.device) -> None:

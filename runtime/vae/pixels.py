@@ -28,7 +28,8 @@ def unfold_time(x: Tensor, batch: int) -> Tensor:
 def interleave_time(x: Tensor) -> Tensor:
     """[B, 2 C, T, H, W] -> [B, C, 2 T, H, W]: the halves of the channels are the even and the odd frames."""
     x = x.movedim(1, -1).unflatten(-1, (2, -1))  # [B, T, H, W, 2, C]
-    return x.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).movedim(-1, 1)
+    x = x.permute(0, 1, 4, 2, 3, 5).contiguous()  # two frames of one would be a view of both orders
+    return x.flatten(1, 2).movedim(-1, 1)
 
 
 def average_down(x: Tensor, out_dim: int, factor_t: int, factor_s: int) -> Tensor:

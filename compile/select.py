@@ -29,7 +29,8 @@ from .stream import Coder, Plan, Run, States, copied
 
 logger = logging.getLogger(__name__)
 # Greatest difference of a value in [-1, 1]. Half a level of 255 in fp32: rounding then moves a pixel by one at most.
-MAX_ERROR = {"fp32": 0.5 / 127.5, "fp16": 4 / 127.5, "bf16": 4 / 127.5}
+# Eager's own bf16 is 3 to 5 levels off at the worst pixel (tests/runtime/vae/test_codec.py).
+MAX_ERROR = {"fp32": 0.5 / 127.5, "fp16": 4 / 127.5, "bf16": 8 / 127.5}
 MEASURED_AREA = 16 * 16  # latents; larger sizes are measured when they are built for, not in front of a waiting clip
 
 

@@ -38,8 +38,8 @@ def vae(coders: dict) -> WanVAE:
     return whole
 
 
-def codec_of(vae: WanVAE, tiling: Tiling | None = None) -> VideoCodec:
-    return VideoCodec(vae, device=CPU, chunk=2, tiling=tiling)
+def codec_of(vae: WanVAE, tiling: Tiling | None = None, dtype: torch.dtype | None = None) -> VideoCodec:
+    return VideoCodec(vae, device=CPU, chunk=2, tiling=tiling, decoder_dtype=dtype)
 
 
 def decoders_of(codec: VideoCodec, folder: Path, **settings: object) -> Decoders:
@@ -83,7 +83,7 @@ def test_eager_is_left_alone_when_it_is_configured(vae: WanVAE, tmp_path: Path) 
 
 
 def test_configured_backend_that_is_absent_says_what_to_install(vae: WanVAE, tmp_path: Path) -> None:
-    decoders = decoders_of(codec_of(vae), tmp_path, decoder="onnxruntime", decoder_dtype="bf16")
+    decoders = decoders_of(codec_of(vae, dtype=torch.bfloat16), tmp_path, decoder="onnxruntime")
     with pytest.raises(ValueError, match="SKYLAPSE_DECODER=onnxruntime: onnxruntime's CPU provider has no convolution"):
         decoders.attach()
 

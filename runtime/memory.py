@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .config import Settings
 from .device import device_memory, peak_bytes, reset_peak
 from .events import RequestTooLarge
+from .models.live_bytes import LiveBytes
 from .models.model import Model
 from .pack import Sequence, build_pack
 from .trajectory import Trajectory
@@ -136,35 +133,6 @@ def _peak(model: Model, run: Callable[[], object]) -> int:
     with LiveBytes() as live:
         run()
     return live.peak_bytes
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations make and drop, where the allocator does not count (the CPU's)."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live_bytes = self.peak_bytes = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for item in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(item, Tensor):
-                self._count(item.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        address = storage.data_ptr()
-        if address == 0 or address in self._known:
-            return
-        self._known.add(address)
-        self.live_bytes += storage.nbytes()
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._drop, address, storage.nbytes())
-
-    def _drop(self, address: int, num_bytes: int) -> None:
-        self._known.discard(address)
-        self.live_bytes -= num_bytes
 
 
 def _load_profile(model: Model, settings: Settings) -> MemoryProfile:

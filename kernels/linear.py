@@ -21,10 +21,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
         return out
     if bias is not None and _cublas_fuses(x, weight, bias):
-        # One tensor of [..., out] instead of two, and a pass over it less: cuBLASLt's epilogue is the tanh-GELU, in fp32
-        # before rounding. Where torch cannot have the epilogue (one row or one column, DISABLE_ADDMM_CUDA_LT, no algorithm
-        # found) it applies gelu_(approximate="tanh") to the product in place (aten/src/ATen/native/cuda/Blas.cpp): tanh
-        # either way. On a CPU the same operation is the exact GELU, so it must never be called there.
+        # One tensor of [..., out] instead of two, and a pass over it less: cuBLASLt's epilogue is the tanh-GELU, in
+        # fp32 before rounding. Where torch cannot have it (one row or column, DISABLE_ADDMM_CUDA_LT=1, no algorithm
+        # found), it applies gelu_(approximate="tanh") to the product in place: tanh either way, by
+        # aten/src/ATen/native/cuda/Blas.cpp. On a CPU the same operation is the exact GELU, and is not called.
         rows = x.reshape(-1, x.shape[-1])
         out = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
         return out.view(*x.shape[:-1], len(weight))
@@ -34,9 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
 def _onednn_fuses(x: Tensor) -> bool:
     """Whether oneDNN's product with GELU serves: on a CPU."""
     return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available()
+        x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
     )
 
 

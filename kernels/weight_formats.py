@@ -1,7 +1,7 @@
 """How a linear layer's weight can be kept, and how it is multiplied then: a format is one entry of FORMATS.
 
-The layer, the loader, `--quantize` and the predicted sizes ask the entry; none of them knows a format by its name. Nothing
-here imports torch when it is imported: settings and the command line list the names before anything heavy is there.
+The layer, the loader, `--quantize` and the predicted sizes ask the entry; none of them knows a format by its name.
+Nothing here imports torch when it is imported: settings and the command line list the names before it is there.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Functions:
 class WeightFormat:
     """A format of weights [out, in].
 
-    The first dimension of every tensor stands for the rows: one each, or as many rows each as divide a source's, such as
-    128. So projections that one layer fuses are filled apart from each other, and a weight a part at a time.
+    The first dimension of every tensor stands for the rows: one each, or several each, such as 128. So projections that
+    one layer fuses are filled apart from each other, and a weight a part at a time.
     """
 
     name: str
@@ -89,9 +89,7 @@ def _of_8_bits(dtype: str) -> Functions:
         values, scales = quantize_rows(rows, getattr(torch, dtype))
         return {"weight": values, "weight_scale": scales}
 
-    def run(
-        x: Tensor, bias: Tensor | None, activation: Activation, *, weight: Tensor, weight_scale: Tensor
-    ) -> Tensor:
+    def run(x: Tensor, bias: Tensor | None, activation: Activation, *, weight: Tensor, weight_scale: Tensor) -> Tensor:
         return linear_quantized(x, weight, weight_scale, bias, activation)
 
     return Functions(quantize, run)

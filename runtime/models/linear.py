@@ -34,14 +34,15 @@ class Linear(nn.Module):
 
         Raises ValueError where the format does not take the weight's sides.
         """
+        for num_rows in self.sources.values():
+            if num_rows % form.multiple_of or self.in_features % form.multiple_of:
+                got = [num_rows, self.in_features]
+                raise ValueError(f"its sides must be multiples of {form.multiple_of}, got {got}")
         dtype = self.weight.dtype
-        sides = self.out_features, self.in_features
-        if any(side % form.multiple_of for side in sides):
-            raise ValueError(f"its sides must be multiples of {form.multiple_of}, got {[*sides]}")
         for name in self._names:
             delattr(self, name)
         self._use(form)
-        for name, (shape, named) in form.tensors(*sides).items():
+        for name, (shape, named) in form.tensors(self.out_features, self.in_features).items():
             tensor = torch.empty(shape, device=device, dtype=torch_dtype(named, dtype))
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 

@@ -29,7 +29,7 @@ def quantized_weights(denoiser: nn.Module, quantize: str | None) -> dict[str, We
 
 
 def parse_quantize(text: str, device: torch.device) -> str | None:
-    """One of `words()` for a model on `device`, "none" as None; ValueError for another, or where the device is too old."""
+    """One of `words()`, "none" as None, for a model on `device`; ValueError for another, or on too old a device."""
     known = words()
     if text not in known:
         raise ValueError(f"quantize must be {', '.join(known[:-1])} or {known[-1]}, got {text!r}")

@@ -28,10 +28,9 @@ from .linear import Linear
 
 TEXT_ROWS = 512  # Wan pads every prompt to this many rows and attends to all of them
 
-# Of the feed-forward at a time. By arithmetic, on an H100: 32,768 rows are 256 x 54 tiles of 128 x 256 for the 14B model's
-# first product and 256 x 20 for its second, 105 and 39 turns of 132 SMs, so that a last turn half idle costs at most 2.6 %
-# (1.3B: 68 and 12, 8 % of a sixth of its time); reading the weights once more takes 0.6 % of a part's time, and copying
-# the results into place 1.6 %.
+# Of the feed-forward at a time, a bound by arithmetic for an H100. 32,768 rows are 256 x 54 and 256 x 20 tiles of
+# 128 x 256 for the 14B model's two products, 104.7 and 38.8 turns of 132 SMs (1.3B: 67.9 and 11.6): at most 3 % idle in
+# the last. Reading the weights once more takes 0.6 % of a part's time, copying its result into place 1.7 to 2.6 %.
 FFN_ROWS = 32768
 
 
@@ -191,7 +190,7 @@ class SelfAttention(nn.Module):
     def project(self, x: Tensor, pack: Pack) -> tuple[Tensor, Tensor, Tensor]:
         """[N, dim] -> queries, keys and values [N, H, D].
 
-        The block calls each part by itself: `forward` would hold its argument while the tokens attend, dim a token more.
+        The block calls each part by itself: a `forward` would hold its argument meanwhile, dim a token more.
         """
         weights = self.norm_q.weight, self.norm_k.weight
         return qk_norm_rope(self.qkv(x), *weights, pack.rotation, self.num_heads, self.eps)

@@ -40,16 +40,22 @@ def linear_quantized(
     rows = x.reshape(-1, x.shape[-1])
     _check(rows, weight, weight_scale, bias, activation)
     name = "torch" if not x.is_cuda or (torch.is_grad_enabled() and x.requires_grad) else product_of(rows, weight, bias)
-    values, scales = (_quantize_rows_cpu if name == "torch" else quantize_rows)(rows, weight.dtype)
+    return linear_quantized_by(name, rows, weight, weight_scale, bias, activation).view(*x.shape[:-1], len(weight))
+
+
+def linear_quantized_by(
+    name: str, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: Activation
+) -> Tensor:
+    """`linear_quantized` of checked rows [N, in] by one of `backends.CHOICES`, which must take them."""
+    values, scales = (_quantize_rows_cpu if name == "torch" else quantize_rows)(x, weight.dtype)
     if name == "torch":
-        y = _product_cpu(values, scales, weight, weight_scale, bias, activation, x.dtype)
-    elif name == "triton":
-        y = _product_op(values, scales, weight, weight_scale, bias, activation, x.dtype)
-    else:
-        y = scaled_mm(values, scales, weight, weight_scale, bias, dtype=x.dtype, fast=name == "scaled_mm-fast")
-        if activation == "gelu_tanh":
-            y = torch.ops.aten.gelu_(y, approximate="tanh")  # it has no epilogue for it; in place, at least
-    return y.view(*x.shape[:-1], len(weight))
+        return _product_cpu(values, scales, weight, weight_scale, bias, activation, x.dtype)
+    if name == "triton":
+        return _product_op(values, scales, weight, weight_scale, bias, activation, x.dtype)
+    y = scaled_mm(values, scales, weight, weight_scale, bias, dtype=x.dtype, fast=name == "scaled_mm-fast")
+    if activation == "gelu_tanh":  # it has no epilogue for it; in place, at least
+        torch.ops.aten.gelu_(y, approximate="tanh")
+    return y
 
 
 # --- CPU --------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def operands(dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> tuple
     return tuple(torch.zeros(shape, device=device, dtype=dtype) for shape in ((2, 5, 32), (48, 32), (48,)))  # type: ignore[return-value]
 
 
-def called(run: Callable[[], Tensor]) -> dict[str, tuple[Any, ...]]:
+def called(run: Callable[[], Tensor]) -> dict[str, dict[str, Any]]:
     with Calls() as calls:
         run()
     return dict(calls.made)
@@ -33,8 +33,8 @@ def test_gelu_is_fused_on_cuda_over_rows_and_a_weight_by_columns(dtype: torch.dt
     with torch.inference_mode(), fake_cuda(90):
         x, w, b = operands(dtype)
         made = called(lambda: linear(x, w, b, "gelu_tanh"))
-        bias, rows, columns, use_gelu = made[FUSED]
-        assert PLAIN not in made and use_gelu is True
+        bias, rows, columns = (made[FUSED][name] for name in ("self", "mat1", "mat2"))
+        assert PLAIN not in made and made[FUSED]["use_gelu"] is True
         assert (bias.shape, rows.shape, columns.shape, columns.stride()) == ((48,), (10, 32), (32, 48), (1, 32))
         y = linear(x, w, b, "gelu_tanh")
         assert (y.shape, y.dtype, y.device.type) == ((2, 5, 48), dtype, "cuda")

@@ -19,7 +19,8 @@ FUSED, PLAIN = "aten._addmm_activation.default", "aten.gelu.default"
 
 
 def operands(dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.zeros(shape, device=device, dtype=dtype) for shape in ((2, 5, 32), (48, 32), (48,)))  # type: ignore[return-value]
+    x, w, b = (torch.zeros(shape, device=device, dtype=dtype) for shape in ((2, 5, 32), (48, 32), (48,)))
+    return x, w, b
 
 
 def called(run: Callable[[], Tensor]) -> dict[str, dict[str, Any]]:
@@ -50,10 +51,10 @@ def test_fused_gelu_takes_one_tensor() -> None:
 
 def test_what_cublas_does_not_fuse_is_not_given_to_it() -> None:
     with torch.inference_mode(), fake_cuda(90):
-        double = tuple(one.double() for one in operands())
-        for unfit in ((*operands()[:2], None), double):
-            made = called(lambda unfit=unfit: linear(*unfit, "gelu_tanh"))  # type: ignore[misc]
-            assert FUSED not in made and PLAIN in made
+        x, w, b = operands()
+        unbiased = called(lambda: linear(x, w, None, "gelu_tanh"))
+        double = called(lambda: linear(x.double(), w.double(), b.double(), "gelu_tanh"))
+    assert all(FUSED not in made and PLAIN in made for made in (unbiased, double))
 
 
 def test_gelu_is_not_fused_where_a_gradient_may_be_asked_for() -> None:

@@ -40,17 +40,19 @@ def nothing_asked() -> Iterator[None]:
     linear_backends.fault_of_scaled_mm.cache_clear()
 
 
-def operands(kind: str = "fp8", num_tokens: int = 1024, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+def operands(
+    kind: str = "fp8", num_tokens: int = 1024, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [N, 64], weight [48, 64], its scales and a bias, on CUDA."""
     x, w, bias = (torch.empty(shape, device="cuda", dtype=dtype) for shape in ((num_tokens, 64), (48, 64), (48,)))
     return x, *quantize_rows(w, DTYPES[kind]), bias
 
 
-def product(*arguments: object) -> list[str]:
+def product(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> list[str]:
     """Names of the products that run."""
     with Calls() as calls:
-        y = linear_quantized(*arguments)  # type: ignore[arg-type]
-    assert y.dtype == arguments[0].dtype and y.shape == (len(arguments[0]), 48)  # type: ignore[attr-defined, arg-type]
+        y = linear_quantized(x, weight, weight_scale, bias)
+    assert y.dtype == x.dtype and y.shape == (len(x), 48)
     return [name for name, _ in calls.made if name in (OURS, TORCHS)]
 
 

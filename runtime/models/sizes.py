@@ -39,7 +39,8 @@ def _expert_bytes(config: dict[str, object], name: str, dtype: torch.dtype, quan
     total = 0
     for name, parameter in denoiser.named_parameters():
         if name in quantized:
-            total += quantized[name].num_bytes(*parameter.shape, dtype)
+            num_outputs, num_inputs = parameter.shape
+            total += quantized[name].num_bytes(num_outputs, num_inputs, dtype)
         else:
             keep = any(part in name for part in WanDenoiser.fp32_parameters)
             total += parameter.numel() * (4 if keep else dtype.itemsize)

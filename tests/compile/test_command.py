@@ -35,7 +35,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> list[Fake]:
     found = [Fake(name="onnxruntime"), Fake(name="inductor")]
-    monkeypatch.setattr(decoders, "backends", lambda device: found)
+    monkeypatch.setattr(decoders, "backends", lambda device, *_: found)
     return found
 
 

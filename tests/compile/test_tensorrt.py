@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from skylapse.compile import export, tensorrt, tensorrt_build, tensorrt_runner
+from skylapse.compile import export, footprint, tensorrt, tensorrt_build, tensorrt_runner
+from skylapse.compile.attention import ANY_AREA
+from skylapse.compile.backend import Unavailable
+from skylapse.compile.cache import EngineCache
+from skylapse.compile.footprint import NoRoom
+from skylapse.compile.select import Selector
 from skylapse.compile.stream import FIRST, NEXT, Coder, Plan
-from skylapse.compile.tensorrt import TensorRT, extents
+from skylapse.compile.tensorrt import MAX_ANY_PIXELS, TensorRT, extents
 from skylapse.compile.tensorrt_build import BuildFailed, BuildRequest, build, profile_of
 from skylapse.compile.tensorrt_runner import Runner, TensorRTError
 
-from .stand_in import NEEDED_BYTES, StandIn
+from .stand_in import NEEDED_BYTES, SCRATCH_BYTES, StandIn
 
 BINDINGS = Path(__file__).parents[2] / ".venv" / "tensorrt"
 DYNAMIC = ((1, 2, 2), (3, 4, 6), (4, 8, 8))  # smallest, likeliest, largest
@@ -54,6 +62,10 @@ class HostStream:
 
     def __init__(self, trt: StandIn) -> None:
         self.trt, self.captured = trt, 0
+        self.handed_out: list[Tensor] = []
+
+    def hand_out(self, tensor: Tensor) -> None:
+        self.handed_out.append(tensor)
 
     def section(self) -> Any:
         return nullcontext()
@@ -114,14 +126,13 @@ def test_interleaved_clips_of_two_sizes_equal_eager(
     stream = HostStream(trt)
     device = torch.device("cpu")
     run = Runner(coder, plans(graphs, coder, tmp_path), device, torch.float32, stream, graphs=records)
-    for _ in range(2):  # the second time on lanes that the first clips have left
+    for _ in range(2):
         clips = [chunks(0, 4, 6), chunks(1, 4, 6), chunks(2, 8, 5)]
         together = zip(*(decoded(run, clip) for clip in clips), strict=True)
         apart = zip(*(decoded(coder, clip) for clip in clips), strict=True)
         for ours, theirs in zip(together, apart, strict=True):
             for frames, expected in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(frames, expected, rtol=0, atol=1e-5)
-    assert sum(len(lanes) for lanes in run._lanes.values()) == 3, "a clip that ended leaves its buffers to the next"
     assert bool(stream.captured) == records
 
 
@@ -138,7 +149,111 @@ def test_a_runner_records_each_shape_and_parity_once(trt: StandIn, graphs: Path,
     [*decoded(run, chunks(0, 4, 6, (1, *[3] * 10)))]
     assert stream.captured == 2
     [*decoded(run, chunks(1, 4, 6, (1, *[3] * 10)))]
-    assert stream.captured == 3, "`first` ran a second time"
+    assert stream.captured == 4, "a clip's recordings go with its buffers"
+
+
+@pytest.mark.parametrize("ends", ["to its end", "left after two chunks"])
+def test_a_clips_buffers_go_with_it(ends: str, trt: StandIn, graphs: Path, coder: Coder, tmp_path: Path) -> None:
+    run = Runner(coder, plans(graphs, coder, tmp_path), torch.device("cpu"), torch.float32, HostStream(trt))
+    lanes, states, clip = [], None, chunks(0, 4, 6)
+    gc.disable()  # without waiting for it: GiBs hang on them
+    try:
+        for chunk in clip if ends == "to its end" else clip[:2]:
+            with torch.inference_mode():
+                _, states = run(chunk, states)
+            lanes.append(weakref.ref(states.lane))
+        assert all(lane() is states.lane for lane in lanes), "a clip has one lane"
+        states = None
+        assert lanes[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_each_output_is_handed_to_who_reads_it(trt: StandIn, graphs: Path, coder: Coder, tmp_path: Path) -> None:
+    stream = HostStream(trt)
+    run = Runner(coder, plans(graphs, coder, tmp_path), torch.device("cpu"), torch.float32, stream)
+    frames = [*decoded(run, chunks(0, 4, 6))]
+    assert [y.data_ptr() for y in stream.handed_out] == [y.data_ptr() for y in frames]
+
+
+def test_engines_work_beside_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of torch.cuda in order: nothing waits for the device or empties a cache, and nobody else ends a capture."""
+    told: list[Any] = []
+
+    class Recorded:
+        device, cuda_stream = torch.device("cuda"), 7
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Recorded) -> None:
+            told.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+            told.append(f"capture {capture_error_mode}")
+
+        def capture_end(self) -> None:
+            told.append("captured")
+
+        def replay(self) -> None: ...
+
+    current = [Recorded("theirs")]
+
+    @contextmanager
+    def stream(entered: Recorded) -> Iterator[None]:
+        current.append(entered)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Recorded("ours"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: told.append(name))
+    ours = tensorrt_runner.CudaStream(torch.device("cuda"))
+    with ours.section():
+        replay = ours.capture(lambda: told.append(f"queued on {current[-1].name}"))
+        with pytest.raises(RuntimeError, match="it fails"):
+            ours.capture(lambda: (_ for _ in ()).throw(RuntimeError("it fails")))
+    y = SimpleNamespace(record_stream=lambda reader: told.append(f"read on {reader.name}"))
+    ours.hand_out(y)
+    assert callable(replay) and told == [
+        "ours waits for theirs",
+        *("capture thread_local", "queued on ours", "captured"),
+        *("capture thread_local", "captured"),
+        "theirs waits for ours",
+        "read on theirs",
+    ]
+
+
+def test_engines_that_do_not_fit_are_not_loaded(
+    monkeypatch: pytest.MonkeyPatch, trt: StandIn, graphs: Path, coder: Coder, tmp_path: Path
+) -> None:
+    made, device = plans(graphs, coder, tmp_path), torch.device("cpu")
+    weights = sum(map(len, made.values()))
+    lane = 2 * coder.states.num_bytes(4, 6, 4)
+    needed = SCRATCH_BYTES + lane
+    assert weights > needed
+
+    def load(*free: int, memory_bytes: int | None = None) -> None:
+        left = iter(free)
+        monkeypatch.setattr(footprint, "free_bytes", lambda device, cached=False: next(left))
+        monkeypatch.setattr(footprint, "taken_bytes", lambda device: 100)
+        Runner(*(coder, made, device, torch.float32, HostStream(trt)), size=(4, 6), memory_bytes=memory_bytes)
+
+    load(weights, needed)
+    load(weights, needed, memory_bytes=weights + 100)
+    trt.calls.clear()
+    with pytest.raises(NoRoom, match="the plans' weights: about .* are needed, .* are free"):
+        load(weights - 1, needed)
+    assert not [method for _, method, _ in trt.calls if method == "deserialize_cuda_engine"]
+    with pytest.raises(NoRoom, match="scratch memory and a clip's states: about .* are needed, .* are free"):
+        load(weights, needed - 1)
+    with pytest.raises(NoRoom, match="SKYLAPSE_MEMORY_MB leaves"):
+        load(weights, needed, memory_bytes=weights + 99)
+    assert not [method for _, method, _ in trt.calls if method == "set_device_memory"]
 
 
 def test_a_capture_that_fails_leaves_plain_launches(
@@ -341,7 +456,7 @@ def backend(monkeypatch: pytest.MonkeyPatch, trt: StandIn, graphs: Path) -> Tens
     )
     monkeypatch.setattr(tensorrt, "machine_name", lambda device: "no GPU sm00")
     monkeypatch.setattr(tensorrt, "WORKSPACE_BYTES", NEEDED_BYTES)
-    monkeypatch.setattr(tensorrt, "SIDES", (2, 4, 8))
+    monkeypatch.setattr(tensorrt, "MAX_ANY_PIXELS", 16)  # 8 latents
     monkeypatch.setattr(tensorrt, "build", lambda request, timeout_s: tensorrt_build.run(request))
     monkeypatch.setattr(tensorrt_runner, "CudaStream", lambda device: HostStream(trt))
     backend = TensorRT(torch.device("cuda"))
@@ -371,11 +486,48 @@ def test_states_of_eager_are_taken(backend: TensorRT, coder: Coder, tmp_path: Pa
         torch.testing.assert_close(ours, coder(rest[0], states)[0], rtol=0, atol=1e-5)
 
 
-def test_a_plan_of_one_size_takes_that_size_alone_and_any_chunk() -> None:
-    assert extents(Plan(size=(60, 104))) == ((1, 60, 104), (4, 60, 104), (4, 60, 104))
-    assert {extent[0] for extent in extents(Plan(chunk=2))} == {2}
-    smallest, _, largest = extents(Plan())
-    assert smallest[1:] == (2, 2) and largest[1:] == (160, 160)
+def test_engines_that_do_not_fit_leave_the_plans_alone(
+    monkeypatch: pytest.MonkeyPatch, backend: TensorRT, coder: Coder, tmp_path: Path
+) -> None:
+    backend.build(coder, Plan(), tmp_path)
+    monkeypatch.setattr(footprint, "free_bytes", lambda device, cached=False: 1000)
+    with pytest.raises(Unavailable, match="0.00 GiB are free"):  # another error has them built again
+        backend.load(coder, Plan(), tmp_path)
+
+
+def test_a_plan_of_one_size_is_static(coder: Coder) -> None:
+    """Decoded one latent frame at a time, a clip takes the least memory."""
+    (plan,) = TensorRT(torch.device("cuda")).plans(Plan("bf16", (60, 104)))
+    assert plan == Plan("bf16", (60, 104), chunk=1)
+    assert extents(coder, plan) == ((1, 60, 104),) * 3
+    assert TensorRT(torch.device("cuda")).plans(Plan()) == [Plan()]
+
+
+def test_a_plan_for_any_size_has_a_bounded_largest_shape(coder: Coder) -> None:
+    """A context's memory is that of its profile's largest shape."""
+    for scale in (1, 2, 4, 8, 16, 32):
+        smallest, likeliest, largest = extents(replace(coder, in_scale=1, out_scale=scale), Plan())
+        assert largest[1] * largest[2] * scale**2 <= MAX_ANY_PIXELS**2
+        assert scale < 8 or largest[1] * largest[2] <= ANY_AREA  # which every family's VAE shrinks at least
+        assert smallest == (1, 2, 2) and all(a <= b <= c for a, b, c in zip(smallest, likeliest, largest, strict=True))
+
+
+def test_sizes_outside_the_profile_are_built_by_their_own(coder: Coder, tmp_path: Path) -> None:
+    chooser = Selector(replace(coder, out_scale=8), [], EngineCache(tmp_path), device=torch.device("cpu"))
+    backend = TensorRT(torch.device("cuda"))
+    assert chooser.plan_for((64, 64), backend) == Plan()
+    for size in ((60, 104), (104, 60), (90, 160), (2, 65)):  # of 480p less than ANY_AREA latents, in a wider frame
+        assert chooser.plan_for(size, backend) == Plan(size=size)
+    assert chooser.plan_for((60, 104)) == Plan()
+
+
+def test_fp32_plans_have_tf32(
+    monkeypatch: pytest.MonkeyPatch, backend: TensorRT, coder: Coder, tmp_path: Path, trt: StandIn
+) -> None:
+    """As torch's own convolutions do on CUDA: without it eager is several times faster."""
+    backend.build(coder, Plan(), tmp_path)
+    assert "clear_flag" not in {method for _, method, _ in trt.calls}
+    assert backend.options(Plan())["tf32"] is True
 
 
 def test_what_is_missing_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

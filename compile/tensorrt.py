@@ -24,8 +24,8 @@ WORKSPACE_BYTES = 4 * 2**30  # the most a convolution's tactic may use; unbounde
 BUILD_S = 3600.0
 OPTIMIZATION_LEVEL = 3
 MAX_CHUNK = 4  # latent frames at once, of frames that a plan for any size takes; of larger ones it is one
-# A side of the frames that a plan for any size takes. A context's memory is that of its profile's largest shape, whatever
-# is decoded: 512 x 512 pixels, four latent frames at once, are less than 720 x 1280 one at a time.
+# A side of the frames that a plan for any size takes. A context's memory is that of its profile's largest shape,
+# whatever is decoded: 512 x 512 pixels, four latent frames at once, are about as much as 720 x 1280 one at a time.
 MAX_ANY_PIXELS = 512
 SMALLEST_SIDE = 2  # latents
 # fp32 products may round their factors to 10 bits, as torch's own convolutions do on CUDA. Without that they miss the

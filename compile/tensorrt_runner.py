@@ -69,7 +69,7 @@ class CudaStream:
         return graph.replay
 
     def hand_out(self, tensor: Tensor) -> None:
-        # Its memory is of this stream's pool: dropped, it would be the next run's, though the other stream reads it yet.
+        # Its memory is of this stream's pool: dropped, it would be the next run's, while the other stream reads it.
         tensor.record_stream(torch.cuda.current_stream(self._stream.device))
 
 
@@ -158,7 +158,7 @@ class Runner:
         size: tuple[int, int] | None = None,
         memory_bytes: int | None = None,
     ) -> None:
-        """size: of the latents, where the plans are of one alone. memory_bytes: what this process may take of the device.
+        """size: of the latents, where the plans are of one alone. memory_bytes: all that the process may have there.
 
         NoRoom if the engines' weights, their scratch memory and the states of one clip do not fit.
         """

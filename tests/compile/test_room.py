@@ -48,7 +48,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Free:
     return set_free
 
 
-class Fixed(Fake):
+class Fixed(Fake):  # type: ignore[misc]
     """A backend whose plans are of one latent frame at a time."""
 
     def plans(self, plan: Plan) -> Sequence[Plan]:
@@ -63,7 +63,7 @@ def chooser_of(coder: Coder, folder: Path, *backends: Fake, wanted: str = "auto"
     def measured(*arguments: object) -> dict[str, float]:
         return {name: 1.0 + (name == "eager") for name in measure(*arguments)}  # type: ignore[arg-type]
 
-    made.measure = measured  # type: ignore[method-assign]
+    made.measure = measured  # type: ignore[method-assign,assignment]
     return made
 
 

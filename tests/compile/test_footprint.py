@@ -94,7 +94,7 @@ def test_what_a_backend_takes_is_weighed_once_and_scaled_by_area(coder: Coder, t
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
-    monkeypatch.setattr(decoders, "backends", lambda device: [Fake()])
+    monkeypatch.setattr(decoders, "backends", lambda device, *_: [Fake()])
     monkeypatch.setenv("SKYLAPSE_COMPILED_DIR", str(tmp_path))
     monkeypatch.setenv("SKYLAPSE_DECODER", "auto")
     return Engine.from_pretrained("demo", device="cpu")

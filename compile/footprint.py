@@ -12,15 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from weakref import finalize
 
 import torch
-from torch import Tensor
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from ..kernels.live_bytes import LiveBytes
 from .stream import FIRST, NEXT, Coder, States
 
 PROC = Path("/proc/self")
@@ -84,7 +80,7 @@ def clip_bytes(coder: Coder, size: tuple[int, int], chunk: int, dtype: torch.dty
     state = {name: torch.empty_like(p, device="meta", dtype=dtype) for name, p in coder.module.named_parameters()}
     state |= {name: torch.empty_like(b, device="meta", dtype=dtype) for name, b in coder.module.named_buffers()}
     states: States | None = None
-    with torch.inference_mode(), _Live() as live:
+    with torch.no_grad(), LiveBytes() as live:
         for graph in (FIRST, NEXT, NEXT):  # by the third chunk everything that stays is there
             x = torch.empty(coder.input_shape(chunk, *size, graph), dtype=dtype, device="meta")
             y, states = functional_call(coder.module, state, (x, states))
@@ -107,31 +103,6 @@ def build_bytes(coder: Coder, size: tuple[int, int], chunk: int, dtype: torch.dt
 
 def gib(num_bytes: float) -> str:
     return f"{num_bytes / GIB:.2f} GiB"
-
-
-class _Live(TorchDispatchMode):
-    """Counts the storages that are made inside and still there; on the meta device, where none has an address."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live_bytes = self.peak_bytes = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._known:
-                    self._known.add(storage._cdata)
-                    self.live_bytes += storage.nbytes()
-                    self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-                    finalize(storage, self._drop, storage._cdata, storage.nbytes())
-        return result
-
-    def _drop(self, identity: int, num_bytes: int) -> None:
-        self._known.discard(identity)
-        self.live_bytes -= num_bytes
 
 
 @dataclass

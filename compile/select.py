@@ -12,7 +12,7 @@ import logging
 import platform
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from .backend import Backend, Unavailable, in_chunks, machine_name
-from .cache import Artifact, BuildFailed, EngineCache, Key
+from .cache import BuildFailed, EngineCache, Key
+from .choice import Candidate, Choice, Standing
 from .eager import Eager
 from .footprint import Footprint, watch
 from .judge import TINY, compare, measure, weigh
@@ -32,36 +33,6 @@ logger = logging.getLogger(__name__)
 # Eager's own bf16 is 3 to 5 levels off at the worst pixel (tests/runtime/vae/test_codec.py).
 MAX_ERROR = {"fp32": 0.5 / 127.5, "fp16": 4 / 127.5, "bf16": 8 / 127.5}
 MEASURED_AREA = 16 * 16  # latents; larger sizes are measured when they are built for, not in front of a waiting clip
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What runs clips of a size, and why."""
-
-    backend: str
-    why: str
-    run: Run
-    artifact: str | None = None
-    footprint: Footprint | None = None
-
-
-@dataclass(frozen=True)
-class Standing:
-    """One backend, as `skylapse compile --status` shows it."""
-
-    backend: str
-    state: str
-    detail: str
-    seconds: float | None = None
-    error: float | None = None
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    backend: Backend
-    plan: Plan
-    key: Key
-    artifact: Artifact
 
 
 class Selector:
@@ -154,7 +125,7 @@ class Selector:
     def _choose(self, size: Size) -> Choice:
         if self.wanted == "eager":
             return Choice("eager", "as configured", self.eager)
-        runs: dict[str, tuple[_Candidate, Run]] = {}
+        runs: dict[str, tuple[Candidate, Run]] = {}
         for candidate in self._candidates(size):
             run = self._trusted(candidate)
             if run is not None:
@@ -176,16 +147,16 @@ class Selector:
         whole = in_chunks(self._guarded(candidate, run), self.coder, candidate.plan.chunk)
         return Choice(fastest, why, whole, candidate.key.id, footprint)
 
-    def find(self, backend: Backend, plan: Plan) -> _Candidate | None:
+    def find(self, backend: Backend, plan: Plan) -> Candidate | None:
         """Its artifact by a plan, in whichever of the backend's ways it was built, if it has not been demoted."""
         demoted = self.ledger.demoted()
         for exported in backend.plans(plan):
             key = self._key(backend, exported)
             if key.id not in demoted and (artifact := self.cache.find(key)) is not None:
-                return _Candidate(backend, exported, key, artifact)
+                return Candidate(backend, exported, key, artifact)
         return None
 
-    def _candidates(self, size: Size) -> list[_Candidate]:
+    def _candidates(self, size: Size) -> list[Candidate]:
         """The artifact of each backend for this size, or else for any."""
         found = []
         for backend in (backend for backend in self.backends if self.wanted in ("auto", backend.name)):
@@ -205,7 +176,7 @@ class Selector:
         own = " --size WxH, as frames that large need," if self.plan_for(size).size else ""
         return "; ".join(reasons) or f"nothing is built: skylapse compile{own} builds it"
 
-    def _trusted(self, candidate: _Candidate, weighs: bool = False) -> Run | None:
+    def _trusted(self, candidate: Candidate, weighs: bool = False) -> Run | None:
         """Its loaded artifact, if it does as eager does. What that holds is noted where nobody has yet, or `weighs`."""
         backend, key = candidate.backend, candidate.key
         self._unjudged.pop(backend.name, None)
@@ -241,12 +212,12 @@ class Selector:
         self.ledger.write("checks", key.id, difference)
         return run
 
-    def _demote(self, candidate: _Candidate, reason: str) -> None:
+    def _demote(self, candidate: Candidate, reason: str) -> None:
         logger.error("%s is demoted: %s", candidate.backend.name, reason)
         self.ledger.demote(candidate.key.id, candidate.backend.name, reason)
         self.refresh()
 
-    def _guarded(self, candidate: _Candidate, run: Run) -> Run:
+    def _guarded(self, candidate: Candidate, run: Run) -> Run:
         def guarded(x: Tensor, states: States | None) -> tuple[Tensor, States]:
             if candidate.key.id not in self._failed:
                 try:
@@ -294,7 +265,7 @@ class Selector:
                 self.ledger.weighed(size, name, footprint)
 
     def _times(
-        self, size: Size, runs: dict[str, Run], candidates: Sequence[_Candidate]
+        self, size: Size, runs: dict[str, Run], candidates: Sequence[Candidate]
     ) -> tuple[dict[str, float], Size]:
         """Seconds of eager and these, at this size or the nearest that was measured; measured now if none was."""
         names = {"eager", *runs}
@@ -387,7 +358,7 @@ class Selector:
         return [f"{told['backend']}: {told['reason']}" for told in self.ledger.demoted().values()]
 
 
-def _chunk_of(candidates: Sequence[_Candidate]) -> int | None:
+def _chunk_of(candidates: Sequence[Candidate]) -> int | None:
     """Latent frames at a time that all of them take, and so what they are compared at; None is any number."""
     return min((c.plan.chunk for c in candidates if c.plan.chunk), default=None)
 

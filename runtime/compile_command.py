@@ -15,7 +15,8 @@ from .options import Parser, size_of
 from .request import VideoRequest
 
 if TYPE_CHECKING:
-    from ..compile.select import Selector, Standing
+    from ..compile.choice import Standing
+    from ..compile.select import Selector
 
 logger = logging.getLogger(__name__)
 COLUMNS = ("state", "seconds a clip", "error", "")  # after the part's name, which stands above its backends

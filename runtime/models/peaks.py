@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.fake_cuda import fake_cuda
+from ...kernels.live_bytes import LiveBytes
 from ..pack import Context, Pack, each_alone
 from ..vae.codec import VideoCodec
 from ..vae.coders import WanDecoder, WanEncoder
@@ -31,7 +32,6 @@ from ..vae.tiling import Tiling
 from ..vae.wan import WanVAE, WanVAEConfig
 from .checkpoint import allocate
 from .configs import parse_config
-from .live_bytes import LiveBytes
 from .quantization import quantized_weights
 from .registry import ModelFolder
 from .wan import WanConfig, WanDenoiser

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skylapse.kernels.fake_cuda import fake_cuda
 from skylapse.kernels.linear import linear
-from skylapse.runtime.models.live_bytes import LiveBytes
+from skylapse.kernels.live_bytes import LiveBytes
 
 FUSED, PLAIN = "aten._addmm_activation.default", "aten.gelu.default"
 

@@ -15,8 +15,8 @@ from skylapse.kernels.backends import Choice, parse, select
 from skylapse.kernels.fake_cuda import fake_cuda
 from skylapse.kernels.linear_backends import SCALED_MM_ROWS, decide, fault_of_scaled_mm, scaled_mm
 from skylapse.kernels.linear_quantized import DTYPES, linear_quantized, quantize_rows
+from skylapse.kernels.live_bytes import LiveBytes
 from skylapse.kernels.toolchain import told_capability
-from skylapse.runtime.models.live_bytes import LiveBytes
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 OPERANDS = ("self", "mat2", "scale_a", "scale_b")

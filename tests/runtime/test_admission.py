@@ -13,10 +13,10 @@ import torch
 from tiny import save_checkpoint, with_room
 
 from skylapse import Engine, VideoRequest
+from skylapse.kernels.live_bytes import LiveBytes
 from skylapse.runtime.cache.calibrate import calibrate
 from skylapse.runtime.config import load_settings
 from skylapse.runtime.events import DeadlineExceeded, EngineFull, Failed, Finished, Preview, Progress, RequestTooLarge
-from skylapse.runtime.models.live_bytes import LiveBytes
 from skylapse.runtime.models.model import load_model
 from skylapse.runtime.models.peaks import coding_bytes, step_bytes
 from skylapse.runtime.preview import SCALE, Previewer, fit

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from skylapse.kernels.fake_cuda import fake_cuda
+from skylapse.kernels.live_bytes import LiveBytes
 from skylapse.kernels.patch_embed import Grid
 from skylapse.kernels.weight_formats import FORMATS
 from skylapse.runtime.models import wan
 from skylapse.runtime.models.linear import Linear
-from skylapse.runtime.models.live_bytes import LiveBytes
 from skylapse.runtime.models.wan import WanConfig, WanDenoiser
 from skylapse.runtime.pack import Context, Pack
 

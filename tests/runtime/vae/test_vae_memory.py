@@ -10,7 +10,7 @@ from torch import Tensor
 
 import skylapse.runtime.vae.codec as codec_module
 from skylapse.kernels.fake_cuda import fake_cuda
-from skylapse.runtime.models.live_bytes import LiveBytes
+from skylapse.kernels.live_bytes import LiveBytes
 from skylapse.runtime.vae.codec import VideoCodec
 from skylapse.runtime.vae.wan import WanVAE, WanVAEConfig
 

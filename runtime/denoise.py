@@ -72,9 +72,7 @@ def evaluate(model: Model, members: Sequence[Trajectory], layouts: Layouts) -> l
     timesteps, modulations = number_timesteps(members)
     whole = layouts.get(members, modulations)
     inputs = {t.ticket: t.model_input() for t in members}
-    embedding, modulation = denoiser.condition_embedder.embed_time(
-        torch.tensor(timesteps, device=model.device), denoiser.dtype
-    )
+    embedding, modulation = layouts.time_embeddings.get(members[0].plan.expert, timesteps)
     tokens = denoiser.embed([inputs[ticket] for ticket, _ in whole.order])
     keeps = any(t.cache.policy.site == "trunk" for t in members)  # otherwise nobody needs tokens again
     entry: Tokens = whole.split(tokens) if keeps else {}

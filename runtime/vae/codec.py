@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...kernels.tables import send
 from .overlap import CudaLane, Lane, overlapped
 from .tiling import Chunk, Tiling, decode_tiled, encode_tiled
 from .wan import States, WanVAE
@@ -126,4 +127,4 @@ class VideoCodec:
             chunk = torch.tensor(frames[start:stop]).permute(3, 0, 1, 2) / 127.5 - 1
         else:
             chunk = frames[:, start:stop]
-        return chunk.to(self.device, torch.float32)[None]
+        return send(chunk.float(), self.device)[None]

@@ -29,7 +29,8 @@ class Layout:
     @property
     def num_bytes(self) -> int:
         contexts = [self.pack.text, *([self.pack.image] if self.pack.image else [])]
-        return self.pack.rotation.nbytes + sum(context.keys_values.nbytes for context in contexts)
+        of_tokens = self.pack.rotation.nbytes + self.pack.modulation_ids.nbytes
+        return of_tokens + sum(context.keys_values.nbytes for context in contexts)
 
     def split(self, tokens: Tensor) -> dict[Place, Tensor]:
         """Tokens [N, dim] -> each sequence's [n, dim], as views."""

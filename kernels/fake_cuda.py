@@ -47,7 +47,7 @@ class Whole(TorchDispatchMode):
             x, normalized_shape = args[:2]
             return torch.empty_like(x), x.new_empty(x.shape[: -len(normalized_shape)], dtype=torch.float32)
         if func is aten.empty.memory_format and kwargs and kwargs.get("pin_memory"):
-            return _pinned(func(*args, **(kwargs | {"pin_memory": False})))
+            return _pinned(func(*args, **{**kwargs, "pin_memory": False}))
         return func(*args, **(kwargs or {}))
 
 

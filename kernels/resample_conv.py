@@ -106,7 +106,7 @@ def kernels_of(weight: Tensor) -> Tensor:
         if key not in of_storage:
             for stale in [other for other in of_storage if other[:-1] == key[:-1]]:
                 del of_storage[stale]
-            of_storage[key] = _Kept.of(_kernels(weight))
+            of_storage[key] = _Kept.of(_kernels(weight).contiguous())
         kept: _Kept = of_storage[key]
     return kept.here()
 

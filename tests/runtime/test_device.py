@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from skylapse.kernels import backends
 from skylapse.runtime import device, engine
 from skylapse.runtime.config import configures_allocator
 from skylapse.runtime.device import EXPANDABLE, expand_segments
@@ -58,7 +59,7 @@ def test_an_engine_sets_it_before_anything_is_allocated(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(engine, "parse_device", lambda name: CUDA)
     monkeypatch.setattr(engine, "expand_segments", lambda where: called.append(f"expand on {where}"))
-    monkeypatch.setattr(engine.backends, "prepare", prepare)
+    monkeypatch.setattr(backends, "prepare", prepare)
     with pytest.raises(RuntimeError, match="no device"):
         engine.Engine.from_pretrained("demo")
     assert called == ["expand on cuda", "prepare"] and device.expand_segments is expand_segments

@@ -10,6 +10,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from .toolchain import is_told
+
 T = TypeVar("T")
 LATEST = 64  # layouts that are kept without a graph
 
@@ -28,6 +30,8 @@ class PerLayout(Generic[T]):
         self._lock = Lock()
 
     def __call__(self, *layout: Hashable) -> T:
+        if is_told():  # fake tensors belong to the mode that made them
+            return self.build(*layout)
         capturing = torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()
         with self._lock:
             if layout in self._captured:
@@ -48,5 +52,14 @@ class PerLayout(Generic[T]):
 
 def upload(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """int32 [rows, columns]; from pinned memory, since a copy from any other waits for the stream."""
-    table = torch.tensor(rows, dtype=torch.int32)
+    return send(torch.tensor(rows, dtype=torch.int32), device)
+
+
+def upload_cu_seqlens(cu_seqlens: Sequence[int], device: torch.device) -> Tensor:
+    """int32 [sequences + 1], as other libraries want them."""
+    return send(torch.tensor(cu_seqlens, dtype=torch.int32), device)
+
+
+def send(table: Tensor, device: torch.device) -> Tensor:
+    """A table of the host on the device, without waiting."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)

@@ -58,8 +58,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Sequence[int], cu_seq
     """torch's `varlen_attn`, flash-attention 2. After these seven arguments 2.11 and 2.13 differ."""
     from torch.nn.attention.varlen import varlen_attn
 
-    tables = (_uploaded(tuple(cu_seqlens), q.device) for cu_seqlens in (cu_seqlens_q, cu_seqlens_k))
-    out = varlen_attn(q, k, v, *tables, _longest(cu_seqlens_q), _longest(cu_seqlens_k))
+    starts_q, starts_k = (_uploaded(tuple(cu_seqlens), q.device) for cu_seqlens in (cu_seqlens_q, cu_seqlens_k))
+    out = varlen_attn(q, k, v, starts_q, starts_k, _longest(cu_seqlens_q), _longest(cu_seqlens_k))
     assert isinstance(out, Tensor)  # a pair where the log-sum-exp is asked for
     return out
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from skylapse.kernels import attention as module
 from skylapse.kernels import attention_peers, reference, tables
 from skylapse.kernels.attention_peers import PEERS
+from skylapse.kernels.fake_cuda import fake_cuda
 
 CU_Q, CU_K = (0, 2, 7, 9), (0, 4, 5, 12)
 
@@ -214,9 +216,28 @@ def test_tables_are_pinned_sent_once_a_layout_and_kept_for_graphs(monkeypatch: p
         sent.clear()
 
 
-def test_table_of_fake_tensors_is_left_to_the_mode_that_made_it() -> None:
-    from skylapse.kernels.fake_cuda import fake_cuda
+class Crossings(TorchDispatchMode):
+    """Whether each copy from the host to the device goes on without waiting."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.waits: list[bool] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and out.device != args[0].device:
+            self.waits.append(not (kwargs or {}).get("non_blocking"))
+        return out
+
+
+def test_tables_cross_to_the_device_without_waiting() -> None:
+    with torch.no_grad(), fake_cuda(90), Crossings() as seen:
+        q = torch.empty(9, 2, 64, device="cuda", dtype=torch.bfloat16)
+        module.attention_by("varlen", q, q, q, (0, 4, 9), (0, 4, 9))
+    assert seen.waits == [False, False]
+
+
+def test_table_of_fake_tensors_is_left_to_the_mode_that_made_it() -> None:
     kept = tables.PerLayout(tables.upload_cu_seqlens)
     for _ in range(2):
         with fake_cuda(90):

@@ -174,9 +174,9 @@ def test_two_engines_take_different_backends_at_once(demo_folder: Path, monkeypa
         if not getattr(first, "met", False):
             first.met = True
             meeting.wait(60)
-        on_gpu = [x.bfloat16().as_subclass(Elsewhere) for x in (q, k, v)]
+        on_gpu: Any = [x.bfloat16().as_subclass(Elsewhere) for x in (q, k, v)]
         with toolchain.told_capability(90):
-            taken[threading.current_thread().name].add(module._backend(*on_gpu, cu_q, cu_q, None, False))  # type: ignore[arg-type]
+            taken[threading.current_thread().name].add(module._backend(*on_gpu, cu_q, cu_q, None, with_lse=False))
         return by("sdpa", q, k, v, cu_q, rest[0] if rest else cu_q, *rest[1:])
 
     monkeypatch.setattr(wan, "attention", attention)

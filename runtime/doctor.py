@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .config import Settings
 from .options import Parser
@@ -17,10 +17,17 @@ def kernels(arguments: Sequence[str], settings: Settings) -> int:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
 
-    from ..kernels import backends  # torch: seconds
-    from ..kernels.doctor import examine
+    from ..kernels.backends import Backends
+    from ..kernels.doctor import examine  # torch: seconds
 
-    backends.select(settings.kernels)
-    report = examine()
+    report = examine(Backends(settings.kernels))
     print(json.dumps(report.as_dict(), indent=1) if options.json else "\n".join(report.lines()))
     return 0
+
+
+def check_kernels(asked: Mapping[str, str], device: str | None) -> None:
+    """ValueError says why this machine's device (None: cuda where there is one) cannot run what was asked for."""
+    from ..kernels.backends import Backends
+    from .engine import parse_device
+
+    Backends(asked).prepare(parse_device(device))

@@ -18,6 +18,7 @@ from skylapse.kernels import attention as module
 from skylapse.kernels import attention_backends, backends, toolchain
 from skylapse.kernels.attention import attention, attention_with_lse
 from skylapse.kernels.attention_backends import BACKENDS, KINDS, PUBLISHED, Call, call_of, decide, fault_of
+from skylapse.kernels.attention_peers import PEERS
 from skylapse.kernels.backends import Backends
 from skylapse.kernels.fake_cuda import fake_cuda
 
@@ -240,6 +241,12 @@ def test_sdpa_by_name_takes_everything_and_tries_nothing() -> None:
         raise AssertionError("asked though it does not matter")
 
     assert decide(90, "sdpa", Call(biased=True), never) == backends.Choice("sdpa", "asked for")
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+def test_trial_finds_nonsense(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PEERS, "flash3", lambda q, *_: torch.full_like(q, value))
+    assert attention_backends.try_out("flash3", torch.device("cpu")) == "a kernel computed nonsense"
 
 
 def test_trial_finds_what_is_installed_and_broken() -> None:

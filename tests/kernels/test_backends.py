@@ -174,9 +174,10 @@ def test_two_engines_take_different_backends_at_once(demo_folder: Path, monkeypa
         if not getattr(first, "met", False):
             first.met = True
             meeting.wait(60)
-        on_gpu: Any = [x.bfloat16().as_subclass(Elsewhere) for x in (q, k, v)]
+        there, keys, values = (x.bfloat16().as_subclass(Elsewhere) for x in (q, k, v))
         with toolchain.told_capability(90):
-            taken[threading.current_thread().name].add(module._backend(*on_gpu, cu_q, cu_q, None, with_lse=False))
+            name = module._backend(there, keys, values, cu_q, cu_q, None, with_lse=False)
+            taken[threading.current_thread().name].add(name)
         return by("sdpa", q, k, v, cu_q, rest[0] if rest else cu_q, *rest[1:])
 
     monkeypatch.setattr(wan, "attention", attention)

@@ -3,8 +3,8 @@
     python -m skylapse.kernels.inspect --arch 80 89 90 100 120 [--op adaln ...] [--first] [--json | --markdown]
 
 Each configuration is compiled to machine code offline, and what is told is read from that, not from the intermediate
-code. Exits with 1 where one spills, exceeds its architecture's shared memory, lacks its matrix instruction, has products
-(wgmma) that ptxas serialised, or warps that were to be specialised and are not.
+code. Exits with 1 where one spills, exceeds its architecture's shared memory, lacks its matrix instruction, has
+products (wgmma) that ptxas serialised, or warps that were to be specialised and are not.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Compiled:
     full_waits: int  # of that loop for wgmma, which leave no group of products running
     bulk_loads: int  # instructions by which the copy engine (TMA) reads a tile
     bulk_stores: int
+    loop_reads: int  # instructions of the loop that read global memory into registers
     faults: tuple[str, ...]
 
 
@@ -123,7 +124,7 @@ def compile_for(item: Shipped, arch: int) -> Compiled:
         faults.append(reason)
     if item.constants.get("SPECIALIZED") and "ttg.warp_specialize" not in binary.asm["ttgir"]:
         faults.append("warps not specialised")
-    facts = (code.matrix, code.loop, code.loop_waits.count(0), code.bulk_loads, code.bulk_stores)
+    facts = (code.matrix, code.loop, code.loop_waits.count(0), code.bulk_loads, code.bulk_stores, code.loop_reads)
     return Compiled(item.op, arch, item.configuration, registers, spill, shared, *facts, tuple(faults))
 
 
@@ -168,8 +169,8 @@ def markdown(rows: Iterable[Compiled]) -> Iterator[str]:
         yield f"| {row.op} | sm_{row.arch} | {row.configuration} | {numbers} |"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m skylapse.kernels.inspect", description=__doc__.splitlines()[0])
+def main(arguments: list[str] | None = None, prog: str = "python -m skylapse.kernels.inspect") -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[*ARCHITECTURES], choices=ARCHITECTURES)
     parser.add_argument("--op", nargs="+", default=[], help="these operations alone")
     parser.add_argument("--first", action="store_true", help="one configuration an operation and architecture")
@@ -210,7 +211,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _words(row: Compiled) -> str:
-    """Of the machine code: matrix instruction, loop, full waits, loads and stores of the copy engine; "-" where none is."""
+    """Matrix instruction, loop, full waits, loads and stores of the copy engine; "-" where none is."""
     if not row.matrix:
         return "- | - | - | -"
     waits = str(row.full_waits) if "GMMA" in row.matrix else "-"

@@ -25,7 +25,9 @@ class Code:
 
     matrix: str  # its matrix instruction; "" without one
     loop: int  # instructions of its longest innermost loop; 0 without one
-    loop_waits: tuple[int, ...]  # of each wait for wgmma in that loop, how many groups it leaves pending; 0: waits for all
+    loop_waits: tuple[
+        int, ...
+    ]  # of each wait for wgmma in that loop, how many groups it leaves pending; 0: waits for all
     bulk_loads: int  # tiles that the copy engine (TMA) reads
     bulk_stores: int
     loop_reads: int  # instructions of the loop that read global memory into registers (LDG)
@@ -77,7 +79,9 @@ def _graph(sass: str) -> tuple[list[str], dict[int, list[int]]]:
     return instructions, successors
 
 
-def _loops(instructions: Sequence[str], successors: Mapping[int, Sequence[int]], inside: Iterable[int]) -> list[list[int]]:
+def _loops(
+    instructions: Sequence[str], successors: Mapping[int, Sequence[int]], inside: Iterable[int]
+) -> list[list[int]]:
     """Loops without one of matrix instructions inside; what spins on a barrier is part of the loop around it."""
     found = []
     for loop in _cycles(successors, {*inside}):

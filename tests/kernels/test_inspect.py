@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from skylapse import cli
 from skylapse.kernels import inspect
 from skylapse.kernels.toolchain import ARCHITECTURES, Shipped
 
@@ -76,6 +77,14 @@ def test_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect.main(["--arch", "90", "--op", "rms_norm", "--first", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
     assert [(row["op"], row["arch"], row["spill_bytes"]) for row in table["kernels"]] == [("rms_norm", 90, 0)]
+
+
+def test_command_line_has_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["kernels", "inspect", "--arch", "80", "--op", "unpatchify", "--first"]) == 0
+    assert capsys.readouterr().out.startswith("unpatchify")
+    with pytest.raises(SystemExit):
+        cli.main(["kernels", "inspect", "--op", "conv"])
+    assert capsys.readouterr().err.startswith("usage: skylapse kernels inspect")
 
 
 def test_spill_is_a_fault_and_the_commands_status(

@@ -35,8 +35,11 @@ class Code:
     waits: int  # for them, in the whole kernel
 
     def serialised(self, asked_for: int) -> bool:
-        """Whether ptxas waits after each product, where the intermediate code asks for that few waits."""
-        return self.products > 0 and self.waits > asked_for
+        """Whether ptxas waits for each product, where the intermediate code asks for that few waits.
+
+        One or two more than were asked for are none of that: it adds them where paths meet.
+        """
+        return self.waits >= self.products > asked_for
 
 
 def read(sass: str) -> Code:
@@ -92,7 +95,7 @@ def _loops(
 
 
 def _cycles(successors: Mapping[int, Sequence[int]], inside: set[int]) -> list[list[int]]:
-    """Strongly connected parts of the graph (Tarjan), in ascending order, which have an edge."""
+    """Strongly connected parts of the graph (Tarjan), each in ascending order; a branch to itself is the code's end."""
     order: dict[int, int] = {}
     lowest: dict[int, int] = {}
     stack: list[int] = []
@@ -124,6 +127,6 @@ def _cycles(successors: Mapping[int, Sequence[int]], inside: set[int]) -> list[l
                     part, stack[at:] = sorted(stack[at:]), []
                     for one in part:
                         del lowest[one]
-                    if len(part) > 1 or node in successors[node]:
+                    if len(part) > 1:
                         found.append(part)
     return found

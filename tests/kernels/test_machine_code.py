@@ -59,7 +59,13 @@ def test_loop_has_its_instructions_and_those_that_spin_for_it_and_no_others() ->
     assert (code.matrix, code.loop, code.loop_waits) == ("HGMMA", 8 + 3, (0, 1))
     assert (code.bulk_loads, code.bulk_stores, code.loop_reads) == (1, 1, 0)
     assert (code.products, code.waits) == (2, 2)
+
+
+def test_products_are_serialised_where_each_is_waited_for_unasked() -> None:
+    code = machine_code.read(LOOP)
     assert [code.serialised(asked) for asked in (1, 2)] == [True, False]
+    assert not replace(code, products=12, waits=3).serialised(2), "one more, where paths meet"
+    assert not replace(code, products=0, waits=0).serialised(0)
 
 
 def test_loop_around_a_loop_of_products_is_not_the_inner_one() -> None:

@@ -121,5 +121,6 @@ class Shipped:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None  # registers a thread may have at most; None: what the compiler takes
     multiplies: bool = False  # whether matrix instructions are demanded
     architectures: tuple[int, ...] = field(default=ARCHITECTURES)

@@ -10,11 +10,16 @@ from .options import Parser
 
 
 def kernels(arguments: Sequence[str], settings: Settings) -> int:
-    """`doctor` prints the GPU, driver and versions, and for each operation what serves it."""
+    """`doctor` prints the GPU, driver and versions, and for each operation what serves it; `inspect` compiles all."""
+    if arguments[:1] == ["inspect"]:
+        from ..kernels import inspect  # torch and Triton: seconds
+
+        return inspect.main(list(arguments[1:]), prog="skylapse kernels inspect")
     parser = Parser(prog="skylapse kernels", description=__doc__.partition(": ")[2], allow_abbrev=False)
     questions = parser.add_subparsers(metavar="COMMAND", required=True)
     doctor = questions.add_parser("doctor", help="GPU, driver, versions, and what serves each operation and why")
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    questions.add_parser("inspect", help="what the compiler makes of every kernel, for GPUs that are not there")
     options = parser.parse_args(arguments)
 
     from ..kernels.backends import Backends

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def results(tmp_path: Path) -> Path:
         write(made, folder / "cpu" / f"{made.benchmark}.json")
     for at, commit in enumerate(("aaaaaaa", "bbbbbbb", "ccccccc")):
         made = report("denoise", [measurement("denoise/64x64/exact", around(1 - 0.1 * at))], machine={"commit": commit})
-        line = line_of(made, "x", anyway=True).model_copy(update={"unpublishable": None if at != 1 else "no commit"})
+        line = replace(line_of(made, "x", anyway=True), unpublishable=None if at != 1 else "no commit")
         append(folder / "cpu" / "denoise.jsonl", line)
     return folder
 

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -187,6 +186,19 @@ class SuiteReport(Report):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeaseReport(SuiteReport):
+    """Of a lent GPU: figures, and checks and comparisons of kernels as `KernelReport` has them."""
+
+    benchmark: Literal["gpu_lease"] = "gpu_lease"
+    limits: dict[str, Spread]
+    checks: list[Check]
+    rows: list[Row]
+
+
+KernelResult = KernelReport | LeaseReport  # what has checks and comparisons of kernels, and the device's limits
+
+
+@dataclass(frozen=True, kw_only=True)
 class Point(Strict):
     """A figure of one run in a history."""
 
@@ -236,9 +248,8 @@ def read(path: Path, kind: type[AnyReport]) -> AnyReport:
 def read_any(path: Path) -> KernelReport | SuiteReport:
     """A file of any suite."""
     content = _content(path)
-    if content.get("benchmark") == "kernels":
-        return _checked(path, content, KernelReport)
-    return _checked(path, content, SuiteReport)
+    kinds: dict[object, type[KernelReport | SuiteReport]] = {"kernels": KernelReport, "gpu_lease": LeaseReport}
+    return _checked(path, content, kinds.get(content.get("benchmark"), SuiteReport))
 
 
 def read_history(path: Path) -> list[HistoryLine]:
@@ -257,7 +268,8 @@ def from_json(kind: type[AnyRecord], text: str) -> AnyRecord:
     from pydantic import ValidationError
 
     try:
-        return _adapter(kind).validate_json(text)
+        found: AnyRecord = _adapter(kind).validate_json(text)
+        return found
     except ValidationError as error:
         raise ValueError(_first(error)) from error
 
@@ -274,11 +286,15 @@ def _plain(value: object) -> str:
     raise ValueError(f"a result must be of JSON, got an object of {type(value).__name__}")
 
 
-@cache
-def _adapter(kind: type[AnyRecord]) -> TypeAdapter[AnyRecord]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(kind)
+    if kind not in _adapters:
+        _adapters[kind] = TypeAdapter(kind)
+    return _adapters[kind]
+
+
+_adapters: dict[Any, TypeAdapter[Any]] = {}
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -296,7 +312,8 @@ def _checked(path: Path, content: dict[str, Any], kind: type[AnyReport]) -> AnyR
     from pydantic import ValidationError
 
     try:
-        return _adapter(kind).validate_python(content)
+        found: AnyReport = _adapter(kind).validate_python(content)
+        return found
     except ValidationError as error:
         raise ValueError(f"{path.name} is no result of {kind.__name__}: {_first(error)}") from error
 

@@ -13,17 +13,18 @@ from functools import cache
 from io import BytesIO
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import av
 import numpy as np
-from av.container import InputContainer
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
+
+if TYPE_CHECKING:  # imported where a video is opened: images, and whoever asks for a name alone, need no FFmpeg
+    import av
+    from av.container import InputContainer
 
 Frames: TypeAlias = NDArray[np.uint8]  # [frames, height, width, 3]
 Pixels: TypeAlias = NDArray[np.uint8]  # [height, width, 3]
@@ -86,6 +87,9 @@ def replaced_when_complete(path: Path) -> Iterator[Path]:
 
 def _write_mp4(path: Path, frames: Frames, fps: int) -> None:
     """H.264, yuv420p, limited-range BT.709 and tagged so, index before data."""
+    import av
+    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+
     _, height, width, _ = frames.shape
     if width % 2 or height % 2:
         raise ValueError(f"mp4 needs an even width and height, got {width}x{height}")
@@ -119,6 +123,8 @@ def _write_mp4(path: Path, frames: Frames, fps: int) -> None:
 @cache
 def _h264_encoder() -> str:
     """The best software encoder of this PyAV build; said once."""
+    import av
+
     encoders = ("libx264", "libopenh264", "h264_videotoolbox", "mpeg4")
     encoder = next(name for name in encoders if name in av.codecs_available)
     if encoder == "libx264":
@@ -309,6 +315,8 @@ def _label(path: PathLike) -> str:
 @contextmanager
 def _open_video(path: PathLike, max_pixels: int) -> Iterator[tuple[InputContainer, av.VideoStream]]:
     """The file and its picture, its header checked; what FFmpeg raises becomes a ValueError that names the file."""
+    import av
+
     if not os.path.isfile(path):
         raise ValueError(f"video must be an existing file, got {str(path)!r}")
     label = _label(path)
@@ -352,6 +360,8 @@ def _decoded(
 
 def upright(frame: av.VideoFrame) -> Pixels:
     """RGB pixels [height, width, 3], turned as the file says (telephones store portraits lying)."""
+    from av.video.reformatter import Interpolation
+
     exact = Interpolation.LANCZOS | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
     pixels = frame.to_ndarray(format="rgb24", interpolation=exact)
     return np.rot90(pixels, frame.rotation // 90)

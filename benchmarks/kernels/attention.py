@@ -37,10 +37,10 @@ def cases(suite: Suite) -> Iterator[Case]:
 def _case(suite: Suite, op: str, words: str, lengths: tuple[int, ...], heads: int, head_size: int) -> Case:
     cost = roofline.attention(lengths, lengths, heads, head_size, suite.dtype.itemsize)
     words = f"{words}, {heads} heads of {head_size}"
-    return Case(op, words, cost, suite.dtype, partial(_build, suite, op, lengths, heads, head_size))
+    return Case(op, words, cost, suite.dtype, partial(build, suite, op, lengths, heads, head_size))
 
 
-def _build(suite: Suite, op: str, lengths: tuple[int, ...], heads: int, head_size: int) -> dict[str, Make]:
+def build(suite: Suite, op: str, lengths: tuple[int, ...], heads: int, head_size: int) -> dict[str, Make]:
     cu_seqlens = tuple(accumulate(lengths, initial=0))
     q, k, v = (suite.draw(cu_seqlens[-1], heads, head_size) for _ in range(3))
     names = backends.CHOICES["attention"]

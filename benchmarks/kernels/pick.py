@@ -8,16 +8,18 @@ from pathlib import Path
 
 from ...kernels.backends import CHOICES
 from ...runtime.options import Parser
-from ..record import KernelReport, read
+from ..record import KernelReport, KernelResult, read_any
 from .checks import LOSSY
 
 
 def pick(arguments: Sequence[str]) -> int:
     """Print the entry of each file, and what it rests on."""
     parser = Parser(prog="skylapse bench pick", description=__doc__.partition(": ")[2], allow_abbrev=False)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="results of `bench kernels --suite gpu`")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="results of `bench kernels --suite gpu`, or of a lease")
     for path in parser.parse_args(arguments).files:
-        report = read(path, KernelReport)
+        report = read_any(path)
+        if not isinstance(report, KernelResult):
+            raise ValueError(f"{path.name} must compare kernels, got a result of {report.benchmark}")
         capability, times = attention_times(report)
         ranked = sorted(times.items(), key=lambda item: item[1])
         told = ", ".join(f"{name} {ratio:.3f}" for name, ratio in ranked)
@@ -26,15 +28,15 @@ def pick(arguments: Sequence[str]) -> int:
     return 0
 
 
-def attention_times(report: KernelReport) -> tuple[int, dict[str, float]]:
+def attention_times(report: KernelResult) -> tuple[int, dict[str, float]]:
     """(compute capability, each exact backend's time in units of ours: the geometric mean over all comparisons).
 
     Only who took part in every comparison and has no wrong check counts. ValueError where the file cannot tell.
     """
     capability = report.machine.get("capability")
-    if report.suite != "gpu" or not isinstance(capability, int):
+    if not isinstance(capability, int):
         raise ValueError(f"the result must be of a GPU, got suite {report.suite!r}")
-    if report.partial is not None:
+    if isinstance(report, KernelReport) and report.partial is not None:  # of a lease each call is whole by itself
         raise ValueError(f"the result must be whole, got a partial one ({report.partial})")
     rows = [row for row in report.rows if row.op in ("attention", "attention_ragged")]
     if not rows:

@@ -6,7 +6,6 @@ import html
 from pathlib import Path
 from typing import Any
 
-import ftfy
 import torch
 from torch import Tensor
 
@@ -20,8 +19,11 @@ SHARED, EMBED_TOKENS = "shared.weight", "encoder.embed_tokens.weight"
 
 def clean_prompt(prompt: str) -> str:
     """Mend mojibake, undo HTML entities (twice), collapse white space; the reference's cleaning, in its order."""
-    text = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
-    return " ".join(text.split())
+    if not (prompt.isascii() and prompt.isprintable() and "&" not in prompt):  # else it has nothing to mend
+        import ftfy
+
+        prompt = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return " ".join(prompt.split())
 
 
 class TextEncoder:

@@ -279,7 +279,7 @@ def test_gpu_suite_is_this_command_in_a_process_apart_and_what_libraries_print_i
 def test_lines_for_the_process_that_waits_are_those_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["bench", "kernels", "--suite", "cpu", "--quick", "--op", "adaln", "--lines"]
     assert main(asked) == 0
-    lines = [from_json(command.LINE, line) for line in capsys.readouterr().out.splitlines()]
+    lines = [from_json(apart.LINE, line) for line in capsys.readouterr().out.splitlines()]
     assert [type(line) for line in lines] == [apart.Limits, Begin, Check, Row]
 
 

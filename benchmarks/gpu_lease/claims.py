@@ -170,31 +170,37 @@ def _convolutions(suite: Suite, dtype: torch.dtype) -> Iterator[Claim]:
     x, weight, bias = (suite.draw(*shape, dtype=dtype) for shape in ((2, 32, 10, 14), (48, 32, 3, 3), (48,)))
     clip, kernel = suite.draw(1, 32, 5, 10, 14, dtype=dtype), suite.draw(48, 32, 3, 3, 3, dtype=dtype)
     x, clip = x.contiguous(memory_format=torch.channels_last), clip.contiguous(memory_format=torch.channels_last_3d)
-    exact = {id(t): t.double().cpu() for t in (x, weight, bias, clip, kernel)}
-    image, w, b, video, w3 = exact.values()
+
+    def filters() -> tuple[Tensor, Tensor]:
+        return _exact(weight), _exact(bias)
+
     formulas: dict[str, tuple[Callable[..., Any], tuple[Any, ...], Callable[[], Tensor]]] = {
         "upsample_conv2d": (
             upsample_conv2d,
             (x, weight, bias),
-            lambda: F.conv2d(F.interpolate(image, scale_factor=2, mode="nearest"), w, b, padding=1),
+            lambda: F.conv2d(F.interpolate(_exact(x), scale_factor=2, mode="nearest"), *filters(), padding=1),
         ),
         "downsample_conv2d": (
             downsample_conv2d,
             (x, weight, bias),
-            lambda: F.conv2d(F.pad(image, (0, 1, 0, 1)), w, b, stride=2),
+            lambda: F.conv2d(F.pad(_exact(x), (0, 1, 0, 1)), *filters(), stride=2),
         ),
         "conv3d": (
             conv3d,
             (clip, kernel, bias, (1, 1, 1), (0, 1, 1)),
-            lambda: F.conv3d(video, w3, b, padding=(0, 1, 1)),
+            lambda: F.conv3d(_exact(clip), _exact(kernel), _exact(bias), padding=(0, 1, 1)),
         ),
     }
     for op, (run, given, formula) in formulas.items():
         yield Claim(op, _words(dtype, "32 to 48 channels"), partial(_exactly, run, *given), formula, TOLERANCES[dtype])
 
 
+def _exact(x: Tensor) -> Tensor:
+    return x.double().cpu()
+
+
 def _exactly(run: Callable[..., Any], *given: Any) -> Any:
-    with torch.inference_mode(), tf32(False):
+    with torch.no_grad(), tf32(False):
         return run(*given)
 
 

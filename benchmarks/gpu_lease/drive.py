@@ -69,8 +69,8 @@ def run(names: Sequence[str], options: argparse.Namespace, worker: Sequence[str]
             lease.cut = "interrupted"
         lease.close()
         places = [options.out] if options.resume is None else [options.resume, options.out]
-        for path in write_merged(places, options.out):
-            print(f"{path}: {lease.told()}", flush=True)
+        written = write_merged(places, options.out)
+        print(f"{', '.join(map(str, written)) or 'no result'}: {lease.told()}", flush=True)
     return 130 if lease.cut == "interrupted" else int(lease.cut is not None or bool(lease.num_failed))
 
 

@@ -62,7 +62,7 @@ NARROW_22 = WanVAEConfig(
     latents_mean=(0.0,) * 4,
     latents_std=(1.0,) * 4,
 )
-TINY = (Size("wan2.1 tiny", NARROW_21, 32, 48), Size("wan2.2-5b tiny", NARROW_22, 32, 48))
+TINY = (Size("wan2.1 tiny", NARROW_21, 16, 32), Size("wan2.2-5b tiny", NARROW_22, 16, 32))
 
 
 def cases(context: Context) -> Iterator[Case]:

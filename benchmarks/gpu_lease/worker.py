@@ -24,9 +24,9 @@ from ..gpu import watch
 from ..harness import Missing, reason_of
 from ..kernels.case import Suite
 from ..machine import describe
-from ..record import Row
+from ..record import Check, Row
 from .case import Case, Context
-from .lines import Absent, Failed, encode
+from .lines import Absent, Failed, Line, encode
 
 MARK = "skylapse lease: "  # before a message, among whatever libraries print
 LOST_TO = "the device was lost to "  # how `harness.take_turns` begins the others' reasons
@@ -101,6 +101,7 @@ def run(call: str, case: Case) -> bool:
             if isinstance(line, Row) and (culprit := culprit_of(line)) is not None:
                 tell(avoid=[line.op, line.case, culprit])
                 return False
+            how = how if is_good(line) else "failed"
             tell(line=encode(line))
     except Missing as error:
         tell(line=encode(Absent(name=f"{call}/{case.name}", reason=reason_of(error))))
@@ -112,6 +113,13 @@ def run(call: str, case: Case) -> bool:
         tell(lost=True)
     tell(end=case.name, how=how if alive else "failed", seconds=round(time.monotonic() - began, 2))
     return alive
+
+
+def is_good(line: Line) -> bool:
+    """Whether a check is right, and ours took part in a comparison."""
+    if isinstance(line, Row):
+        return line.ours not in line.contestants or line.contestants[line.ours].status != "failed"
+    return not isinstance(line, Check) or line.status == "ok"
 
 
 def culprit_of(row: Row) -> str | None:

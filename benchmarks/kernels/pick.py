@@ -15,7 +15,9 @@ from .checks import LOSSY
 def pick(arguments: Sequence[str]) -> int:
     """Print the entry of each file, and what it rests on."""
     parser = Parser(prog="skylapse bench pick", description=__doc__.partition(": ")[2], allow_abbrev=False)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="results of `bench kernels --suite gpu`, or of a lease")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="results of `bench kernels --suite gpu`, or of a lease"
+    )
     for path in parser.parse_args(arguments).files:
         report = read_any(path)
         if not isinstance(report, KernelResult):
@@ -34,7 +36,7 @@ def attention_times(report: KernelResult) -> tuple[int, dict[str, float]]:
     Only who took part in every comparison and has no wrong check counts. ValueError where the file cannot tell.
     """
     capability = report.machine.get("capability")
-    if not isinstance(capability, int):
+    if report.suite == "cpu" or not isinstance(capability, int):
         raise ValueError(f"the result must be of a GPU, got suite {report.suite!r}")
     if isinstance(report, KernelReport) and report.partial is not None:  # of a lease each call is whole by itself
         raise ValueError(f"the result must be whole, got a partial one ({report.partial})")

@@ -3,7 +3,9 @@
 A backend's whole world is a Coder, a Plan and a folder. `build` fills the folder (in whatever process it likes), `load`
 makes of it a function of the coder's own signature, `run(x, states | None) -> (y, new states)`, where None means the
 graph `first` and states mean `next`. States are tensors that the caller keeps: [1, C, T, H, W] on the backend's device,
-in the plan's dtype, and what one backend returns another one takes. `run` may be called by one thread at a time.
+in the plan's dtype, and what one backend returns another one takes. Eager empties the list of states that it is given
+as it reads them, to free each at once; all others leave it, so that eager may do a chunk again that they fail at.
+`run` may be called by one thread at a time.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ class Eager:
 
     def load(self, coder: Coder, plan: Plan, folder: Path) -> Run:
         def run(x: Tensor, states: States | None) -> tuple[Tensor, States]:
+            """It empties `states`."""
             with torch.inference_mode():
-                return coder(x, states)
+                return coder(x.to(next(coder.module.parameters()).dtype), states)
 
         return run

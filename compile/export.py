@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from . import native
 from .attention import Bounded
 from .frames import Frames
 from .lowering import Planar
-from .stream import DTYPES, FIRST, NEXT, Coder, Graph, Plan
+from .stream import DTYPES, FIRST, NEXT, Coder, Graph, Plan, copied
 
 OPSET = 20  # TensorRT 10.13 and ONNX Runtime 1.2x read it, and Resize has not changed since
 OPSET_BF16 = 22  # the first in which a convolution may be of bfloat16
@@ -95,7 +94,7 @@ def exported(
     module: nn.Module = Graph(coder, graph)
     weight = next(module.parameters())
     if (weight.dtype, weight.device.type) != (dtype, device.type):
-        module = copy.deepcopy(module).to(device, dtype)
+        module = copied(module, device, dtype)
     arguments = tuple(tensor.to(device) for tensor in example(coder, plan, graph))
     with torch.no_grad(), quiet():
         return torch.export.export(

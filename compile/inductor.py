@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backend import machine_name, versions_of
-from .stream import DTYPES, FIRST, NEXT, Coder, Plan, Run, States
+from .stream import DTYPES, FIRST, NEXT, Coder, Plan, Run, States, owned
 
 
 class Inductor:
@@ -61,6 +61,6 @@ class Inductor:
             given = [tensor.to(self.device, dtype).contiguous() for tensor in (x, *(states or ()))]
             with torch.inference_mode():
                 y, *new = graph(*given)
-            return y, new
+            return y, [owned(state) for state in new]  # it returns views of what it has joined
 
         return run

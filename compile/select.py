@@ -12,12 +12,12 @@ import logging
 import platform
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backend import Backend, Unavailable, machine_name
 from .cache import Artifact, EngineCache, Key
@@ -25,7 +25,7 @@ from .eager import Eager
 from .footprint import Footprint, watch
 from .judge import TINY, compare, measure, weigh
 from .ledger import Ledger, Size
-from .stream import Coder, Plan, Run, States
+from .stream import Coder, Plan, Run, States, copied
 
 logger = logging.getLogger(__name__)
 # Greatest difference of a value in [-1, 1]. Half a level of 255 in fp32: rounding then moves a pixel by one at most.
@@ -76,12 +76,17 @@ class Selector:
         dtype: str = "fp32",
         wanted: str = "auto",
         max_error: float | None = None,
+        eager: nn.Module | None = None,
     ) -> None:
-        """max_error: the greatest difference from eager that is allowed; by default a decoder's, of `dtype`."""
+        """coder: in fp32: what is built is made from it and judged by it, wherever its weights are.
+
+        dtype: of what is built, and of `eager`, the module that serves until then; by default the coder's own.
+        max_error: the greatest difference from the coder that is allowed; by default a decoder's, of `dtype`.
+        """
         self.coder, self.cache, self.dtype, self.wanted = coder, cache, dtype, wanted
         self.device, self.backends = device, tuple(backends)
         self.max_error = MAX_ERROR[dtype] if max_error is None else max_error
-        self.eager = Eager(device).load(coder, Plan(), cache.root)
+        self.eager = self._run_eagerly(coder.module if eager is None else eager)
         self._choices: dict[Size, Choice] = {}
         self._held_bytes: dict[str, int] = {}  # by the backends' artifacts when they were loaded last
         self._lock = threading.RLock()
@@ -228,14 +233,17 @@ class Selector:
 
     def _guarded(self, candidate: _Candidate, run: Run) -> Run:
         def guarded(x: Tensor, states: States | None) -> tuple[Tensor, States]:
-            if candidate.key.id in self._failed:
-                return self.eager(x, states)
-            try:
-                return run(x, states)
-            except Exception as error:
-                self._failed.add(candidate.key.id)
-                self._demote(candidate, f"failed at work: {type(error).__name__}: {error}")
-            return self.eager(x, [state.to(x.dtype) for state in states] if states else states)
+            if candidate.key.id not in self._failed:
+                try:
+                    return run(x, states)
+                except Exception as error:
+                    self._failed.add(candidate.key.id)
+                    self._demote(candidate, f"failed at work: {type(error).__name__}: {error}")
+            if states is not None:
+                handed_over = [state.to(x.dtype) for state in states]
+                states.clear()
+                return self.eager(x, handed_over)
+            return self.eager(x, None)
 
         return guarded
 
@@ -247,8 +255,12 @@ class Selector:
     # --- checking and measuring -----------------------------------------------------------------------------------
 
     def compare(self, run: Run, plan: Plan) -> float:
-        """Greatest difference of a tiny clip from eager."""
-        return compare(self.coder, self.eager, run, plan, self.device)
+        """Greatest difference of a tiny clip from eager in fp32, which is on the device for as long as that takes."""
+        judge = self._run_eagerly(copied(self.coder.module, self.device, torch.float32))
+        return compare(self.coder, judge, run, plan, self.device)
+
+    def _run_eagerly(self, module: nn.Module) -> Run:
+        return Eager(self.device).load(replace(self.coder, module=module), Plan(), self.cache.root)
 
     def measure(self, runs: dict[str, Run], size: Size, plan: Plan, repeats: int = 3) -> dict[str, float]:
         """Seconds of a clip by each."""

@@ -8,23 +8,44 @@ may be interleaved, and one may be left at any time.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+# Handed over: what runs eagerly empties the list as it reads it, what is compiled leaves it as it is.
 States = list[Tensor]
+Module = TypeVar("Module", bound=nn.Module)
 Shape = tuple[int, int, int, int, int]
 Run = Callable[[Tensor, States | None], tuple[Tensor, States]]
 
 FIRST, NEXT = "first", "next"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def copied(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
+    """A copy of a module with its weights on a device, in a dtype. It shares those that are so already."""
+    memo: dict[int, object] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to(device, dtype), requires_grad=False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer.detach().to(device, dtype)
+    return copy.deepcopy(module, memo)
+
+
+def owned(state: Tensor) -> Tensor:
+    """A state with no bytes but its own: as a view it would keep all of the tensor that it was cut from."""
+    if torch.compiler.is_exporting() or state.untyped_storage().nbytes() == state.nbytes:
+        return state  # what a graph gives back is a buffer of its own
+    return state.clone()
 
 
 @dataclass(frozen=True)

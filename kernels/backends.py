@@ -76,10 +76,13 @@ def choose(op: str, device: torch.device) -> Choice:
     """For a CUDA device; decided and logged once."""
     import torch
 
+    from . import toolchain
+
+    if toolchain.is_told():
+        return decide(op, toolchain.capability(device), lambda: None)
     key = op, torch.cuda.current_device() if device.index is None else device.index
     if key not in _chosen:
-        major, minor = torch.cuda.get_device_capability(device)
-        _chosen[key] = decide(op, 10 * major + minor, lambda: fault_of_triton(device))
+        _chosen[key] = decide(op, toolchain.capability(device), lambda: fault_of_triton(device))
         level = logging.WARNING if _chosen[key].fallback else logging.INFO
         log.log(level, "%s on %s: %s (%s)", op, device, _chosen[key].name, _chosen[key].reason)
     return _chosen[key]
@@ -125,9 +128,8 @@ def fault_of_triton(device: torch.device) -> str | None:
         from .attention import plain
         from .attention_kernels import launch
 
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return f"kernels need sm_80 or newer, this is sm_{major}{minor}"
+        if (number := toolchain.capability(device)) < 80:
+            return f"kernels need sm_80 or newer, this is sm_{number}"
         # Lengths about and beyond a tile, at Wan's head size; numbers of a generator of its own.
         generator = torch.Generator().manual_seed(0)
         q, k, v = torch.randn(3, 303, 2, 128, generator=generator).to(device, torch.bfloat16)

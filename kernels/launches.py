@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .toolchain import ARCHITECTURES
+from .toolchain import ARCHITECTURES, capability
 
 FOLDER = Path(__file__).parent
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -105,18 +105,17 @@ def _serving(rows: Iterable[Row], op: str, row: Row, width: int) -> Row | None:
     return next((other for other in rows if other.serves(op, row.dtypes[0], width, length)), None)
 
 
-def architecture(capability: int) -> int:
+def architecture(number: int) -> int:
     """The one of ours whose configurations serve a device of this compute capability."""
-    if capability < ARCHITECTURES[0]:
-        raise ValueError(f"kernels need sm_{ARCHITECTURES[0]} or newer, this is sm_{capability}")
-    if capability == 86:  # has sm_89's shared memory, not sm_80's
+    if number < ARCHITECTURES[0]:
+        raise ValueError(f"kernels need sm_{ARCHITECTURES[0]} or newer, this is sm_{number}")
+    if number == 86:  # has sm_89's shared memory, not sm_80's
         return 89
-    return max(arch for arch in ARCHITECTURES if arch <= capability)
+    return max(arch for arch in ARCHITECTURES if arch <= number)
 
 
 def arch_of(device: torch.device) -> int:
     """The architecture whose rows serve tensors on this device; in Triton's interpreter, on a CPU, any would."""
     if device.type != "cuda":
         return ARCHITECTURES[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return architecture(10 * major + minor)
+    return architecture(capability(device))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import launches
-from .toolchain import ARCHITECTURES, Shipped, jit, next_power_of_2, tl, triton
+from .toolchain import ARCHITECTURES, Shipped, capability, jit, next_power_of_2, tl, triton
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -50,10 +50,9 @@ def launch_product(
     values: Tensor, scales: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor, gelu: bool
 ) -> None:
     """Checked rows [N, in] and weight [out, in], both quantised, into out [N, out]; none of them empty."""
-    major, minor = torch.cuda.get_device_capability(out.device)
     kind = next(kind for kind, dtype in DTYPES.items() if dtype == weight.dtype)
     run_product(
-        values, scales, weight, weight_scale, bias, out, gelu, configuration(10 * major + minor, kind, len(out))
+        values, scales, weight, weight_scale, bias, out, gelu, configuration(capability(out.device), kind, len(out))
     )
 
 

@@ -6,7 +6,9 @@ and nothing launches them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +30,34 @@ ARCHITECTURES = (80, 89, 90, 100, 120)
 
 
 broken: str | None = None  # why kernels cannot run here though Triton imports; backends.prepare finds out
+_told: ContextVar[int | None] = ContextVar("told_capability", default=None)
+
+
+@contextmanager
+def told_capability(number: int) -> Iterator[None]:
+    """Let CUDA tensors count as a device of this compute capability (90 for sm_90) with working kernels.
+
+    For fake tensors, which need no device: what runs inside takes the paths of that architecture, on any machine.
+    """
+    token = _told.set(number)
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
+def is_told() -> bool:
+    """Whether `told_capability` is in force."""
+    return _told.get() is not None
+
+
+def capability(device: torch.device) -> int:
+    """The compute capability of a CUDA device as one number (90 for sm_90), or the one that was told."""
+    told = _told.get()
+    if told is not None:
+        return told
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -39,7 +69,8 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
 
 def launches(x: Tensor) -> bool:
     """Whether a kernel serves: on CUDA, with Triton, where no gradient is asked for (kernels have no backward)."""
-    return x.is_cuda and triton is not None and broken is None and not (torch.is_grad_enabled() and x.requires_grad)
+    works = is_told() or (triton is not None and broken is None)
+    return x.is_cuda and works and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def next_power_of_2(n: int) -> int:

@@ -26,13 +26,16 @@ from .events import (
 from .finite import FiniteWatch
 from .layout import Layouts
 from .memory import MemoryBudget
+from .models.fit import Fit
 from .models.model import Model
+from .models.registry import EXPERTS
 from .preview import AnyPreviewer
 from .resume import save_trajectory
 from .scheduler import Scheduler, Work
 from .trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
+PREFETCH_STEPS = 3  # a copy takes 0.6 s (28.6 GB at 50 GB/s), less than a step of most sizes
 
 
 class Batch:
@@ -109,13 +112,12 @@ class Batch:
         if not self.waiting:
             return
         memory = self.memory()
-        held = sum(t.resident_bytes for t in self.active.values())
-        working = max((memory.working_bytes(t) for t in self.active.values()), default=0)
+        held, fits = self._held_bytes, [self._fit(t) for t in self.active.values()]
         for work in self.scheduler.rank([_work(t) for t in self.waiting.values()]):
             t = self.waiting[work.ticket]
-            working = max(working, memory.working_bytes(t))
+            fits.append(self._fit(t))
             held += t.resident_bytes
-            if self.active and held + working > memory.available_bytes:
+            if self.active and held + memory.work_bytes(fits) > memory.available_bytes:
                 break
             self.active[t.ticket] = self.waiting.pop(t.ticket)
 
@@ -137,6 +139,8 @@ class Batch:
         if not there:
             return []
         t = self.active[self.scheduler.rank([_work(t) for t in there])[0].ticket]
+        fit = self._fit(t)
+        self._reserve(max(fit.work_bytes[part] for part in (("text", "encode") if stage == "encode" else ("decode",))))
         try:
             t.work()
         except Exception as error:  # a request that fails, fails alone; the caller is told by event
@@ -159,7 +163,9 @@ class Batch:
         if ready:
             works = {t.ticket: _work(t) for t in ready}
             chosen = self.scheduler.pick(list(works.values()), self._room())
-            for t, outcome in self._evaluate([self.active[ticket] for ticket in chosen]):
+            members = [self.active[ticket] for ticket in chosen]
+            self._reserve(self._step_bytes(members))
+            for t, outcome in self._evaluate(members):
                 if isinstance(outcome, Exception):
                     yield self._fail(t, outcome)
                     continue
@@ -168,12 +174,20 @@ class Batch:
                 except Exception as error:
                     yield self._fail_or_raise(t, error)
             self.scheduler.served([works[ticket] for ticket in chosen])
+            self._prefetch(members)
         yield from self._report([taken for taken in stepped if taken.trajectory.ticket in self.active])
 
-    def _evaluate(self, members: Sequence[Trajectory]) -> list[tuple[Trajectory, Outcome | Exception]]:
-        """Outcomes of a pack; one that fails is split and tried again, until who is to blame fails alone."""
+    def _evaluate(
+        self, members: Sequence[Trajectory], apart: bool = False
+    ) -> list[tuple[Trajectory, Outcome | Exception]]:
+        """Outcomes of a pack; one that fails is split and tried again, until who is to blame fails alone.
+
+        Whose memory does not suffice for its guidance branches together is tried once more with one after the other.
+        """
+        alone = len(members) == 1
+        apart = apart or (alone and self._fit(members[0]).way.guidance == "apart")
         try:
-            outcomes = evaluate(self.model, members, self.layouts)
+            outcomes = evaluate(self.model, members, self.layouts, apart)
         except Exception as error:
             if is_device_lost(error):
                 raise
@@ -182,22 +196,57 @@ class Batch:
             self.num_packs += 1
             self.num_pack_tokens += sum(t.num_tokens * t.plan.num_branches for t in members)
             return list(zip(members, outcomes, strict=True))
-        if len(members) == 1:
+        splits = alone and not apart and isinstance(failure, OutOfMemory) and members[0].plan.num_branches > 1
+        if alone and not splits:
             return [(members[0], failure)]
-        logger.warning("a pack of %d requests failed (%s) and is split", len(members), failure)
+        what = "a request's guidance branches" if alone else f"a pack of {len(members)} requests"
+        logger.warning("%s failed (%s) and is split", what, failure)
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
+        if alone:
+            return self._evaluate(members, apart=True)
         half = len(members) // 2
         return self._evaluate(members[:half]) + self._evaluate(members[half:])
 
+    # --- memory ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _held_bytes(self) -> int:
+        return sum(t.resident_bytes for t in self.active.values())
+
+    def _fit(self, t: Trajectory) -> Fit:
+        """How a request is run: as it was admitted, or as it would be now where nobody has asked."""
+        if t.fit is None:
+            t.fit = self.memory().fit(t.needs)
+        return t.fit
+
     def _room(self) -> int:
         """Tokens that a pack may have, by configuration and by the memory that is left."""
-        memory = self.memory()
-        held = sum(t.resident_bytes for t in self.active.values())
-        left = memory.available_bytes - held - memory.profile.step_bytes
-        if self.model.codec.lane is not None:  # a chunk may be decoded beside the step
-            left -= max((memory.coding_bytes(t) for t in self.active.values() if t.stage == "decode"), default=0)
-        return max(1, min(self.scheduler.config.max_batch_tokens, int(left / max(1.0, memory.profile.token_bytes))))
+        decoding = [self._fit(t) for t in self.active.values() if t.stage == "decode"]
+        return max(
+            1, min(self.scheduler.config.max_batch_tokens, self.memory().pack_tokens(self._held_bytes, decoding))
+        )
+
+    def _step_bytes(self, members: Sequence[Trajectory]) -> int:
+        """Of the step that these take together."""
+        if len(members) == 1:
+            return self._fit(members[0]).work_bytes["step"]
+        tokens = sum(t.num_tokens * t.plan.num_branches for t in members)
+        return self.memory().fitter.peaks.step.at(tokens)
+
+    def _reserve(self, num_bytes: int) -> None:
+        """Let parts of the model take no more than what requests and the next piece of work leave."""
+        residency = self.model.residency
+        if residency.moved:
+            residency.budget_bytes = self.memory().available_bytes
+            residency.reserve(self._held_bytes + num_bytes)
+
+    def _prefetch(self, members: Sequence[Trajectory]) -> None:
+        """Begin to bring the expert that one of these needs within a few steps, where there is room for both."""
+        for t in members:
+            coming = t.plans[t.steps_done : t.steps_done + PREFETCH_STEPS]
+            for expert in {plan.expert for plan in coming} - {t.next_plan.expert}:
+                self.model.residency.prefetch(EXPERTS[expert])
 
     def _report(self, stepped: Sequence[Taken]) -> Iterator[Event]:
         """Progress, previews and checkpoints of the steps taken, and failure of whose latents are not finite."""

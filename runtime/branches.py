@@ -14,7 +14,9 @@ from functools import partial
 from torch import Tensor
 
 from .models.model import Model
+from .models.registry import EXPERTS
 from .models.text_cache import TextCache
+from .models.wan import WanDenoiser
 from .pack import TextContext
 from .request import VideoRequest
 from .step_plan import StepPlan
@@ -69,9 +71,10 @@ class BranchEncoder:
                 self.cut_tokens[name] = num_cut
                 limit = self.model.text_encoder.max_tokens
                 logger.warning("the last %d tokens of a %s are cut off: the model reads %d", num_cut, name, limit)
-            self.rows[prompt] = self.cache.get(key, partial(self.model.text_encoder.encode, prompt))
+            self.rows[prompt] = self.cache.get(key, partial(self._rows, prompt))
             for expert in experts:
-                self._text(expert, prompt)
+                if self.model.residency.is_on_device(EXPERTS[expert]):  # else when it is: nothing moves for a prompt
+                    self._text(expert, prompt)
 
     def at(self, plan: StepPlan) -> Branches:
         """Of a step; kept until a step needs others."""
@@ -81,13 +84,20 @@ class BranchEncoder:
             self._held = key, Branches(texts, self._image(plan.expert))
         return self._held[1]
 
+    def _rows(self, prompt: str) -> Tensor:
+        self.model.residency.require("text_encoder")
+        return self.model.text_encoder.encode(prompt)
+
     def _text(self, expert: int, prompt: str) -> TextContext:
-        denoiser = self.model.experts[expert]
-        return self.cache.get((f"expert {expert}", prompt), lambda: denoiser.encode_text(self.rows[prompt]))
+        return self.cache.get((f"expert {expert}", prompt), lambda: self._expert(expert).encode_text(self.rows[prompt]))
 
     def _image(self, expert: int) -> Tensor | None:
         if self.image_rows is None:
             return None
         if self._held is not None and self._held[0][0] == expert:
             return self._held[1].image  # guidance has begun or ended, and the expert is the same
-        return self.model.experts[expert].encode_image(self.image_rows)
+        return self._expert(expert).encode_image(self.image_rows)
+
+    def _expert(self, expert: int) -> WanDenoiser:
+        self.model.residency.require(EXPERTS[expert])
+        return self.model.experts[expert]

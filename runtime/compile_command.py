@@ -111,7 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     option("model", metavar="MODEL", help="demo, a diffusers folder, or a Hugging Face id")
     option("--size", type=size_of, metavar="WxH", help="for frames of this size alone (default: for any)")
     option("--backend", choices=DECODERS[1:], help="default: the first that can be had")
-    option("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the decoder (default: fp32)")
+    option(
+        "--dtype",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="of the decoder (default: bf16 on CUDA)",
+    )
     option("--part", choices=("decoder", "encoder", "all"), default="all", help="default: all; the encoder is fp32")
     option("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     option("--threads", type=int, metavar="N", help="that it will be run with (default: SKYLAPSE_THREADS, or torch's)")

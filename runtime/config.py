@@ -12,6 +12,7 @@ from ..kernels.backends import parse
 
 MIB = 2**20
 DECODERS = ("auto", "eager", "onnxruntime", "inductor", "tensorrt")
+OFFLOAD = ("auto", "none", "all")  # which parts of a model may leave the device while nothing needs them
 QUANTIZE = ("none", "fp8", "int8")  # what the weights of a denoiser's blocks may be kept in
 
 
@@ -23,7 +24,10 @@ class Settings:
     debug: bool = False  # SKYLAPSE_DEBUG: tracebacks, and a log that tells which path was taken
     text_cache_bytes: int = 256 * MIB  # SKYLAPSE_TEXT_CACHE_MB: prompts' keys and values kept between requests
     cache_dir: Path | None = None  # SKYLAPSE_CACHE_DIR: downloaded models; None is Hugging Face's own folder
-    decode_chunk: int = 4  # SKYLAPSE_DECODE_CHUNK: latent frames that the VAE decodes at a time
+    decode_chunk: int | None = (
+        None  # SKYLAPSE_DECODE_CHUNK: latent frames that the VAE codes at a time; None: by memory
+    )
+    tile: int | str = "auto"  # SKYLAPSE_TILE: side in pixels of what the VAE codes at a time, auto, or none
     scheduler: str = "fair"  # SKYLAPSE_SCHEDULER: fair, fifo or shortest
     max_batch_tokens: int | None = None  # SKYLAPSE_MAX_BATCH_TOKENS: of one pack; None is the device's own
     max_queued: int = 256  # SKYLAPSE_MAX_QUEUED: requests that an engine takes before it says that it is full
@@ -34,13 +38,14 @@ class Settings:
     )  # SKYLAPSE_PROFILE_DIR: measured memory profiles
     decoder: str = "auto"  # SKYLAPSE_DECODER: auto, eager, onnxruntime, inductor or tensorrt
     encoder: str | None = None  # SKYLAPSE_ENCODER: the same, of what encodes; None is as `decoder` has it
-    decoder_dtype: str = "fp32"  # SKYLAPSE_DECODER_DTYPE: fp32, bf16 or fp16, of compiled decoders
+    decoder_dtype: str = "auto"  # SKYLAPSE_DECODER_DTYPE: fp32, bf16 or fp16; auto is bf16 on CUDA, fp32 on a CPU
     preview_decoder: Path | None = None  # SKYLAPSE_PREVIEW_DECODER: a distilled decoder's file; None shows a linear map
     compiled_dir: Path | None = None  # SKYLAPSE_COMPILED_DIR: compiled decoders; None is a folder in profile_dir
     compiled_shared_dir: Path | None = None  # SKYLAPSE_COMPILED_SHARED_DIR: more of them, only read
     compiled_bytes: int = 20 * 1024 * MIB  # SKYLAPSE_COMPILED_MB: what compiled_dir may hold
     compile: bool = False  # SKYLAPSE_COMPILE: torch.compile the blocks
     quantize: str = "none"  # SKYLAPSE_QUANTIZE: fp8 or int8 weights in the denoiser's blocks
+    offload: str = "auto"  # SKYLAPSE_OFFLOAD: auto moves what does not fit, none nothing, all every part
     kernels: Mapping[str, str] = field(default_factory=dict)  # SKYLAPSE_KERNELS: "attention=sdpa"
     # secrets of the service, which belong into no file that a dashboard shows
     api_key: str | None = field(default=None, repr=False)  # SKYLAPSE_API_KEY: the local service's key
@@ -78,18 +83,20 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         "profile_dir": _folder(given, "SKYLAPSE_PROFILE_DIR"),
         "decoder": _choice(given, "SKYLAPSE_DECODER", DECODERS),
         "encoder": _choice(given, "SKYLAPSE_ENCODER", DECODERS),
-        "decoder_dtype": _choice(given, "SKYLAPSE_DECODER_DTYPE", ("fp32", "bf16", "fp16")),
+        "decoder_dtype": _choice(given, "SKYLAPSE_DECODER_DTYPE", ("auto", "fp32", "bf16", "fp16")),
         "preview_decoder": _file(given, "SKYLAPSE_PREVIEW_DECODER"),
         "compiled_dir": _folder(given, "SKYLAPSE_COMPILED_DIR"),
         "compiled_shared_dir": _folder(given, "SKYLAPSE_COMPILED_SHARED_DIR"),
         "compiled_bytes": None if compiled_mb is None else compiled_mb * MIB,
         "compile": _switch(given, "SKYLAPSE_COMPILE"),
         "quantize": _choice(given, "SKYLAPSE_QUANTIZE", QUANTIZE),
+        "offload": _choice(given, "SKYLAPSE_OFFLOAD", OFFLOAD),
         "kernels": _kernels(given, "SKYLAPSE_KERNELS"),
         "api_key": given.get("SKYLAPSE_API_KEY"),
         "database_url": given.get("SKYLAPSE_DATABASE_URL"),
         "webhook_secret": given.get("SKYLAPSE_WEBHOOK_SECRET"),
         "decode_chunk": _whole(given, "SKYLAPSE_DECODE_CHUNK", 1, 64),
+        "tile": _tile(given, "SKYLAPSE_TILE"),
     }
     return Settings(**{name: value for name, value in found.items() if value is not None})
 
@@ -100,6 +107,15 @@ def _whole(given: Mapping[str, str], name: str, low: int, high: int) -> int | No
     text = given[name]
     if not (text.isdecimal() and text.isascii() and len(text) < 10 and low <= int(text) <= high):
         raise ValueError(f"{name} must be a whole number from {low} to {high}, got {text!r}")
+    return int(text)
+
+
+def _tile(given: Mapping[str, str], name: str) -> int | str | None:
+    text = given.get(name)
+    if text is None or text in ("auto", "none"):
+        return text
+    if not (text.isdecimal() and text.isascii() and len(text) < 10 and int(text) >= 64 and int(text) % 16 == 0):
+        raise ValueError(f"{name} must be auto, none or a multiple of 16 from 64, got {text!r}")
     return int(text)
 
 

@@ -13,11 +13,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..compile.backend import Backend
 from ..compile.cache import EngineCache
 from ..compile.select import Selector
-from ..compile.stream import Coder, Plan
+from ..compile.stream import DTYPES, Coder, Plan
 from .config import Settings
 from .vae.codec import VideoCodec
 from .vae.coders import decoder_of, encoder_of
@@ -79,7 +80,9 @@ class Decoders:
     @cached_property
     def selector(self) -> Selector:
         """Of the decoder."""
-        return self._selector("decoder", decoder_of(self.codec.vae), self.settings.decoder_dtype)
+        codec = self.codec
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == codec.decoder_dtype)
+        return self._selector("decoder", decoder_of(codec.vae), dtype, eager=codec.decoder)
 
     @cached_property
     def encoder(self) -> Selector:
@@ -87,7 +90,9 @@ class Decoders:
         allowed = ENCODER_ERROR * min(self.codec.vae.config.latents_std)
         return self._selector("encoder", encoder_of(self.codec.vae), "fp32", allowed)
 
-    def _selector(self, part: str, coder: Coder, dtype: str, max_error: float | None = None) -> Selector:
+    def _selector(
+        self, part: str, coder: Coder, dtype: str, max_error: float | None = None, eager: nn.Module | None = None
+    ) -> Selector:
         device = self.codec.device
         return Selector(
             coder,
@@ -97,6 +102,7 @@ class Decoders:
             dtype=dtype,
             wanted=self.wanted[part],
             max_error=max_error,
+            eager=eager,
         )
 
     def selector_of(self, part: str) -> Selector:
@@ -202,7 +208,7 @@ class Decoders:
         arguments = [self.model, "--part", part, "--backend", name, "--device", self.codec.device.type]
         if self.selector_of(part).plan_for(self.default_size).size is not None:
             arguments += ["--size", "{}x{}".format(*self.size)]
-        arguments += ["--dtype", self.settings.decoder_dtype, "--threads", str(torch.get_num_threads())]
+        arguments += ["--dtype", self.selector.dtype, "--threads", str(torch.get_num_threads())]
         return [sys.executable, "-m", __package__.partition(".")[0], "compile", *arguments]
 
     def _build_all(self, wanting: Sequence[tuple[str, str]]) -> None:

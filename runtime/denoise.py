@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,6 +17,8 @@ from .cache.first_block import FirstBlockCache
 from .cache.policy import State
 from .layout import Layouts, Place
 from .models.model import Model
+from .models.registry import EXPERTS
+from .pack import each_alone
 from .preview import AnyPreviewer
 from .trajectory import Trajectory
 
@@ -62,12 +65,14 @@ def skip_ahead(trajectories: Sequence[Trajectory]) -> tuple[list[Taken], dict[in
     return stepped, failed
 
 
-def evaluate(model: Model, members: Sequence[Trajectory], layouts: Layouts) -> list[Outcome]:
+def evaluate(model: Model, members: Sequence[Trajectory], layouts: Layouts, apart: bool = False) -> list[Outcome]:
     """The next step of requests that share an expert.
 
     All are embedded; whose mask says so leaves before the first block, whose probe says so behind its first blocks;
-    the others go through all of them. The head is run for everyone.
+    the others go through all of them. The head is run for everyone. apart: sequences go through the blocks one after
+    the other, with the activations of one at a time.
     """
+    model.residency.require(EXPERTS[members[0].plan.expert])
     denoiser = model.experts[members[0].plan.expert]
     timesteps, modulations = number_timesteps(members)
     whole = layouts.get(members, modulations)
@@ -76,13 +81,14 @@ def evaluate(model: Model, members: Sequence[Trajectory], layouts: Layouts) -> l
         torch.tensor(timesteps, device=model.device), denoiser.dtype
     )
     tokens = denoiser.embed([inputs[ticket] for ticket, _ in whole.order])
+    trunk = partial(each_alone, denoiser.trunk) if apart else denoiser.trunk
     keeps = any(t.cache.policy.site == "trunk" for t in members)  # otherwise nobody needs tokens again
     entry: Tokens = whole.split(tokens) if keeps else {}
     bases, probes = dict(entry), cast(Tokens, {})  # bases: the tokens at which a skipped step leaves the blocks
     exits: Tokens = {}
     layout, running, done = whole, list(members), 0
     for depth in _depths(members, denoiser.config.num_layers):
-        tokens = denoiser.trunk(tokens, modulation, layout.pack, slice(done, depth))
+        tokens = trunk(tokens, modulation, layout.pack, slice(done, depth))
         if not keeps:
             break
         here, done = layout.split(tokens), depth

@@ -7,6 +7,26 @@ from pathlib import Path
 
 import torch
 
+from .config import Settings
+
+SHARE = {"cuda": 0.92, "cpu": 0.8}  # of the memory that there is
+HOST_SHARE = 0.8  # of the machine's memory, for pinned copies of weights
+
+
+def memory_bytes(device: torch.device, settings: Settings) -> int:
+    """What weights, texts and requests may take together."""
+    return settings.memory_bytes or round(SHARE[device.type] * device_memory(device))
+
+
+def host_bytes() -> int:
+    """What pinned copies of weights may take."""
+    return round(HOST_SHARE * device_memory(torch.device("cpu")))
+
+
+def text_cache_bytes(device: torch.device, settings: Settings) -> int:
+    """What the text cache may take: as configured, and never more than an eighth of a small memory."""
+    return min(settings.text_cache_bytes, memory_bytes(device, settings) // 8)
+
 
 def device_memory(device: torch.device) -> int:
     """Bytes of the device, or of the machine within its container's limit."""

@@ -22,13 +22,15 @@ from .admission import check_supported
 from .batch import Batch
 from .config import Settings, load_settings
 from .decoders import Decoders
+from .device import text_cache_bytes
 from .denoise import evaluate, skip_ahead, take
 from .events import DeviceLost, EngineFull, Event, Failed, Finished, Ticket, is_device_lost
 from .layout import Layouts
-from .memory import MemoryBudget, load_budget, text_cache_bytes
+from .memory import MemoryBudget, load_budget
 from .models.compiled import compile_trunk
 from .models.model import Model, load_model
 from .models.quantization import parse_quantize
+from .models.registry import EXPERTS
 from .models.text_cache import TextCache
 from .preview import AnyPreviewer, load_previewer
 from .request import ModelDefaults, ModelLimits, Video, VideoRequest
@@ -43,6 +45,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Where a larger pack gains little. A CPU core steps the demo model at 4,200 tokens/s with 96 tokens a pack, 5,400 with
 # 384 and 5,900 with 768, while everyone in a pack waits for all of it. CUDA's is not measured yet.
 MAX_BATCH_TOKENS = {"cpu": 384, "cuda": 32768}
+# What bringing an expert costs, by arithmetic: its b bytes at 50 GB/s, while 2 (b / 2) FLOP a token at 400 TFLOP/s pass.
+SWITCH_TOKENS = 8192
 
 
 class Engine:
@@ -54,7 +58,10 @@ class Engine:
         self.text_cache = TextCache(text_cache_bytes(model.device, settings))
         tokens = settings.max_batch_tokens or MAX_BATCH_TOKENS[model.device.type]
         config = SchedulerConfig(
-            policy=settings.scheduler, max_batch_tokens=tokens, tenant_weights=settings.tenant_weights
+            policy=settings.scheduler,
+            max_batch_tokens=tokens,
+            tenant_weights=settings.tenant_weights,
+            switch_tokens=SWITCH_TOKENS if set(EXPERTS) <= set(model.residency.moved) else 0,
         )
         self._batch = Batch(model, Scheduler(config), lambda: self.memory, lambda: self.previewer)
         self._tickets = itertools.count(1)
@@ -65,7 +72,6 @@ class Engine:
         self._stepping = threading.RLock()
         self._lost: DeviceLost | None = None
         if settings.compile:
-            logger.info("blocks are compiled; %.2g bytes a token before that", self.memory.profile.token_bytes)
             for expert in model.experts:
                 compile_trunk(expert)
 
@@ -330,7 +336,7 @@ class Engine:
             raise EngineFull(
                 f"{self.settings.max_queued} requests are queued or running, which is all this engine takes"
             )
-        self.memory.check(trajectory)
+        trajectory.fit = self.memory.check(trajectory)
         if trajectory.terms.preview_every:
             _ = self.previewer  # fitted here where no file beside the model has the map, rather than between two steps
         self._joining.append(trajectory)

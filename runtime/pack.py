@@ -8,10 +8,11 @@ synchronises.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -49,6 +50,12 @@ class Context:
     cu_seqlens: tuple[int, ...]
     key_bias: Tensor | None  # [L]
 
+    def alone(self) -> Iterator[Context]:
+        """Of each sequence, on the same memory."""
+        for start, stop in pairwise(self.cu_seqlens):
+            bias = None if self.key_bias is None else self.key_bias[start:stop]
+            yield Context(self.keys_values[:, :, start:stop], (0, stop - start), bias)
+
 
 @dataclass(frozen=True)
 class Pack:
@@ -64,6 +71,25 @@ class Pack:
     @property
     def num_tokens(self) -> int:
         return self.cu_seqlens[-1]
+
+    def alone(self) -> Iterator[Pack]:
+        """A pack of each sequence, on the same memory."""
+        images = self.image.alone() if self.image is not None else iter([None] * len(self.grids))
+        spans = zip(self.grids, pairwise(self.cu_seqlens), self.text.alone(), images, strict=True)
+        for grid, (start, stop), text, image in spans:
+            ids, rotation = self.modulation_ids[start:stop], self.rotation[start:stop]
+            yield Pack([grid], (0, stop - start), ids, rotation, text, image)
+
+
+def each_alone(
+    trunk: Callable[[Tensor, Tensor, Pack, slice], Tensor], tokens: Tensor, modulation: Tensor, pack: Pack, blocks: slice
+) -> Tensor:
+    """A range of blocks over one sequence after the other: the activations of one, for as many passes.
+
+    Tokens [N, dim] of the whole pack -> [N, dim].
+    """
+    parts = tokens.split([stop - start for start, stop in pairwise(pack.cu_seqlens)])
+    return torch.cat([trunk(part, modulation, own, blocks) for part, own in zip(parts, pack.alone(), strict=True)])
 
 
 def build_pack(sequences: Items[Sequence], head_dim: int, device: torch.device) -> Pack:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 POLICIES = ("fair", "fifo", "shortest")
+SWITCHES_EARN = 4  # at most a fifth of the time is spent on bringing weights while others wait for them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,11 +18,13 @@ class SchedulerConfig:
     """max_batch_tokens: of one pack, all branches together; a request larger than that runs alone.
 
     tenant_weights: share of the service that a tenant gets while others wait, against 1 for a tenant not named.
+    switch_tokens: what bringing other weights costs, in tokens that could have been served meanwhile; 0: nothing.
     """
 
     policy: str = "fair"
     max_batch_tokens: int = 4096
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    switch_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -69,6 +72,7 @@ class Scheduler:
             "fifo": lambda work: (work.arrived, work.ticket),
             "shortest": lambda work: (work.remaining_tokens, work.ticket),
         }[config.policy]
+        self._weights, self._since = "", 0  # of the last pack, and the clock when they came
         self._served: dict[str, float] = {}  # tenant -> tokens served, divided by its weight
 
     def rank(self, works: Iterable[Work]) -> list[Work]:
@@ -95,7 +99,7 @@ class Scheduler:
         """
         chosen: list[Work] = []
         room = min(self.config.max_batch_tokens, max_tokens or self.config.max_batch_tokens)
-        for work in self.rank(works):
+        for work in self._sticky(self.rank(works)):
             if not chosen or (work.tokens <= room and work.weights == chosen[0].weights):
                 chosen.append(work)
                 room -= work.tokens
@@ -104,12 +108,20 @@ class Scheduler:
     def served(self, works: Iterable[Work]) -> None:
         """These had their step: the clock goes on, and their tenants' accounts with it."""
         for work in works:
+            if work.weights != self._weights:
+                self._weights, self._since = work.weights, self.clock
             self.clock += work.tokens
             self._served[work.tenant] = self._served.get(work.tenant, 0.0) + work.tokens / self._weight(work.tenant)
 
     def forget_idle_tenants(self, active: set[str]) -> None:
         """A tenant that has nothing waiting keeps no account; it starts level with the least served when it returns."""
         self._served = {tenant: tokens for tenant, tokens in self._served.items() if tenant in active}
+
+    def _sticky(self, ranked: list[Work]) -> list[Work]:
+        """The ones whose weights are there first, until these have earned what a switch costs, several times."""
+        if self.clock - self._since >= SWITCHES_EARN * self.config.switch_tokens:
+            return ranked
+        return sorted(ranked, key=lambda work: work.weights != self._weights)  # stable: ranks stay within
 
     def _claim(self, work: Work) -> tuple[float, ...]:
         waited = self.clock - work.arrived

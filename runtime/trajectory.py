@@ -23,8 +23,11 @@ from .cache.step_cache import StepCache
 from .conditioning import Conditioning, concatenate_frames, give_frames
 from .device import peak_bytes
 from .events import Progress
-from .given import count_given, read_given, read_video_of
+from .given import read_given, read_video_of
+from .holdings import needs_at
+from .models.fit import Fit, Needs, Size
 from .models.model import Model
+from .models.registry import EXPERTS
 from .models.text_cache import TextCache
 from .pack import Grid
 from .preview import AnyPreviewer
@@ -69,6 +72,7 @@ class Trajectory:
         self.cache = StepCache(choice, self._run(choice))
         p, q, r = model.experts[0].config.patch_size
         self.grid: Grid = (self.shape[1] // p, self.shape[2] // q, self.shape[3] // r)
+        self.fit: Fit | None = None  # how memory lets it be run, once it has been admitted
         self.conditioning: Conditioning | None = None
         self.video: Video | None = None
         self.clean: Tensor | None = None  # [C, T, H, W], the clean latents that the last step's velocity implied
@@ -168,20 +172,14 @@ class Trajectory:
         return max(plan.num_branches for plan in self.plans)
 
     @cached_property
+    def needs(self) -> Needs:
+        """What it takes of the device's memory beside the model."""
+        return needs_at(self, Size(*self.request.size))
+
+    @property
     def resident_bytes(self) -> int:
         """What it will hold between two steps at most: latents, solver, conditioning, text, cache and frames."""
-        width, height, num_frames = self.request.size
-        latents, hidden = self.cache.policy.footprint
-        config = self.model.experts[0].config
-        latent_bytes = 4 * math.prod(self.shape)
-        token_bytes = self.num_tokens * config.dim * self.model.dtype.itemsize * self.num_branches
-        text_bytes = self._context_bytes
-        num_latents = 4 + self.schedule.config.solver_order + math.ceil(config.in_channels / config.out_channels)
-        # The clip twice at its end, or while channels are made of it in fp32, and the given pixels all the while.
-        num_held = num_frames * (4 if self.model.folder.concatenates_image else 2)
-        num_given = self.conditioning.num_pasted if self.conditioning else sum(count_given(self.request))
-        frame_bytes = 3 * (num_held + num_given) * height * width
-        return (num_latents + latents) * latent_bytes + hidden * token_bytes + text_bytes + frame_bytes
+        return self.needs.held_bytes
 
     @property
     def num_bytes(self) -> int:
@@ -212,7 +210,8 @@ class Trajectory:
         yield from self.branch_encoder.encode_text()
         if self.conditioning is None:  # else it comes from a checkpoint, which holds all but the text
             self.conditioning = yield from self._condition()
-        self.branch_encoder.at(self.next_plan)
+        if self.model.residency.is_on_device(EXPERTS[self.next_plan.expert]):
+            self.branch_encoder.at(self.next_plan)
 
     def _condition(self) -> Generator[None, None, Conditioning]:
         """What is given and the noise; both know nothing of the prompts."""
@@ -222,6 +221,7 @@ class Trajectory:
         if given:
             if model.image_encoder is not None:
                 yield
+                model.residency.require("image_encoder")
                 self.branch_encoder.image_rows = model.image_encoder.encode([piece.frames[0] for piece in given])
             yield
             encode = concatenate_frames if model.folder.concatenates_image else give_frames
@@ -245,11 +245,19 @@ class Trajectory:
         """Frames, chunk by chunk, given pixels in their places."""
         assert self.conditioning is not None and self.request.num_frames is not None
         start = 0
-        for chunk in self.model.codec.decode(self.final_latents()):
+        for chunk in self._chunks():
             self._frames.append(self.conditioning.paste(chunk, start))
             start += len(chunk)
             if start < self.request.num_frames:
                 yield
+
+    def _chunks(self) -> Iterator[np.ndarray]:
+        """Decoded frames, in the way that memory allows."""
+        codec, latents = self.model.codec, self.final_latents()
+        if self.fit is None:
+            return codec.decode(latents)
+        way = self.fit.way
+        return codec.decode(latents, chunk=way.chunk, tiling=way.tiling, beside=self.fit.overlaps)
 
     def _finish(self) -> Video:
         assert self.request.fps is not None
@@ -316,29 +324,18 @@ class Trajectory:
 
     # --- what they use --------------------------------------------------------------------------------------------
 
-    @property
-    def _context_bytes(self) -> int:
-        """At most: rows of prompts and images, and an expert's keys and values of them, twice: a pack has its own."""
-        config, max_tokens = self.model.experts[0].config, self.model.limits.max_prompt_tokens
-        rows = [min(max_tokens, len(prompt.encode()) + 2) for prompt in self.branch_encoder.prompts]  # a byte a token
-        num_elements = sum(rows) * (config.text_dim + 2 * 2 * config.num_layers * config.dim)
-        if self.model.image_encoder is not None:
-            num_images = 1 + (self.request.last_image is not None)
-            per_row = 2 * (config.image_dim or 0) + 2 * 2 * config.num_layers * config.dim  # the encoder's are fp32
-            num_elements += num_images * self.model.image_encoder.rows_per_image * per_row
-        return num_elements * self.model.dtype.itemsize
-
     @torch.inference_mode()
     def embedding_distances(self) -> tuple[float, ...]:
         """Relative L1 distance of each step's timestep embedding to the step before; the first is 0."""
         distances, before = [0.0], None
-        for plan in self.plans:
-            embedder = self.model.experts[plan.expert].condition_embedder
-            timestep = torch.tensor([plan.timestep], device=self.model.device)
-            embedding, _ = embedder.embed_time(timestep, torch.float32)
-            if before is not None:
-                distances.append(relative_l1(embedding, before).item())
-            before = embedding
+        with self.model.residency.still():  # they are read where they are: nothing moves for a few rows
+            for plan in self.plans:
+                embedder = self.model.experts[plan.expert].condition_embedder
+                where = next(embedder.parameters()).device
+                embedding, _ = embedder.embed_time(torch.tensor([plan.timestep], device=where), torch.float32)
+                if before is not None:
+                    distances.append(relative_l1(embedding, before.to(where)).item())
+                before = embedding
         return tuple(distances)
 
     def _run(self, choice: Choice) -> Run:

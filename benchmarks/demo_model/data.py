@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...runtime.models.checkpoint import load_weights, read_json
-from ...runtime.models.model import parse_config
+from ...runtime.models.configs import parse_config
 from ...runtime.vae.wan import WanVAE, WanVAEConfig, checkpoint_name
 from .scenes import Scenes, caption, draw_scenes, render
 from .text import FILLERS

@@ -73,7 +73,7 @@ def _case(sheet: Sheet, size: Size, kind: str, rounds: int) -> None:
 def peak_of_a_request(model: str, threads: int | None, size: list[int], seed: int, kind: str) -> dict[str, Any]:
     """Bytes that one request takes above what its engine holds, in this process alone."""
     from ...runtime.engine import Engine
-    from ...runtime.memory import LiveBytes
+    from ...runtime.models.live_bytes import LiveBytes
 
     if threads:
         torch.set_num_threads(threads)

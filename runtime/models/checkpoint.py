@@ -82,12 +82,7 @@ def load_weights(
         where = {key: (path, file) for path, file in files for key in file.keys()}
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key, (_, file) in where.items()}
         check_keys(places, shapes, folder, unexpected_keys)
-        for name, parameter in list(module.named_parameters()):
-            keep = any(part in name for part in fp32_parameters)
-            kept_in = quantized.get(name, torch.float32 if keep else dtype)
-            _replace(module, name, torch.empty(parameter.shape, device=device, dtype=kept_in))
-            if name in quantized:
-                _replace(module, f"{name}_scale", torch.empty(len(parameter), device=device))
+        allocate(module, device=device, dtype=dtype, fp32_parameters=fp32_parameters, quantized=quantized)
         parameters = dict(module.named_parameters())
         for key, slot in places.items():
             path, file = where[key]
@@ -101,6 +96,23 @@ def load_weights(
             else:
                 target.copy_(tensor)
     module.requires_grad_(False).eval()
+
+
+def allocate(
+    module: nn.Module,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    fp32_parameters: Sequence[str] = (),
+    quantized: Mapping[str, torch.dtype] = {},
+) -> None:
+    """Give a module that lies on `meta` parameters on a device, not filled, in the dtypes that `load_weights` keeps."""
+    for name, parameter in list(module.named_parameters()):
+        keep = any(part in name for part in fp32_parameters)
+        kept_in = quantized.get(name, torch.float32 if keep else dtype)
+        _replace(module, name, torch.empty(parameter.shape, device=device, dtype=kept_in))
+        if name in quantized:
+            _replace(module, f"{name}_scale", torch.empty(len(parameter), device=device))
 
 
 def check_keys(

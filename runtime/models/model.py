@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from ..cache.calibration import CalibrationFile, read_calibrations
 from ..cache.spec import WAN_PRESETS
@@ -18,20 +18,21 @@ from ..cache.teacache import PUBLISHED
 from ..config import Settings
 from ..request import ModelDefaults, ModelLimits
 from ..sampler.schedule import SolverConfig
-from ..vae.codec import VideoCodec
+from ..vae.codec import VideoCodec, decoder_dtype
+from ..vae.tiling import Tiling
 from ..vae.wan import WanVAE, WanVAEConfig, checkpoint_name
 from .checkpoint import load_weights
+from .configs import parse_config
 from .fingerprint import fingerprint
 from .image_encoder import ImageEncoder
 from .quantization import quantized_weights
-from .registry import ModelFolder, read_folder, resolve_folder
+from .placement import place
+from .registry import EXPERTS, ModelFolder, read_folder, resolve_folder
+from .residency import CudaMover, Mover, Residency
 from .text_encoder import TextEncoder
 from .wan import WanConfig, WanDenoiser
 
 Config = TypeVar("Config")
-
-# Config fields without effect on inference.
-IGNORED_FIELDS = ("dropout", "clip_output", "add_img_emb", "window_size")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Model:
     dtype: torch.dtype
     calibrations: CalibrationFile
     quantize: str | None = None  # "fp8" or "int8": what the weights of the blocks are kept in
+    residency: Residency = dataclasses.field(default_factory=Residency)
 
     @property
     def precision(self) -> str:
@@ -86,9 +88,27 @@ class Model:
         return fingerprint(self.folder.path)
 
     @property
+    def parts(self) -> dict[str, tuple[nn.Module, ...]]:
+        """What can be on the device by itself: encoders, experts, and the halves of the VAE."""
+        images = {} if self.image_encoder is None else {"image_encoder": (self.image_encoder.model,)}
+        return {
+            "text_encoder": (self.text_encoder.model,),
+            **images,
+            **{name: (expert,) for name, expert in zip(EXPERTS, self.experts, strict=False)},
+            "encoder": (self.codec.encoder,),
+            "decoder": (self.codec.decoder,),
+        }
+
+    @property
+    def part_bytes(self) -> dict[str, int]:
+        return {
+            name: sum(p.nbytes for module in modules for p in module.parameters())
+            for name, modules in self.parts.items()
+        }
+
+    @property
     def num_bytes(self) -> int:
-        encoders = [part.model for part in (self.text_encoder, self.image_encoder) if part is not None]
-        return sum(p.nbytes for module in (*self.experts, self.codec.vae, *encoders) for p in module.parameters())
+        return sum(self.part_bytes.values())
 
 
 def load_model(
@@ -99,35 +119,50 @@ def load_model(
     settings: Settings,
     cache_dir: Path | None = None,
     quantize: str | None = None,
+    mover: Mover | None = None,
 ) -> Model:
     """Load a model by name; ValueError names the model, the component and the key that do not fit.
 
-    quantize: "fp8" or "int8" for the weights of the denoiser's blocks; see `quantization`.
-    The VAE stays fp32 whatever `dtype` is: encoding in bf16 visibly changes a given image, and so does decoding on a
-    CPU.
+    quantize: "fp8" or "int8" for the weights of the denoiser's blocks; see `quantization`. mover: what moves parts that
+    do not stay on the device; by default CUDA's on CUDA, and on a CPU nothing moves.
+    The VAE encodes in fp32 whatever `dtype` is: in bf16 a given image is visibly another. What it decodes in is the
+    settings' affair.
     """
     path = resolve_folder(name, cache_dir or settings.cache_dir)
     try:
-        return _load_folder(name, path, device, dtype, settings, quantize)
+        return _load_folder(name, path, device, dtype, settings, quantize, mover)
     except ValueError as error:
         raise ValueError(f"model {name!r}: {error}") from error
 
 
 def _load_folder(
-    name: str, path: Path, device: torch.device, dtype: torch.dtype, settings: Settings, quantize: str | None
+    name: str,
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    settings: Settings,
+    quantize: str | None,
+    mover: Mover | None,
 ) -> Model:
-    folder = read_folder(path)
+    folder = read_folder(path, name)
+    if mover is None and device.type == "cuda" and settings.offload != "none":
+        mover = CudaMover(device)
+    if mover is None and settings.offload == "all":
+        raise ValueError(f"offload all needs a CUDA device, and this is {device}: nothing can be moved off it")
+    moved = () if mover is None else place(folder, device, dtype, quantize, decoder_dtype(settings.decoder_dtype, device), settings)
+    at = {part: torch.device("cpu") if part in moved else device for part in (*folder.transformers, *folder.encoders)}
     experts = tuple(
-        _load(WanDenoiser, WanConfig, config, path / part, device=device, dtype=dtype, quantize=quantize)
+        _load(WanDenoiser, WanConfig, config, path / part, device=at[part], dtype=dtype, quantize=quantize)
         for part, config in folder.transformers.items()
     )
     solver = SolverConfig.from_diffusers(folder.scheduler)
     has_clip = folder.transformer.get("image_dim") is not None
-    return Model(
+    limit = folder.limits.max_prompt_tokens
+    model = Model(
         name=name,
         folder=folder,
-        text_encoder=TextEncoder.load(path, device=device, dtype=dtype, max_tokens=folder.limits.max_prompt_tokens),
-        image_encoder=ImageEncoder.load(path, device=device, dtype=torch.float32) if has_clip else None,
+        text_encoder=TextEncoder.load(path, device=at["text_encoder"], dtype=dtype, max_tokens=limit),
+        image_encoder=ImageEncoder.load(path, device=at["image_encoder"], dtype=torch.float32) if has_clip else None,
         experts=experts,
         codec=load_codec(folder, device, settings),
         solver=solver,
@@ -137,21 +172,29 @@ def _load_folder(
         dtype=dtype,
         calibrations=read_calibrations(path).serving(quantize),
         quantize=quantize,
+        residency=Residency(settings.offload if mover else "none", mover),
     )
+    for part in moved:
+        model.residency.add(part, *model.parts[part])
+    model.codec.require = model.residency.require
+    return model
 
 
 def load_codec(folder: ModelFolder, device: torch.device, settings: Settings) -> VideoCodec:
-    """The VAE alone, in fp32."""
+    """The VAE alone: it encodes in fp32, and decodes as the settings say."""
+    dtype = decoder_dtype(settings.decoder_dtype, device)
     vae = _load(
         WanVAE,
         WanVAEConfig,
         folder.vae,
         folder.path / "vae",
-        device=device,
+        device=device if dtype == torch.float32 else torch.device("cpu"),
         dtype=torch.float32,
         rename=checkpoint_name,
     )
-    return VideoCodec(vae, device=device, chunk=settings.decode_chunk)
+    return VideoCodec(
+        vae, device=device, chunk=settings.decode_chunk, tiling=Tiling.of(settings.tile), decoder_dtype=dtype
+    )
 
 
 def _load(
@@ -180,19 +223,3 @@ def _load(
     )
     return module
 
-
-def parse_config(config_class: Callable[..., Config], fields: dict[str, Any], component: str) -> Config:
-    """A config.json as our dataclass; fields we do not know are an error unless they are switched off."""
-    known = inspect.signature(config_class).parameters
-    for name, value in fields.items():
-        if (
-            name not in known
-            and not name.startswith("_")
-            and name not in IGNORED_FIELDS
-            and value not in (None, False, 0)
-        ):
-            raise ValueError(f"{component}/config.json: unknown field {name} = {value!r}")
-    given = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items() if name in known
-    }
-    return config_class(**given)

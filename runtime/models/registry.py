@@ -13,9 +13,12 @@ from typing import Any
 from ..cache.spec import PRESETS, parse_policy
 from ..request import ModelDefaults, ModelLimits
 from .checkpoint import read_json, tensor_headers
+from .published import published
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+EXPERTS = ("transformer", "transformer_2")
+ENCODERS = ("text_encoder", "image_encoder")
 DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt")  # never a pickle, never code
 TRANSFORMER_CLASS = "WanTransformer3DModel"
 VAE_CLASS = "AutoencoderKLWan"
@@ -61,6 +64,7 @@ class ModelFolder:
     vae: dict[str, Any]
     scheduler: dict[str, Any]
     extra: dict[str, Any] = field(default_factory=dict)  # skylapse.json
+    encoders: dict[str, dict[str, Any]] = field(default_factory=dict)  # of text and images: component name -> config
 
     @property
     def transformer(self) -> dict[str, Any]:
@@ -171,25 +175,38 @@ def resolve_folder(name: str, cache_dir: Path | None = None) -> Path:
         raise ValueError(f"model {name!r} is no local folder and could not be downloaded: {reason}") from error
 
 
-def read_folder(path: Path) -> ModelFolder:
-    """Read and check a folder's JSON files; ValueError names what is missing or not supported."""
+def read_folder(path: Path, name: str = "") -> ModelFolder:
+    """Read and check a folder's JSON files; ValueError names what is missing or not supported.
+
+    name: the model's, as it was asked for: a published one has native sizes and defaults without a skylapse.json too.
+    """
     index = read_json(path / "model_index.json")
-    experts = [name for name in ("transformer", "transformer_2") if (index.get(name) or [None, None])[1] is not None]
+    experts = [expert for expert in EXPERTS if (index.get(expert) or [None, None])[1] is not None]
     if not experts:
         raise ValueError(f"{path.name}/model_index.json names no transformer")
-    for name, expected in [*((expert, TRANSFORMER_CLASS) for expert in experts), ("vae", VAE_CLASS)]:
-        found = (index.get(name) or [None, None])[1]
+    for part, expected in [*((expert, TRANSFORMER_CLASS) for expert in experts), ("vae", VAE_CLASS)]:
+        found = (index.get(part) or [None, None])[1]
         if found != expected:
-            raise ValueError(f"{path.name}/model_index.json: {name} must be {expected}, got {found}")
+            raise ValueError(f"{path.name}/model_index.json: {part} must be {expected}, got {found}")
     extra = path / "skylapse.json"
+    known = published().get(name, {}).get("extra", {})
     return ModelFolder(
         path=path,
         index=index,
-        transformers={name: read_json(path / name / "config.json") for name in experts},
+        transformers={expert: read_json(path / expert / "config.json") for expert in experts},
         vae=read_json(path / "vae" / "config.json"),
         scheduler=read_json(path / "scheduler" / "scheduler_config.json"),
-        extra=read_json(extra) if extra.exists() else {},
+        extra=read_json(extra) if extra.exists() else known,
+        encoders={part: read_json(path / part / "config.json") for part in ENCODERS if (path / part).is_dir()},
     )
+
+
+def published_folder(name: str) -> ModelFolder | None:
+    """A published checkpoint as its configs in this package describe it; None for one that they do not know."""
+    found = published().get(name)
+    if found is None:
+        return None
+    return ModelFolder(path=Path(name), scheduler={"num_train_timesteps": 1000}, **found)
 
 
 def list_models(cache_dir: Path | None = None) -> list[ModelEntry]:

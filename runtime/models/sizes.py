@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import torch
 
 from ..config import QUANTIZE
-from .model import parse_config
+from ..vae.wan import WanVAE, WanVAEConfig
+from .configs import parse_config
 from .quantization import quantized_weights
 from .registry import ComponentReport, ModelFolder
 from .wan import WanConfig, WanDenoiser
@@ -22,6 +26,39 @@ def loaded_bytes(folder: ModelFolder, components: Sequence[ComponentReport]) -> 
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
         for quantize in (None, *QUANTIZE[1:])
     }
+
+
+def part_bytes(
+    folder: ModelFolder, dtype: torch.dtype, quantize: str | None, decoder_dtype: torch.dtype
+) -> dict[str, int]:
+    """On a device, of each part that can be there by itself: encoders, experts, and the halves of the VAE."""
+    parts = {name: _num_parameters(name, config) for name, config in folder.encoders.items()}
+    found = {name: num * (torch.float32 if name in FP32_COMPONENTS else dtype).itemsize for name, num in parts.items()}
+    found |= {name: _expert_bytes(config, name, dtype, quantize) for name, config in folder.transformers.items()}
+    with torch.device("meta"):
+        vae = WanVAE(parse_config(WanVAEConfig, folder.vae, "vae"))
+    halves = {"encoder": (vae.encoder, vae.quant_conv), "decoder": (vae.decoder, vae.post_quant_conv)}
+    itemsizes = {"encoder": 4, "decoder": decoder_dtype.itemsize}
+    for name, modules in halves.items():
+        found[name] = itemsizes[name] * sum(p.numel() for module in modules for p in module.parameters())
+    return found
+
+
+@cache
+def _parameters_of(name: str, config: str) -> int:
+    import transformers
+
+    fields = json.loads(config)
+    module_class = transformers.CLIPVisionModel if name == "image_encoder" else None
+    module_class = module_class or getattr(transformers, fields["architectures"][0])
+    with torch.device("meta"):
+        module = module_class(module_class.config_class.from_dict(fields))
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _num_parameters(name: str, config: dict[str, Any]) -> int:
+    """Of an encoder, by transformers' module without memory."""
+    return _parameters_of(name, json.dumps(config, sort_keys=True))
 
 
 def _bytes(folder: ModelFolder, components: Sequence[ComponentReport], dtype: torch.dtype, quantize: str | None) -> int:

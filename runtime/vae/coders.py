@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+
+import torch
 from torch import Tensor, nn
 
 from ...compile.attention import ANY_AREA
 from ...compile.stream import Coder
 from .wan import States, WanVAE
+
+
+def move(module: nn.Module, device: torch.device) -> None:
+    """Bring a module's weights to a device; as data, since others may hold the same parameters."""
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.device != device:
+            tensor.data = tensor.data.to(device)
 
 
 class WanDecoder(nn.Module):

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ...compile.stream import Coder
+from ...compile.stream import Coder, States, owned
 from .codec import VideoCodec
 
-States = list[Tensor]
 LEVELS = 3  # each doubles the sides
 BLOCKS = 3  # memory blocks of a level
 
@@ -89,8 +88,8 @@ class TinyDecoder(nn.Module):
         new: States = []
         for layer in self.decoder:
             if isinstance(layer, MemoryBlock):
-                past = torch.zeros_like(x[:1]) if states is None else states[len(new)].squeeze(0).transpose(0, 1)
-                new.append(x[-1:].transpose(0, 1).unsqueeze(0))
+                past = torch.zeros_like(x[:1]) if states is None else states.pop(0).squeeze(0).transpose(0, 1)
+                new.append(owned(x[-1:]).transpose(0, 1).unsqueeze(0))
                 x = layer(x, past)
             else:
                 x = layer(x)

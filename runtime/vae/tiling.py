@@ -12,6 +12,7 @@ from .wan import States
 
 TileStates = list[States]
 Chunk = Callable[[Tensor, States | None], tuple[Tensor, States]]
+NEVER = 2**62  # pixels
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,13 @@ class Tiling:
     tile: int = 512
     overlap: int = 128
     threshold: int = 1280 * 736
+
+    @classmethod
+    def of(cls, side: int | str) -> Tiling:
+        """Of SKYLAPSE_TILE: "auto", "none", or the side of a tile; then no frame takes more than a tile does."""
+        if isinstance(side, int):
+            return cls(tile=side, overlap=max(16, side // 64 * 16), threshold=side * side)
+        return cls(threshold=NEVER) if side == "none" else cls()
 
     def __post_init__(self) -> None:
         if not 0 < self.overlap < self.tile:
@@ -70,18 +78,18 @@ def _tiled(
     in_scale: int,
     out_scale: int,
 ) -> tuple[Tensor, TileStates]:
-    """Run every tile of a frame of `size` latents and blend the results.
+    """Run every tile of a frame of `size` latents and blend the results; the states are handed over tile by tile.
 
     Where tiles overlap they are averaged with weights that rise linearly from a tile's edge, so no seam shows.
     """
     if size[0] * size[1] * factor**2 <= tiling.threshold:
-        y, new = run(x, states[0] if states else None)
+        y, new = run(x, states.pop() if states else None)
         return y, [new]
     new_states: TileStates = []
     total = weights = torch.empty(0)
     for top, bottom in tiling.spans(size[0], factor):
         for left, right in tiling.spans(size[1], factor):
-            past = states[len(new_states)] if states else None
+            past = states.pop(0) if states else None
             rows, columns = slice(top * in_scale, bottom * in_scale), slice(left * in_scale, right * in_scale)
             y, new = run(x[..., rows, columns], past)
             if not new_states:
@@ -92,7 +100,7 @@ def _tiled(
             rows, columns = slice(top * out_scale, bottom * out_scale), slice(left * out_scale, right * out_scale)
             total[..., rows, columns] += y.float() * weight
             weights[rows, columns] += weight
-    return (total / weights).to(x.dtype), new_states
+    return total.div_(weights).to(y.dtype), new_states
 
 
 def _ramp(length: int, like: Tensor) -> Tensor:

@@ -12,17 +12,17 @@ frames a latent frame), which makes exactly two graphs: `first` (no state in) an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...compile.stream import States, owned
 from ...kernels.conv3d import conv3d
 from ...kernels.resample_conv import downsample_conv2d, upsample_conv2d
-
-States = list[Tensor]
+from .pixels import average_down, fold_time, interleave_time, patchify, repeat_up, unfold_time, unpatchify
 
 
 @dataclass(frozen=True)
@@ -47,40 +47,67 @@ class WanVAEConfig:
 
 
 class Stream:
-    """One pass over a chunk: hands each temporal layer its state of the chunk before and collects the new states."""
+    """One pass over a chunk: hands each temporal layer its state of the chunk before and collects the new states.
 
-    def __init__(self, states: Sequence[Tensor] | None) -> None:
+    It empties the list that it is given. A state is freed as soon as its layer has read it, and a new one owns its
+    bytes alone: never do two generations live at once, and none keeps a layer's input.
+    """
+
+    def __init__(self, states: States | None) -> None:
         self.first = states is None
-        self._past = iter(states or ())
+        self._past: States = [] if states is None else states
         self.states: States = []
 
     def extend(self, x: Tensor, num_frames: int) -> Tensor:
         """`x` with the `num_frames` frames before it in front (zeros before the first chunk)."""
-        past = x.new_zeros(*x.shape[:2], num_frames, *x.shape[3:]) if self.first else next(self._past)
+        past = zero_frames(x, num_frames) if self.first else self._past.pop(0)
         x = torch.cat((past, x), dim=2)
-        self.states.append(x[:, :, -num_frames:])
+        del past
+        self.remember(x[:, :, -num_frames:])
         return x
 
     def remember(self, state: Tensor) -> None:
-        """Store a state on the first chunk, without reading one."""
-        self.states.append(state)
+        """Store a new state."""
+        self.states.append(owned(state))
+
+
+def zero_frames(like: Tensor, num_frames: int) -> Tensor:
+    """Zeros [B, C, num_frames, H, W] in channels-last order, or what they are joined to would lose it."""
+    b, c, _, h, w = like.shape
+    return like.new_zeros(b, num_frames, h, w, c).movedim(-1, 1)
 
 
 class CausalConv3d(nn.Conv3d):
-    """3-D convolution that sees the present and the two frames before it."""
+    """3-D convolution that sees the present and the two frames before it.
+
+    In two parts, so that who calls them one after the other keeps nothing that the second one does not need.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
         super().__init__(in_channels, out_channels, kernel)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:  # type: ignore[override]
+        x = self.extend(x, stream)
+        return self.convolve(x, stream)
+
+    def extend(self, x: Tensor, stream: Stream) -> Tensor:
+        """`x` with the frames before it; the last of them are the next chunk's."""
         num_past = self.kernel_size[0] - 1
-        weight = self.weight
-        if num_past and stream.first and x.shape[2] == 1:  # zeros lie in the past: only the kernel's last tap counts
+        if not num_past:
+            return x
+        if self._is_lone(x, stream):
             stream.remember(F.pad(x, (0, 0, 0, 0, num_past - 1, 0)))
-            weight = weight[:, :, -1:]
-        elif num_past:
-            x = stream.extend(x, num_past)
+            return x
+        return stream.extend(x, num_past)
+
+    def convolve(self, x: Tensor, stream: Stream) -> Tensor:
+        """Of what `extend` gives."""
+        # Before a lone first frame lie zeros: only the kernel's last tap counts.
+        weight = self.weight[:, :, -1:] if self._is_lone(x, stream) else self.weight
         return conv3d(x, weight, self.bias, padding=(0, self.kernel_size[1] // 2, self.kernel_size[2] // 2))
+
+    def _is_lone(self, x: Tensor, stream: Stream) -> bool:
+        return self.kernel_size[0] > 1 and stream.first and x.shape[2] == 1
 
 
 class RMSNorm(nn.Module):
@@ -102,6 +129,11 @@ def norm_silu(norm: RMSNorm, x: Tensor) -> Tensor:
     return F.silu(y, inplace=not y.requires_grad)
 
 
+def plus(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, in the memory of y, which nobody else may hold. A graph writes into nothing."""
+    return x + y if torch.compiler.is_exporting() else y.add_(x)
+
+
 class ResidualBlock(nn.Module):
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -112,10 +144,13 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, stream)
-        y = self.conv1(norm_silu(self.norm1, x), stream)
-        y = self.conv2(norm_silu(self.norm2, y), stream)
-        return shortcut + y
+        y = norm_silu(self.norm1, x)  # one name for all that comes of it: each is freed as the next is there
+        y = self.conv1.extend(y, stream)
+        y = self.conv1.convolve(y, stream)
+        y = norm_silu(self.norm2, y)
+        y = self.conv2.extend(y, stream)
+        y = self.conv2.convolve(y, stream)
+        return plus(x if self.conv_shortcut is None else self.conv_shortcut(x, stream), y)
 
 
 class AttentionBlock(nn.Module):
@@ -168,7 +203,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if self.time_conv is not None:
             if stream.first:  # the lone first frame is not doubled, and what follows sees zeros in its place
-                stream.remember(x.new_zeros(*x.shape[:2], 2, *x.shape[3:]))
+                stream.remember(zero_frames(x, 2))
             else:
                 x = interleave_time(conv3d(stream.extend(x, 2), self.time_conv.weight, self.time_conv.bias))
         assert self.resample.bias is not None
@@ -218,14 +253,19 @@ class ResidualUpBlock(nn.Module):
         self.resnets = nn.ModuleList(ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(num_blocks))
         self.upsampler = Upsample(out_dim, out_dim, temporal) if spatial else None
 
+    @property
+    def layers(self) -> Iterable[nn.Module]:
+        """What is done one after the other."""
+        return self.resnets if self.upsampler is None else (self,)
+
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        source = x
+        assert self.upsampler is not None
+        y = x
         for block in self.resnets:
-            x = block(x, stream)
-        if self.upsampler is None:
-            return x
-        shortcut = repeat_up(source, self.out_dim, *self.factors)
-        return self.upsampler(x, stream) + (shortcut[:, :, self.factors[0] - 1 :] if stream.first else shortcut)
+            y = block(y, stream)
+        y = self.upsampler(y, stream)
+        shortcut = repeat_up(x, self.out_dim, *self.factors)
+        return plus(shortcut[:, :, self.factors[0] - 1 :] if stream.first else shortcut, y)
 
 
 class UpBlock(nn.Module):
@@ -236,10 +276,10 @@ class UpBlock(nn.Module):
         self.resnets = nn.ModuleList(ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(num_blocks))
         self.upsamplers = nn.ModuleList([Upsample(out_dim, out_dim // 2, temporal)]) if spatial else None
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        for block in self.resnets:
-            x = block(x, stream)
-        return x if self.upsamplers is None else self.upsamplers[0](x, stream)
+    @property
+    def layers(self) -> Iterable[nn.Module]:
+        """What is done one after the other."""
+        return self.resnets if self.upsamplers is None else (*self.resnets, *self.upsamplers)
 
 
 class Encoder(nn.Module):
@@ -257,7 +297,9 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x, stream)
         x = self.mid_block(x, stream)
-        return self.conv_out(norm_silu(self.norm_out, x), stream)
+        x = norm_silu(self.norm_out, x)
+        x = self.conv_out.extend(x, stream)
+        return self.conv_out.convolve(x, stream)
 
 
 def _down_blocks(config: WanVAEConfig, dims: list[int]) -> list[nn.Module]:
@@ -299,9 +341,12 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         x = self.conv_in(x, stream)
         x = self.mid_block(x, stream)
-        for block in self.up_blocks:
-            x = block(x, stream)
-        return self.conv_out(norm_silu(self.norm_out, x), stream)
+        # Layer by layer, not block by block: a call keeps its arguments until it returns.
+        for layer in itertools.chain.from_iterable(block.layers for block in self.up_blocks):
+            x = layer(x, stream)
+        x = norm_silu(self.norm_out, x)
+        x = self.conv_out.extend(x, stream)
+        return self.conv_out.convolve(x, stream)
 
 
 class WanVAE(nn.Module):
@@ -343,58 +388,3 @@ class WanVAE(nn.Module):
 def checkpoint_name(parameter: str) -> str:
     """The checkpoint's name of one of our parameters: it counts a padding layer before each resampling convolution."""
     return parameter.replace(".resample.", ".resample.1.")
-
-
-def fold_time(x: Tensor) -> Tensor:
-    """[B, C, T, H, W] -> [B T, C, H, W], a view in channels-last order."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def unfold_time(x: Tensor, batch: int) -> Tensor:
-    """[B T, C, H, W] -> [B, C, T, H, W], a view in channels-last order."""
-    return x.unflatten(0, (batch, -1)).transpose(1, 2)
-
-
-def interleave_time(x: Tensor) -> Tensor:
-    """[B, 2 C, T, H, W] -> [B, C, 2 T, H, W]: the halves of the channels are the even and the odd frames."""
-    x = x.movedim(1, -1).unflatten(-1, (2, -1))  # [B, T, H, W, 2, C]
-    return x.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).movedim(-1, 1)
-
-
-def average_down(x: Tensor, out_dim: int, factor_t: int, factor_s: int) -> Tensor:
-    """Fold blocks of factor_t x factor_s x factor_s pixels into channels and average groups of them to `out_dim`."""
-    b, c, t, h, w = x.shape
-    x = x.reshape(b, c, t // factor_t, factor_t, h // factor_s, factor_s, w // factor_s, factor_s)
-    x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, out_dim, -1, t // factor_t, h // factor_s, w // factor_s)
-    return x.mean(dim=2)
-
-
-def repeat_up(x: Tensor, out_dim: int, factor_t: int, factor_s: int) -> Tensor:
-    """Repeat channels to out_dim * factor_t * factor_s^2 and unfold them into pixels."""
-    factors = (factor_t, factor_s, factor_s)
-    repeats = out_dim * factor_t * factor_s**2 // x.shape[1]
-    x = x.movedim(1, -1)
-    if repeats == factor_t * factor_s**2:  # as many channels as before: nearest-neighbour upsampling, and no more
-        b, t, h, w, c = x.shape
-        x = x[:, :, None, :, None, :, None].expand(b, t, factor_t, h, factor_s, w, factor_s, c)
-    else:
-        x = x.repeat_interleave(repeats, dim=-1).unflatten(-1, (out_dim, *factors)).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    return x.flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(-1, 1)
-
-
-def patchify(x: Tensor, p: int) -> Tensor:
-    """[B, C, T, H, W] -> [B, C p p, T, H / p, W / p]; channel order (c, column, row) as the checkpoints have it."""
-    if p == 1:
-        return x
-    b, c, t, h, w = x.shape
-    x = x.reshape(b, c, t, h // p, p, w // p, p).permute(0, 1, 6, 4, 2, 3, 5)
-    return x.reshape(b, c * p * p, t, h // p, w // p)
-
-
-def unpatchify(x: Tensor, p: int) -> Tensor:
-    """[B, C p p, T, H, W] -> [B, C, T, H p, W p], the inverse of `patchify`."""
-    if p == 1:
-        return x
-    b, c, t, h, w = x.shape
-    x = x.reshape(b, c // (p * p), p, p, t, h, w).permute(0, 1, 4, 5, 3, 6, 2)
-    return x.reshape(b, c // (p * p), t, h * p, w * p)

@@ -30,10 +30,11 @@ def test_states_have_the_shapes_that_are_told(coders: dict[str, Coder], name: st
         y, states = coder(x[:, :, :1], None)
         assert [tuple(state.shape) for state in states] == coder.states.at(*size)
         assert tuple(y.shape) == coder.output_shape(x[:, :, :1].shape, FIRST)
+        num_bytes = sum(state.nbytes for state in states)
         z, later = coder(x[:, :, 1:], states)
         assert [tuple(state.shape) for state in later] == coder.states.at(*size)
         assert tuple(z.shape) == coder.output_shape(x[:, :, 1:].shape, NEXT)
-        assert coder.states.num_bytes(*size, 4) == sum(state.nbytes for state in states)
+        assert coder.states.num_bytes(*size, 4) == num_bytes
 
 
 def test_published_decoders_states_are_told_without_their_memory() -> None:

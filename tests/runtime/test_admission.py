@@ -16,7 +16,7 @@ from skylapse import Engine, VideoRequest
 from skylapse.runtime.cache.calibrate import calibrate
 from skylapse.runtime.config import load_settings
 from skylapse.runtime.events import DeadlineExceeded, EngineFull, Failed, Finished, Preview, Progress, RequestTooLarge
-from skylapse.runtime.memory import LiveBytes
+from skylapse.runtime.models.live_bytes import LiveBytes
 from skylapse.runtime.models.model import load_model
 from skylapse.runtime.preview import SCALE, Previewer, fit
 from skylapse.runtime.vae.codec import VideoCodec

@@ -13,7 +13,9 @@ MIB = 2**20
 def test_empty_environment_gives_the_defaults() -> None:
     assert load_settings({}) == Settings()
     assert load_settings({"SKYLAPSE_THREADS": "", "SKYLAPSE_CACHE_DIR": " "}) == Settings()
-    assert Settings() == Settings(threads=None, debug=False, text_cache_bytes=256 * MIB, cache_dir=None, decode_chunk=4)
+    assert Settings() == Settings(
+        threads=None, debug=False, text_cache_bytes=256 * MIB, cache_dir=None, decode_chunk=None
+    )
 
 
 def test_every_variable_is_read(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from skylapse import Engine, VideoRequest
 from skylapse.cli import main
 from skylapse.kernels.linear_quantized import DTYPES, quantize_rows
 from skylapse.runtime.cache.calibration import Calibration, read_calibrations, write_calibration
-from skylapse.runtime.memory import LiveBytes
 from skylapse.runtime.models.checkpoint import load_weights
 from skylapse.runtime.models.compiled import compile_trunk
 from skylapse.runtime.models.linear import Linear
+from skylapse.runtime.models.live_bytes import LiveBytes
 from skylapse.runtime.models.quantization import parse_quantize, quantized_weights
 from skylapse.runtime.models.registry import DEMO_FOLDER
 from skylapse.runtime.models.wan import WanConfig, WanDenoiser

@@ -1,0 +1,96 @@
+"""Rows that tell which native sizes of a model fit on a device, as `models inspect` and the committed table have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .fit import Fitter, Needs, Size, longest_of, nearest_of
+from .configs import parse_config
+from .needs import needs_of
+from .peaks import Peaks, predict_peaks
+from .registry import ModelFolder
+from .sizes import part_bytes
+from .wan import WanConfig
+
+DEVICE_SHARE = 0.92  # of a device's memory: the rest is the CUDA context, libraries' workspaces and fragments
+HOST_SHARE = 0.9  # of the machine's memory that may be pinned
+DTYPE, DECODER_DTYPE = torch.bfloat16, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a model is kept in, and what follows from it."""
+
+    folder: ModelFolder
+    quantize: str | None
+    parts: Mapping[str, int]
+    peaks: Peaks
+
+    def needs(self, size: Size) -> Needs:
+        return needs_of(self.folder, config_of(self.folder), size, DTYPE)
+
+    def fitter(self, device_bytes: float, host_bytes: float | None, offload: str) -> Fitter:
+        return Fitter(
+            peaks=self.peaks,
+            parts=self.parts,
+            budget_bytes=int(DEVICE_SHARE * device_bytes),
+            factor=self.folder.vae.get("scale_factor_spatial", 8),
+            host_bytes=None if host_bytes is None else int(HOST_SHARE * host_bytes),
+            offload=offload,
+        )
+
+
+def precisions(folder: ModelFolder, quantize: tuple[str | None, ...] = (None, "fp8")) -> Iterator[Precision]:
+    """The checkpoint in bf16, with the weights of its blocks as they are and in 8 bits."""
+    for kept_in in quantize:
+        parts = part_bytes(folder, DTYPE, kept_in, DECODER_DTYPE)
+        yield Precision(folder, kept_in, parts, predict_peaks(folder, DTYPE, kept_in, DECODER_DTYPE))
+
+
+def config_of(folder: ModelFolder) -> WanConfig:
+    """Of the experts."""
+    name, fields = next(iter(folder.transformers.items()))
+    return parse_config(WanConfig, fields, name)
+
+
+def sizes_of(folder: ModelFolder) -> list[Size]:
+    """The native ones, at the default length."""
+    return [Size(width, height, folder.defaults.num_frames) for width, height in folder.native_sizes]
+
+
+def rows_of(
+    precision: Precision, device_bytes: float, host_bytes: float | None = None, offload: str = "auto"
+) -> list[dict[str, Any]]:
+    """One row a native size; the keys are contracts' (docs/memory.md)."""
+    fitter = precision.fitter(device_bytes, host_bytes, offload)
+    return [_row(precision, fitter, size) for size in sizes_of(precision.folder)]
+
+
+def _row(precision: Precision, fitter: Fitter, size: Size) -> dict[str, Any]:
+    def fits(other: Size) -> bool:
+        return fitter.best(precision.needs(other)).fits
+
+    fit, limits = fitter.best(precision.needs(size)), precision.folder.limits
+    longest = longest_of(fits, size, limits)
+    return {
+        **asdict(size),
+        "dtype": "bf16",
+        "quantize": precision.quantize,
+        "fits": fit.fits,
+        "budget_bytes": fit.budget_bytes,
+        "host_bytes": fit.host_bytes,
+        "peak_bytes": fit.peak_bytes,
+        "resident": [part for part in precision.parts if part not in fit.way.moved],
+        "moved": list(fit.way.moved),
+        "guidance": fit.way.guidance,
+        "decode_chunk": fit.way.chunk,
+        "tiles": fit.way.tile,
+        "overlaps": fit.overlaps,
+        "blocked_by": fit.blocked_by,
+        "nearest": [] if fit.fits else [str(other) for other in nearest_of(fits, size, limits)],
+        "max_frames": longest.num_frames if longest else 0,
+    }

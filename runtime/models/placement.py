@@ -1,0 +1,100 @@
+"""Which parts of a model may leave its device, decided from its configs before a weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...kernels.toolchain import capability
+from ..config import Settings
+from ..device import host_bytes, memory_bytes, text_cache_bytes
+from .fit import Fitter
+from .fit_report import config_of, sizes_of
+from .needs import needs_of
+from .peaks import CHUNKS, Peaks, measure_peaks, measure_workspace, predict_peaks, stored_peaks
+from .registry import ModelFolder
+from .sizes import part_bytes
+
+if TYPE_CHECKING:
+    from .model import Model
+
+logger = logging.getLogger(__name__)
+OTHER_CAPABILITY = 90  # counts where there is no CUDA device: in tests, which move parts on a CPU
+
+
+def place(
+    folder: ModelFolder,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str | None,
+    decoder_dtype: torch.dtype,
+    settings: Settings,
+) -> tuple[str, ...]:
+    """The parts that move, so that the largest native size fits that can, at the least price.
+
+    Where none fits, all that may move do: smaller clips are then taken by admission.
+    """
+    fitter = Fitter(
+        peaks=_predicted(folder, device, dtype, quantize, decoder_dtype, settings),
+        parts=part_bytes(folder, dtype, quantize, decoder_dtype),
+        budget_bytes=memory_bytes(device, settings),
+        factor=folder.vae.get("scale_factor_spatial", 8),
+        fixed_bytes=text_cache_bytes(device, settings),
+        host_bytes=host_bytes(),
+        offload=settings.offload,
+        chunks=chunks_of(settings),
+    )
+    config = config_of(folder)
+    sizes = sorted(sizes_of(folder), key=lambda size: -size.volume)
+    fits = [fitter.best(needs_of(folder, config, size, dtype)) for size in sizes]
+    chosen = next((fit for fit in fits if fit.fits), fits[-1])
+    if chosen.way.moved:
+        names = ", ".join(chosen.way.moved)
+        logger.info("%s leave the device while nothing needs them, so that %s fits", names, chosen.needs.size)
+    return chosen.way.moved
+
+
+def chunks_of(settings: Settings) -> tuple[int, ...]:
+    """Latent frames that may be coded at a time."""
+    return CHUNKS if settings.decode_chunk is None else (settings.decode_chunk,)
+
+
+def peaks_of(model: Model, settings: Settings) -> Peaks:
+    """Of a loaded model: predicted for CUDA, with the workspaces that are measured there, and measured on a CPU."""
+    device, codec, chunks = model.device, model.codec, chunks_of(settings)
+    if device.type != "cuda":
+        name = f"{model.fingerprint[:16]}-cpu-{model.precision}-{'-'.join(map(str, chunks))}"
+        measure = lambda: measure_peaks(model.folder, model.experts[0], codec, chunks)  # noqa: E731
+        return stored_peaks(settings.profile_dir, name, measure)
+    peaks = _predicted(model.folder, device, model.dtype, model.quantize, codec.decoder_dtype, settings)
+    name = f"{model.fingerprint[:16]}-{torch.cuda.get_device_name(device)}-{model.precision}-workspace"
+
+    def workspace() -> Peaks:
+        model.residency.require("transformer", "decoder")
+        return replace(peaks, workspace=measure_workspace(model.experts[0], codec, peaks))
+
+    return stored_peaks(settings.profile_dir, name, workspace)
+
+
+def _predicted(
+    folder: ModelFolder,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str | None,
+    decoder_dtype: torch.dtype,
+    settings: Settings,
+) -> Peaks:
+    number = capability(device) if device.type == "cuda" else OTHER_CAPABILITY
+    chunks = chunks_of(settings)
+    configs = [folder.transformer, folder.vae, folder.encoders, *map(str, (dtype, quantize, decoder_dtype, chunks))]
+    digest = hashlib.sha256(json.dumps(configs, sort_keys=True).encode()).hexdigest()[:16]
+    return stored_peaks(
+        settings.profile_dir,
+        f"{digest}-sm{number}",
+        lambda: predict_peaks(folder, dtype, quantize, decoder_dtype, capability=number, chunks=chunks),
+    )

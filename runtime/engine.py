@@ -22,8 +22,8 @@ from .admission import check_supported
 from .batch import Batch
 from .config import Settings, load_settings
 from .decoders import Decoders
-from .device import text_cache_bytes
 from .denoise import evaluate, skip_ahead, take
+from .device import text_cache_bytes
 from .events import DeviceLost, EngineFull, Event, Failed, Finished, Ticket, is_device_lost
 from .layout import Layouts
 from .memory import MemoryBudget, load_budget

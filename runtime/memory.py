@@ -102,7 +102,9 @@ def _refusal(fit: Fit, nearest: Sequence[Size]) -> str:
     free = max(0, fit.budget_bytes - there)
     told = f"{asked} ({fit.needs.num_tokens} tokens a branch) does not fit: its {stage} takes {_gib(fit.work_bytes[stage])}"
     fitting = " or ".join(map(str, nearest)) or "no size of this model"
-    return f"{told}, and {_gib(free)} are free beside {_gib(there)} of weights and what the request holds; {fitting} fits"
+    return (
+        f"{told}, and {_gib(free)} are free beside {_gib(there)} of weights and what the request holds; {fitting} fits"
+    )
 
 
 def _gib(num_bytes: float) -> str:

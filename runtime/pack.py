@@ -82,7 +82,11 @@ class Pack:
 
 
 def each_alone(
-    trunk: Callable[[Tensor, Tensor, Pack, slice], Tensor], tokens: Tensor, modulation: Tensor, pack: Pack, blocks: slice
+    trunk: Callable[[Tensor, Tensor, Pack, slice], Tensor],
+    tokens: Tensor,
+    modulation: Tensor,
+    pack: Pack,
+    blocks: slice,
 ) -> Tensor:
     """A range of blocks over one sequence after the other: the activations of one, for as many passes.
 

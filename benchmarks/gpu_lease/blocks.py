@@ -25,6 +25,7 @@ from ..peak import held_bytes, peak_while
 from .case import Case, Context
 from .drive import main
 from .lines import Labels, Line, measured, of_turns
+from .predictions import predicted_step
 from .random_weights import denoiser
 
 LAYERS = 2
@@ -61,6 +62,8 @@ def cases(context: Context) -> Iterator[Case]:
     for setting in settings:
         yield Case(f"time, {setting.words}", partial(_times, context, config, setting))
         yield Case(f"peak, {setting.words}", partial(_peaks, context, config, setting))
+    for setting in settings:
+        yield Case(f"predicted peak, {setting.words}", partial(_predicted, context, config, setting), light=True)
 
 
 def _times(context: Context, config: WanConfig, setting: Setting) -> Iterator[Line]:
@@ -92,15 +95,30 @@ def _peaks(context: Context, config: WanConfig, setting: Setting) -> Iterator[Li
         model = denoiser(config, context.device, context.suite.dtype, kind)
         given = inputs(context, model, setting)
 
-        def step(model: WanDenoiser = model, given: Inputs = given) -> None:
-            with torch.inference_mode():
-                model(given.pack, given.latents, given.timesteps)
-
-        step()  # compiles, and makes the libraries' workspaces
-        held, peak = held_bytes(context.device), peak_while(step, context.device)
+        run = partial(step, model, given)
+        run()  # compiles, and makes the libraries' workspaces
+        held, peak = held_bytes(context.device), peak_while(run, context.device)
         if held is not None and peak is not None:
-            name = f"peaks/{setting.words}, {kind or 'bf16'}/step"
-            yield measured(name, "bytes", [max(0, peak - held)], labels={"tokens": setting.num_tokens})
+            yield measured(peak_name(setting, kind), "bytes", [max(0, peak - held)])
+
+
+def _predicted(context: Context, config: WanConfig, setting: Setting) -> Iterator[Line]:
+    for kind in WEIGHTS:
+        asked = config, BRANCHES[setting.branches], setting.num_tokens, context.suite.dtype, kind, context.capability
+        yield measured(f"{peak_name(setting, kind)}/predicted", "bytes", [predicted_step(*asked)], "neither")
+
+
+def peak_name(setting: Setting, kind: str | None) -> str:
+    return f"peaks/{setting.words}, {kind or 'bf16'}/step"
+
+
+@torch.inference_mode()
+def step(model: WanDenoiser, given: Inputs) -> None:
+    """As the engine's step has it: nobody keeps the tokens that the blocks have been given."""
+    tokens = [model.embed(given.latents)]
+    embedding, modulation = model.condition_embedder.embed_time(given.timesteps, model.dtype)
+    tokens.append(model.trunk(tokens.pop(), modulation, given.pack))
+    model.head(tokens.pop(), embedding, given.pack)
 
 
 @dataclass(frozen=True)

@@ -176,10 +176,12 @@ class Bench:
     def _peak(self, name: str, requests: list[VideoRequest]) -> Iterator[Line]:
         """Most bytes above what the idle engine holds, beside what admission reckons with."""
         engine = self.engine
-        prepared = [engine.prepare(request) for request in requests]
-        held_between = sum(t.resident_bytes for t in prepared)
-        predicted = held_between + max(engine.memory.working_bytes(t) for t in prepared)
-        del prepared
+        needs = [engine.prepare(request).needs for request in requests]
+        fits = [engine.memory.fit(own) for own in needs]
+        predicted = sum(own.held_bytes for own in needs) + engine.memory.work_bytes(fits)
+        ways = [{"guidance": fit.way.guidance, "chunk": fit.way.chunk, "moved": fit.way.moved} for fit in fits]
+        stages = [{"work": dict(fit.work_bytes), "brought": dict(fit.brought_bytes)} for fit in fits]
+        yield Note(name=f"ways, {name}", value=[way | stage for way, stage in zip(ways, stages, strict=True)])
         held = held_bytes(engine.device)
         run: Callable[[], object] = partial(self._ticks, requests, False)
         peak = peak_while(run, engine.device)

@@ -7,6 +7,7 @@ a latent frame behind the first one.
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from .case import Case, Context
 from .claims import tf32
 from .drive import main
 from .lines import Labels, Line, Note, measured, of_turns
+from .predictions import predicted_coding
 from .random_weights import VAE_21, VAE_22, vae
 
 CHUNKS = (1, 4)
@@ -71,22 +73,44 @@ def cases(context: Context) -> Iterator[Case]:
         yield Case(f"bf16, {size.name}", partial(_error, context, size))
         for dtype in (torch.bfloat16, torch.float32):
             for chunk in CHUNKS:
-                words = f"{size.name}, {_word(dtype)}, chunk {chunk}"
+                words = _words(size, dtype, chunk)
                 yield Case(f"decode, {words}", partial(_decode, context, size, dtype, chunk))
         for chunk in CHUNKS:
-            words = f"{size.name}, {_word(torch.float32)}, chunk {chunk}"
+            words = _words(size, torch.float32, chunk)
             yield Case(f"encode, {words}", partial(_encode, context, size, torch.float32, chunk))
     if not context.dry:
         yield Case("a whole clip", partial(_whole, context, SIZES[0]))
+    for size in TINY if context.dry else SIZES:
+        yield Case(f"predicted peaks, {size.name}", partial(_predicted, context, size), light=True)
 
 
 def _codec(context: Context, size: Size, dtype: torch.dtype, chunk: int) -> VideoCodec:
-    return VideoCodec(vae(size.config, context.device, dtype), device=context.device, chunk=chunk)
+    """As the engine has one: in fp32, but for a decoder in `dtype`."""
+    module = vae(size.config, context.device, torch.float32)
+    return VideoCodec(module, device=context.device, chunk=chunk, decoder_dtype=dtype)
 
 
 def _decode(context: Context, size: Size, dtype: torch.dtype, chunk: int) -> Iterator[Line]:
+    """Not beside anything: the lane's stream has a pool of memory of its own."""
     codec, latents = _codec(context, size, dtype, chunk), size.latents(1 + STEADY * chunk, context)
-    yield from _coded(context, f"decode/{size.name}, {_word(dtype)}, chunk {chunk}", lambda: _frames(codec, latents))
+
+    def run() -> None:
+        deque(codec.decode(latents, beside=False), maxlen=0)
+
+    yield from _coded(context, f"decode/{_words(size, dtype, chunk)}", run)
+
+
+def _words(size: Size, dtype: torch.dtype, chunk: int) -> str:
+    return f"{size.name}, {_word(dtype)}, chunk {chunk}"
+
+
+def _predicted(context: Context, size: Size) -> Iterator[Line]:
+    kinds = ("decode", torch.bfloat16), ("decode", torch.float32), ("encode", torch.float32)
+    for part, dtype in kinds:
+        for chunk in CHUNKS:
+            asked = size.config, part, dtype, chunk, size.height, size.width, context.capability
+            name = f"peaks/{_words(size, dtype, chunk)}/{part}/predicted"
+            yield measured(name, "bytes", [predicted_coding(*asked)], "neither")
 
 
 def _encode(context: Context, size: Size, dtype: torch.dtype, chunk: int) -> Iterator[Line]:
@@ -95,10 +119,9 @@ def _encode(context: Context, size: Size, dtype: torch.dtype, chunk: int) -> Ite
     frames = suite.draw(3, num_frames, size.height, size.width, dtype=torch.float32).clamp_(-1, 1)
 
     def run() -> None:
-        for _ in codec.encode_chunks(frames):
-            pass
+        deque(codec.encode_chunks(frames), maxlen=0)
 
-    yield from _coded(context, f"encode/{size.name}, {_word(dtype)}, chunk {chunk}", run)
+    yield from _coded(context, f"encode/{_words(size, dtype, chunk)}", run)
 
 
 def _coded(context: Context, name: str, run: Run) -> Iterator[Line]:
@@ -119,10 +142,9 @@ def _decoders(context: Context, size: Size) -> Iterator[Line]:
     runs: dict[str, Run] = {}
     for dtype in (torch.float32, torch.bfloat16):
         for last in (False, True):
-            module = vae(size.config, context.device, dtype)
+            codec = _codec(context, size, dtype, 1)
             if last:
-                _to_channels_last(module)
-            codec = VideoCodec(module, device=context.device, chunk=1)
+                _to_channels_last(codec.decoder)
             latents = size.latents(3, context)
             name = _word(dtype) + (", channels-last weights" if last else "")
             runs[name] = partial(_frames, codec, latents)
@@ -169,8 +191,7 @@ def _whole(context: Context, size: Size) -> Iterator[Line]:
     codec, latents = _codec(context, size, torch.bfloat16, 1), size.latents(21, context)
 
     def run() -> None:
-        for _ in codec.decode(latents):
-            pass
+        deque(codec.decode(latents), maxlen=0)
 
     run()
     yield measured(f"vae/whole/{size.name}, bf16, chunk 1", "s", [context.clock.seconds(run) for _ in range(2)])
@@ -178,8 +199,7 @@ def _whole(context: Context, size: Size) -> Iterator[Line]:
 
 def _frames(codec: VideoCodec, latents: Tensor) -> None:
     """Decode and drop: frames [3, n, H, W] a chunk."""
-    for _ in codec.decode_float(latents):
-        pass
+    deque(codec.decode_float(latents), maxlen=0)
 
 
 def _clip(codec: VideoCodec, latents: Tensor) -> Tensor:

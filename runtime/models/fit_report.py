@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .fit import Fitter, Needs, Size, longest_of, nearest_of
 from .configs import parse_config
+from .fit import Fitter, Needs, Size, longest_of, nearest_of
 from .needs import needs_of
 from .peaks import Peaks, predict_peaks
 from .registry import ModelFolder

@@ -25,8 +25,8 @@ from .checkpoint import load_weights
 from .configs import parse_config
 from .fingerprint import fingerprint
 from .image_encoder import ImageEncoder
-from .quantization import quantized_weights
 from .placement import place
+from .quantization import quantized_weights
 from .registry import EXPERTS, ModelFolder, read_folder, resolve_folder
 from .residency import CudaMover, Mover, Residency
 from .text_encoder import TextEncoder
@@ -149,7 +149,11 @@ def _load_folder(
         mover = CudaMover(device)
     if mover is None and settings.offload == "all":
         raise ValueError(f"offload all needs a CUDA device, and this is {device}: nothing can be moved off it")
-    moved = () if mover is None else place(folder, device, dtype, quantize, decoder_dtype(settings.decoder_dtype, device), settings)
+    moved = (
+        ()
+        if mover is None
+        else place(folder, device, dtype, quantize, decoder_dtype(settings.decoder_dtype, device), settings)
+    )
     at = {part: torch.device("cpu") if part in moved else device for part in (*folder.transformers, *folder.encoders)}
     experts = tuple(
         _load(WanDenoiser, WanConfig, config, path / part, device=at[part], dtype=dtype, quantize=quantize)
@@ -222,4 +226,3 @@ def _load(
         quantized=quantized_weights(module, quantize),
     )
     return module
-

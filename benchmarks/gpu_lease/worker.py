@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from ...kernels import backends
 from ..gpu import watch
 from ..harness import Missing, reason_of
 from ..kernels.case import Suite
@@ -80,7 +79,6 @@ def context_of(order: Order) -> Context:
         suite = Suite(torch.device("cpu"), torch.float32, quick=True)
     else:
         suite = Suite(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, quick=False)
-        backends.prepare(suite.device)  # as the engine does at its start
     return Context(
         suite=suite,
         dry=order.dry,

@@ -61,6 +61,7 @@ def in_a_bare_process(folder: Path, *arguments: str) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.slow
 def test_every_call_runs_where_packages_are_missing_and_all_give_one_result(dry: Path) -> None:
     (path,) = dry.glob("gpu_lease-*.json")
     report = read(path, LeaseReport)
@@ -79,6 +80,7 @@ def test_every_call_runs_where_packages_are_missing_and_all_give_one_result(dry:
     assert triton is None or any(name.startswith("tune/rms_norm") for name in report.settings)
 
 
+@pytest.mark.slow
 def test_a_call_by_its_name_runs_nothing_that_an_earlier_one_has(dry: Path, tmp_path: Path) -> None:
     asked = ("--dry-run", "--out", str(tmp_path / "out"), "--resume", str(dry))
     done = in_a_bare_process(tmp_path, "-m", f"{PACKAGE}.attention", *asked)

@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from .stream import Coder, Plan, Run
+from .stream import Coder, Plan, Run, States
 
 
 class Backend(Protocol):
     name: str
     device: torch.device
+    max_any_pixels: int | None  # a side of the frames that a plan for any size takes; larger ones need their own
+    workspace_bytes: int  # what a build may take of a GPU beside a chunk's tensors
 
     def missing(self, plan: Plan) -> str | None:
         """None where it can build and run this here; else what is missing, and how to get it. Never raises."""
@@ -48,6 +51,24 @@ class Backend(Protocol):
 
 class Unavailable(ValueError):
     """A backend that was asked for cannot be had here; the message says what to install."""
+
+
+def in_chunks(run: Run, coder: Coder, chunk: int | None) -> Run:
+    """`run` of a plan whose `next` takes `chunk` latent frames, as one of any multiple of them."""
+    if chunk is None:
+        return run
+    length = chunk * coder.in_frames
+
+    def whole(x: Tensor, states: States | None) -> tuple[Tensor, States]:
+        if states is None or x.shape[2] <= length:
+            return run(x, states)
+        made = []
+        for part in x.split(length, dim=2):
+            y, states = run(part, states)
+            made.append(y)
+        return torch.cat(made, dim=2), states
+
+    return whole
 
 
 def versions_of(*packages: str) -> dict[str, str]:

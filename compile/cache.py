@@ -32,8 +32,8 @@ T = TypeVar("T")
 FORMAT = 1
 SIDECAR = "artifact.json"
 MAX_BYTES = 20 * 2**30
-RETRY_S = 24 * 3600.0  # after a build that broke, ran out of memory or out of time
-RETRY_DISK_S = 600.0  # after one that the disk refused, which somebody may be clearing
+RETRY_S = 24 * 3600.0  # after a build that broke, was killed or ran out of time
+RETRY_SOON_S = 600.0  # after one that disk or memory had no room for, which somebody may be clearing
 
 
 class BuildFailed(RuntimeError):
@@ -162,7 +162,8 @@ class EngineCache:
             unfinished.rename(self.root / key.id)
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            self.fail(key, reason, RETRY_DISK_S if isinstance(error, OSError) else RETRY_S)
+            had_no_room = isinstance(error, OSError | MemoryError) or _tells_of_memory(str(error))
+            self.fail(key, reason, RETRY_SOON_S if had_no_room else RETRY_S)
             raise BuildFailed(reason) from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -190,6 +191,11 @@ class EngineCache:
 
     def _failed(self, key: Key) -> Path:
         return self.root / f"{key.id}.failed.json"
+
+
+def _tells_of_memory(text: str) -> bool:
+    """Whether an error is that memory ran out, as torch ("CUDA out of memory") and TensorRT ("OutOfMemory") say it."""
+    return "outofmemory" in text.lower().replace(" ", "")
 
 
 @contextmanager

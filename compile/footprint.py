@@ -1,7 +1,8 @@
-"""How much memory a loaded backend takes: what it holds, and what a clip takes on top.
+"""How much memory coding takes: predicted before anything is done, and measured of a loaded backend.
 
 Runtimes have arenas of their own, which torch's allocator knows nothing of; so the process (the CPU) or the device
-(CUDA) is asked. Whatever else the process does meanwhile is counted too: a figure is an upper bound.
+(CUDA) is asked. Whatever else the process does meanwhile is counted too: a measured figure is an upper bound. A
+predicted one counts tensors, and names an estimate for all else.
 """
 
 from __future__ import annotations
@@ -13,8 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.func import functional_call
+
+from ..kernels.live_bytes import LiveBytes
+from .stream import FIRST, NEXT, Coder, States
 
 PROC = Path("/proc/self")
+GIB = 2**30
+# Of a process that uses CUDA: its context, and what cuBLAS and cuDNN keep. An estimate.
+CONTEXT_BYTES = GIB // 2
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,73 @@ class Footprint:
     def work_at(self, height: int, width: int) -> int:
         """Of frames of height x width latents: activations and states grow with their area."""
         return round(self.work_bytes * height * width / self.area)
+
+
+class NoRoom(torch.OutOfMemoryError):
+    """Work that was not begun, because the device has too little memory free for it."""
+
+
+def free_bytes(device: torch.device, cached: bool = False) -> int | None:
+    """What nobody has taken of a GPU's memory, with what this process's allocator keeps unused if `cached`.
+
+    None of a CPU: its memory is not asked for beforehand.
+    """
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if cached else 0
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def require_room(device: torch.device, num_bytes: int, what: str, limit_bytes: int | None = None) -> None:
+    """NoRoom if this process cannot have so much of the device now, or not within its own limit.
+
+    what: is to be had, as a sentence begins with it. limit_bytes: of all that the process has there.
+    """
+    free = free_bytes(device, cached=True)
+    if free is None:
+        return
+    if num_bytes > free:
+        raise NoRoom(f"{what}: about {gib(num_bytes)} of the device's memory are needed, {gib(free)} are free")
+    if limit_bytes is not None and num_bytes > (left := limit_bytes - taken_bytes(device)):
+        raise NoRoom(f"{what}: about {gib(num_bytes)} are needed, SKYLAPSE_MEMORY_MB leaves {gib(max(0, left))}")
+
+
+def taken_bytes(device: torch.device) -> int:
+    """What torch's tensors in this process take of the device."""
+    return torch.cuda.memory_allocated(device)
+
+
+def clip_bytes(coder: Coder, size: tuple[int, int], chunk: int, dtype: torch.dtype) -> int:
+    """Most bytes of tensors at once of a clip of latents of `size` by eager, `chunk` latent frames at a time.
+
+    The module itself is run, without memory; what convolutions take beside their tensors is not counted.
+    """
+    state = {name: torch.empty_like(p, device="meta", dtype=dtype) for name, p in coder.module.named_parameters()}
+    state |= {name: torch.empty_like(b, device="meta", dtype=dtype) for name, b in coder.module.named_buffers()}
+    states: States | None = None
+    with torch.no_grad(), LiveBytes() as live:
+        for graph in (FIRST, NEXT, NEXT):  # by the third chunk everything that stays is there
+            x = torch.empty(coder.input_shape(chunk, *size, graph), dtype=dtype, device="meta")
+            y, states = functional_call(coder.module, state, (x, states))
+            del x, y
+    return live.peak_bytes
+
+
+def build_bytes(coder: Coder, size: tuple[int, int], chunk: int, dtype: torch.dtype, workspace_bytes: int) -> int:
+    """What building a backend for latents of `size` takes of a GPU, at its most: its tensors and the estimates above.
+
+    A plan's scratch memory is there all the while; beside it there is in turn the builder's workspace, a clip's two
+    sets of states, and the same clip by eager in fp32, by which the plan is judged.
+    """
+    states = coder.states.num_bytes(*size, dtype.itemsize)
+    scratch = max(0, clip_bytes(coder, size, chunk, dtype) - states)
+    weights = sum(p.numel() for p in coder.module.parameters()) * (torch.float32.itemsize + dtype.itemsize)
+    judge = clip_bytes(coder, size, chunk, torch.float32)
+    return 2 * CONTEXT_BYTES + weights + scratch + max(workspace_bytes, 2 * states, judge)
+
+
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"
 
 
 @dataclass

@@ -16,6 +16,8 @@ from .stream import DTYPES, FIRST, NEXT, Coder, Plan, Run, States, owned
 
 class Inductor:
     name = "inductor"
+    max_any_pixels: int | None = None
+    workspace_bytes = 0
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import footprint
 from .footprint import watch
 from .stream import FIRST, NEXT, Coder, Plan, Run
 
@@ -16,7 +17,8 @@ TINY = (4, 6)  # latents; of an artifact for any size
 
 @torch.inference_mode()
 def compare(coder: Coder, eager: Run, run: Run, plan: Plan, device: torch.device) -> float:
-    """Greatest difference of a tiny clip of two chunks from eager; nan where it is not finite."""
+    """Greatest difference of a tiny clip of two chunks from eager; nan where it is not finite. NoRoom: see `_ask`."""
+    _ask(coder, plan.size or TINY, plan, device)
     chunks = _clip(coder, plan.size or TINY, plan, device)
     pairs = zip(_run(run, chunks), _run(eager, chunks), strict=True)
     difference = torch.cat([(ours.float() - theirs.float()).abs().flatten() for ours, theirs in pairs])
@@ -30,7 +32,9 @@ def measure(
     """Least seconds of a clip of two chunks by each, in turns, after one that warms it up.
 
     On a CPU the process's own: by the clock, others on the same cores made eager ten times slower than it is.
+    NoRoom: see `_ask`.
     """
+    _ask(coder, size, plan, device)
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     times = dict.fromkeys(runs, float("inf"))
     chunks = _clip(coder, size, plan, device)
@@ -52,6 +56,16 @@ def weigh(coder: Coder, run: Run, size: tuple[int, int], plan: Plan, device: tor
     with watch(device) as grown:
         _run(run, chunks)
     return grown.num_bytes
+
+
+def _ask(coder: Coder, size: tuple[int, int], plan: Plan, device: torch.device) -> None:
+    """NoRoom rather than running out in the middle, perhaps at the cost of who else works on the device.
+
+    Asked for is what the clip takes by eager in fp32, which is more than by any backend.
+    """
+    if footprint.free_bytes(device) is not None:
+        needed = footprint.clip_bytes(coder, size, plan.chunk or 4, torch.float32)
+        footprint.require_room(device, needed, f"to compare with eager at {size[0]} x {size[1]} latents")
 
 
 def _clip(coder: Coder, size: tuple[int, int], plan: Plan, device: torch.device) -> list[Tensor]:

@@ -15,6 +15,7 @@ from ..kernels.cpu import library
 from .backend import Unavailable, versions_of
 from .providers import PREFERRED, options_of, probe
 from .stream import DTYPES, FIRST, NEXT, Coder, Plan, Run, States
+from .tensorrt import MAX_ANY_PIXELS, WORKSPACE_BYTES
 
 logger = logging.getLogger(__name__)
 INSTALL = "pip install 'skylapse[compile]'"
@@ -23,10 +24,13 @@ NUMPY = {"fp32": "float32", "fp16": "float16"}  # what a binding can name; it kn
 
 class OnnxRuntime:
     name = "onnxruntime"
+    workspace_bytes = WORKSPACE_BYTES
 
     def __init__(self, device: torch.device, threads: int | None = None) -> None:
         self.device = device
         self.threads = threads or torch.get_num_threads()
+        # Of its TensorRT providers' profiles, which are the same as TensorRT's own.
+        self.max_any_pixels = MAX_ANY_PIXELS if device.type == "cuda" else None
         self.provider: str | None = None  # what runs the artifact that was loaded last
 
     def missing(self, plan: Plan) -> str | None:

@@ -19,7 +19,7 @@ import torch
 
 from .backend import machine_name, versions_of
 from .stream import Coder, Plan
-from .tensorrt import WORKSPACE_BYTES, extents
+from .tensorrt import TF32, WORKSPACE_BYTES, extents
 from .tensorrt_build import profile_of
 
 logger = logging.getLogger(__name__)
@@ -73,10 +73,10 @@ def options_of(
         return {}
     told = {"device_id": str(device.index or 0)}
     if provider == CUDA:
-        return told | {"use_tf32": "0"}  # as the other builders have it: the judge compares in fp32
+        return told | {"use_tf32": str(int(TF32))}
     prefix = PREFIX[provider]
     told[f"{prefix}_max_workspace_size"] = str(WORKSPACE_BYTES)
-    shapes = profile_of(coder, graph, *extents(plan))
+    shapes = profile_of(coder, graph, *extents(coder, plan))
     for index, name in enumerate(("min", "opt", "max")):
         listed = (f"{value}:{'x'.join(map(str, extent[index]))}" for value, extent in shapes.items())
         told[f"{prefix}_profile_{name}_shapes"] = ",".join(listed)

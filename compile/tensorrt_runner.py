@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from .footprint import require_room
 from .stream import FIRST, NEXT, Coder, States
 
 if TYPE_CHECKING:
@@ -34,7 +34,10 @@ class Stream(Protocol):
         """What is done inside comes after what was queued before, and before what is queued behind it."""
 
     def capture(self, work: Callable[[], None]) -> Replay:
-        """Record what `work` queues, without doing it."""
+        """Record what `work` queues, without doing it; inside a section."""
+
+    def hand_out(self, tensor: Tensor) -> None:
+        """Let a tensor that was made in a section be used, and dropped, outside of it."""
 
 
 class CudaStream:
@@ -53,10 +56,21 @@ class CudaStream:
         outside.wait_stream(self._stream)
 
     def capture(self, work: Callable[[], None]) -> Replay:
+        """Of this thread alone: others may allocate meanwhile, which in the default mode would end the capture.
+
+        Not by torch.cuda.graph, which waits for the whole device and empties the allocator's cache.
+        """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
             work()
+        finally:
+            graph.capture_end()
         return graph.replay
+
+    def hand_out(self, tensor: Tensor) -> None:
+        # Its memory is of this stream's pool: dropped, it would be the next run's, while the other stream reads it.
+        tensor.record_stream(torch.cuda.current_stream(self._stream.device))
 
 
 class Engine:
@@ -106,13 +120,15 @@ class Engine:
 
 @dataclass
 class Lane:
-    """The buffers of one clip: two sets of states, of which one is read while the other is written."""
+    """The buffers of one clip: two sets of states, of which one is read while the other is written.
+
+    Nobody but the clip's states holds it, so that it goes with the last of them: 8.1 GiB in bf16 of a clip of 720p.
+    """
 
     states: tuple[States, States]
     inputs: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     outputs: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     replays: dict[tuple[object, ...], Replay | None] = field(default_factory=dict)  # None: has run once, plainly
-    clips: int = 0  # of whose states somebody holds any
 
 
 class LaneStates(list[Tensor]):
@@ -121,19 +137,14 @@ class LaneStates(list[Tensor]):
     def __init__(self, owner: Runner, lane: Lane, parity: int) -> None:
         super().__init__(lane.states[parity])
         self.owner, self.lane, self.parity = owner, lane, parity
-        lane.clips += 1
-        weakref.finalize(self, _release, lane)
-
-
-def _release(lane: Lane) -> None:
-    lane.clips -= 1
 
 
 class Runner:
     """`coder` by two plans: (x, states or None) -> (y, new states), on the plans' device.
 
     A clip's states stay in buffers of their own, so nothing is copied between chunks and a run can be recorded once
-    a shape and parity and replayed (CUDA graphs). Clips may be interleaved: each has a lane.
+    a shape and parity and replayed (CUDA graphs). Clips may be interleaved: each has a lane. All buffers are made on
+    the engines' stream and used on no other, so that what a clip leaves is the next one's without waiting.
     """
 
     def __init__(
@@ -144,7 +155,13 @@ class Runner:
         dtype: torch.dtype,
         stream: Stream | None = None,
         graphs: bool = True,
+        size: tuple[int, int] | None = None,
+        memory_bytes: int | None = None,
     ) -> None:
+        """size: of the latents, where the plans are of one alone. memory_bytes: all that the process may have there.
+
+        NoRoom if the engines' weights, their scratch memory and the states of one clip do not fit.
+        """
         import tensorrt as trt
 
         self.coder, self.device, self.dtype = coder, device, dtype
@@ -153,29 +170,34 @@ class Runner:
         self._states_out = [f"new_state_{index}" for index in range(count)]
         self._stream = CudaStream(device) if stream is None else stream
         self._records = graphs
-        self._lanes: dict[tuple[int, int], list[Lane]] = {}
+        require_room(device, sum(map(len, plans.values())), "the plans' weights", memory_bytes)  # a plan is little else
         runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         self._engines = {graph: Engine(plans[graph], runtime) for graph in (FIRST, NEXT)}
         scratch_bytes = max(engine.scratch_bytes for engine in self._engines.values())
-        self._scratch = torch.empty(max(1, scratch_bytes), dtype=torch.uint8, device=device)
         for graph, engine in self._engines.items():
             self._check(graph, engine)
+        lane_bytes = 2 * coder.states.num_bytes(*size, dtype.itemsize) if size else 0
+        require_room(device, scratch_bytes + lane_bytes, "the plans' scratch memory and a clip's states", memory_bytes)
+        with self._stream.section():
+            self._scratch = torch.empty(max(1, scratch_bytes), dtype=torch.uint8, device=device)
+        for engine in self._engines.values():
             engine.lend(self._scratch)
 
     def __call__(self, x: Tensor, states: States | None) -> tuple[Tensor, States]:
         graph = FIRST if states is None else NEXT
-        if isinstance(states, LaneStates) and states.owner is self:
-            lane, parity = states.lane, states.parity
-        else:
-            lane, parity = self._free_lane(x), 1
-            for own, given in zip(lane.states[parity], states or (), strict=False):  # of another backend
-                own.copy_(given)
         with self._stream.section():
+            if isinstance(states, LaneStates) and states.owner is self:
+                lane, parity = states.lane, states.parity
+            else:
+                lane, parity = self._new_lane(x), 1
+                for own, given in zip(lane.states[parity], states or (), strict=False):  # of another backend
+                    own.copy_(given)
             source = self._buffer(lane.inputs, tuple(x.shape))
             target = self._buffer(lane.outputs, self.coder.output_shape(x.shape, graph))
             source.copy_(x)
             self._run(graph, lane, source, target, parity)
             y = target.clone()  # the buffer is the next chunk's too
+        self._stream.hand_out(y)
         return y, LaneStates(self, lane, 1 - parity)
 
     def _run(self, graph: str, lane: Lane, x: Tensor, y: Tensor, parity: int) -> None:
@@ -206,16 +228,10 @@ class Runner:
             buffers[shape] = torch.empty(shape, dtype=self.dtype, device=self.device)
         return buffers[shape]
 
-    def _free_lane(self, x: Tensor) -> Lane:
-        size = self.coder.latent_size(x.shape)
-        lanes = self._lanes.setdefault(size, [])
-        for lane in lanes:
-            if not lane.clips:
-                return lane
-        shapes = self.coder.states.at(*size)
+    def _new_lane(self, x: Tensor) -> Lane:
+        shapes = self.coder.states.at(*self.coder.latent_size(x.shape))
         first, second = ([torch.zeros(s, dtype=self.dtype, device=self.device) for s in shapes] for _ in range(2))
-        lanes.append(Lane((first, second)))
-        return lanes[-1]
+        return Lane((first, second))
 
     def _check(self, graph: str, engine: Engine) -> None:
         inputs = {"x", *(self._states_in if graph == NEXT else ())}

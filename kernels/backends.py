@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 # What may be asked for; the last of each needs nothing but torch and serves everything.
 CHOICES = {
-    "attention": ("triton", "triton-ws", "triton-int8", "triton-fp8", "xformers", "flash3", "cudnn", "flash", "sdpa")
+    "attention": ("triton", "triton-ws", "triton-int8", "triton-fp8", "xformers", "flash3", "cudnn", "flash", "sdpa"),
+    "linear": ("scaled_mm", "scaled_mm-fast", "triton", "torch"),  # of quantised weights; linear_backends.py decides
 }
 NEEDS = {"xformers": "xformers.ops", "flash3": "flash_attn_interface"}
 
@@ -76,8 +77,10 @@ def choose(op: str, device: torch.device) -> Choice:
     """For a CUDA device; decided and logged once."""
     import torch
 
-    from . import toolchain
+    from . import linear_backends, toolchain
 
+    if op == "linear":
+        return linear_backends.choose(device, _asked.get(op))
     if toolchain.is_told():
         return decide(op, toolchain.capability(device), lambda: None)
     key = op, torch.cuda.current_device() if device.index is None else device.index

@@ -16,7 +16,7 @@ from .backends import CHOICES, Choice
 # The operations of one kernel each: Triton's where it works, torch's elsewhere.
 OPERATIONS = (
     *("patch_embed", "unpatchify", "adaln", "gated_residual", "rms_norm", "qk_norm_rope", "solver_step"),
-    *("linear_quantized", "attention_sparse"),
+    *("quantize_rows", "attention_sparse"),
 )
 DRIVER = Path("/proc/driver/nvidia/version")
 

@@ -3,7 +3,7 @@
 A row r of the activations (a token) or of the weight (an output channel) becomes q = round(r / s) with
 s = max|r| / L: int8 of L = 127, or fp8 e4m3 of L = 448, to the nearest, ties to even. Products of the q are summed in
 int32 or fp32, scales and bias are fp32. A row with a NaN or an infinity gets the scale NaN: what is made of it is NaN.
-The Triton kernels are in linear_quantized_kernels.py.
+The Triton kernels are in linear_quantized_kernels.py; linear_backends.py says where torch's product is taken instead.
 
 Source: LLM.int8() (arXiv 2208.07339), section 2.1, vector-wise quantisation; FP8 formats (arXiv 2209.05433).
 """
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .linear import Activation
+from .linear_backends import product_of, scaled_mm
 from .linear_quantized_kernels import DTYPES, LARGEST, SMALLEST_SCALE, launch_product, launch_rows, shipped
 from .toolchain import check_floats, launches
 
@@ -36,8 +37,25 @@ def linear_quantized(
 
     Returns [..., out] in x's dtype; in and out must be multiples of 16 (the copy engine's, and matrix instructions').
     """
-    run = _linear_quantized_op if launches(x) else _linear_quantized_cpu
-    return run(x.reshape(-1, x.shape[-1]), weight, weight_scale, bias, activation).view(*x.shape[:-1], len(weight))
+    rows = x.reshape(-1, x.shape[-1])
+    _check(rows, weight, weight_scale, bias, activation)
+    name = "torch" if not x.is_cuda or (torch.is_grad_enabled() and x.requires_grad) else product_of(rows, weight, bias)
+    return linear_quantized_by(name, rows, weight, weight_scale, bias, activation).view(*x.shape[:-1], len(weight))
+
+
+def linear_quantized_by(
+    name: str, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: Activation
+) -> Tensor:
+    """`linear_quantized` of checked rows [N, in] by one of `backends.CHOICES`, which must take them."""
+    values, scales = (_quantize_rows_cpu if name == "torch" else quantize_rows)(x, weight.dtype)
+    if name == "torch":
+        return _product_cpu(values, scales, weight, weight_scale, bias, activation, x.dtype)
+    if name == "triton":
+        return _product_op(values, scales, weight, weight_scale, bias, activation, x.dtype)
+    y = scaled_mm(values, scales, weight, weight_scale, bias, dtype=x.dtype, fast=name == "scaled_mm-fast")
+    if activation == "gelu_tanh":  # it has no epilogue for it; in place, at least
+        torch.ops.aten.gelu_(y, approximate="tanh")
+    return y
 
 
 # --- CPU --------------------------------------------------------------------------------------------------------------
@@ -53,19 +71,28 @@ def _quantize_rows_cpu(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (scaled.round_() if dtype == torch.int8 else scaled).to(dtype), scales
 
 
-def _linear_quantized_cpu(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str
+def _product_cpu(
+    values: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
 ) -> Tensor:
-    _check(x, weight, weight_scale, bias, activation)
-    values, scales = _quantize_rows_cpu(x, weight.dtype)
-    if values.dtype == torch.int8 and x.device.type == "cpu" and _multiplies_int8():
+    y = product_in_fp32(values, scales, weight, weight_scale)
+    y = y if bias is None else y.add_(bias)
+    return (F.gelu(y, approximate="tanh") if activation == "gelu_tanh" else y).to(dtype)
+
+
+def product_in_fp32(values: Tensor, scales: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """Quantised rows [N, in] and weight [out, in], with their scales -> [N, out]; torch's lines, for any device."""
+    if values.dtype == torch.int8 and values.device.type == "cpu" and _multiplies_int8():
         # 4 times as fast as the product in fp32 (160 x 256 -> 1024, two AVX-512 cores).
         total = torch._int_mm(values, weight.T).float()
     else:
         total = F.linear(_decoded(values), _decoded(weight))
-    y = total.mul_(scales[:, None]).mul_(weight_scale)
-    y = y if bias is None else y.add_(bias)
-    return (F.gelu(y, approximate="tanh") if activation == "gelu_tanh" else y).to(x.dtype)
+    return total.mul_(scales[:, None]).mul_(weight_scale)
 
 
 @torch.compiler.assume_constant_result
@@ -94,13 +121,17 @@ def _quantize_rows_triton(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return values, scales
 
 
-def _linear_quantized_triton(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str
+def _product_triton(
+    values: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
 ) -> Tensor:
-    _check(x, weight, weight_scale, bias, activation)
-    out = x.new_empty(len(x), len(weight))
+    out = values.new_empty(len(values), len(weight), dtype=dtype)
     if out.numel():
-        values, scales = _quantize_rows_triton(x, weight.dtype)
         launch_product(values, scales, weight, weight_scale, bias, out, activation == "gelu_tanh")
     return out
 
@@ -141,10 +172,10 @@ _quantize_rows_op.register_fake(
     lambda x, dtype: (x.new_empty(x.shape, dtype=dtype), x.new_empty(len(x), dtype=torch.float32))
 )
 
-_linear_quantized_op = torch.library.custom_op(
-    "skylapse::linear_quantized", _linear_quantized_cpu, mutates_args=(), device_types="cpu"
-)
-_linear_quantized_op.register_kernel("cuda")(_linear_quantized_triton)
-_linear_quantized_op.register_fake(
-    lambda x, weight, weight_scale, bias, activation: x.new_empty(x.shape[0], weight.shape[0])
+_product_op = torch.library.custom_op("skylapse::product_quantized", _product_cpu, mutates_args=(), device_types="cpu")
+_product_op.register_kernel("cuda")(_product_triton)
+_product_op.register_fake(
+    lambda values, scales, weight, weight_scale, bias, activation, dtype: values.new_empty(
+        values.shape[0], weight.shape[0], dtype=dtype
+    )
 )

@@ -73,7 +73,7 @@ def _stacked_cpu(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, pairs: Tensor,
 # --- Triton -----------------------------------------------------------------------------------------------------------
 
 
-@jit
+@jit(do_not_specialize=["num_tokens"])  # times dim, which 16 divides: no alignment comes of it, but another kernel
 def _kernel(
     qkv,
     q_weight,

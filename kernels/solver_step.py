@@ -105,7 +105,8 @@ def _weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor
 # --- Triton -----------------------------------------------------------------------------------------------------------
 
 
-@jit
+# height and width are of previews' addresses alone; as numbers of their own they would make six kernels of one.
+@jit(do_not_specialize=["height", "width"])
 def _kernel(
     latents,
     cond,

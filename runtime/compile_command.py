@@ -15,7 +15,8 @@ from .options import Parser, size_of
 from .request import VideoRequest
 
 if TYPE_CHECKING:
-    from ..compile.select import Selector, Standing
+    from ..compile.choice import Standing
+    from ..compile.select import Selector
 
 logger = logging.getLogger(__name__)
 COLUMNS = ("state", "seconds a clip", "error", "")  # after the part's name, which stands above its backends
@@ -24,7 +25,8 @@ COLUMNS = ("state", "seconds a clip", "error", "")  # after the part's name, whi
 def compile(arguments: Sequence[str], settings: Settings) -> int:
     """Exit code 0 where what was asked for is built and right."""
     options = _parser().parse_args(arguments)
-    settings = replace(settings, decoder="auto", encoder="auto", decoder_dtype=options.dtype)
+    dtype = options.dtype or settings.decoder_dtype
+    settings = replace(settings, decoder="auto", encoder="auto", decoder_dtype=dtype)
     import torch  # seconds
 
     from .decoders import Decoders
@@ -78,7 +80,7 @@ def _build(selector: Selector, size: tuple[int, int], part: str, options: argpar
         print(f"skylapse: building {name} for the {part}", file=sys.stderr)
         try:
             backend = selector.backend(name)
-            own = size if options.size else selector.plan_for(size).size
+            own = size if options.size else selector.plan_for(size, backend).size
             selector.build(backend, own, measure_at=size, again=True)
             return
         except (Unavailable, BuildFailed) as error:
@@ -111,12 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     option("model", metavar="MODEL", help="demo, a diffusers folder, or a Hugging Face id")
     option("--size", type=size_of, metavar="WxH", help="for frames of this size alone (default: for any)")
     option("--backend", choices=DECODERS[1:], help="default: the first that can be had")
-    option(
-        "--dtype",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default="auto",
-        help="of the decoder (default: bf16 on CUDA)",
-    )
+    words = ("auto", "fp32", "bf16", "fp16")
+    option("--dtype", choices=words, help="of the decoder (default: SKYLAPSE_DECODER_DTYPE, which is bf16 on CUDA)")
     option("--part", choices=("decoder", "encoder", "all"), default="all", help="default: all; the encoder is fp32")
     option("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     option("--threads", type=int, metavar="N", help="that it will be run with (default: SKYLAPSE_THREADS, or torch's)")

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..kernels import weight_formats
 from ..kernels.backends import parse
 
 MIB = 2**20
 DECODERS = ("auto", "eager", "onnxruntime", "inductor", "tensorrt")
 OFFLOAD = ("auto", "none", "all")  # which parts of a model may leave the device while nothing needs them
-QUANTIZE = ("none", "fp8", "int8")  # what the weights of a denoiser's blocks may be kept in
+QUANTIZE = weight_formats.words()  # what the weights of a denoiser's blocks may be kept in
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compile import footprint
 from ..compile.backend import Backend
 from ..compile.cache import EngineCache
 from ..compile.select import Selector
@@ -26,6 +27,7 @@ from .vae.coders import decoder_of, encoder_of
 logger = logging.getLogger(__name__)
 NICE = 19  # of a build beside a running service
 BUILD_TIMEOUT_S = 3600.0
+ASK_AGAIN_S = 600.0  # for the memory of a build that a busy GPU had none for
 ENCODER_ERROR = 1e-2  # of the narrowest channel's standard deviation: fp32 convolutions in TF32 differ by a tenth of it
 
 
@@ -47,13 +49,16 @@ class DecoderReport:
         return told | ({"decoder_demoted": self.demotions} if self.demotions else {})
 
 
-def backends(device: torch.device) -> list[Backend]:
-    """All that a coder can be built for; by default the first is built that a device has."""
+def backends(device: torch.device, memory_bytes: int | None = None) -> list[Backend]:
+    """All that a coder can be built for; by default the first is built that a device has.
+
+    memory_bytes: what the operator lets this process take of the device; None is all that is free.
+    """
     from ..compile.inductor import Inductor
     from ..compile.onnxruntime import OnnxRuntime
     from ..compile.tensorrt import TensorRT
 
-    return [TensorRT(device), OnnxRuntime(device), Inductor(device)]
+    return [TensorRT(device, memory_bytes), OnnxRuntime(device), Inductor(device)]
 
 
 def cache_of(settings: Settings) -> EngineCache:
@@ -75,7 +80,8 @@ class Decoders:
         self.wanted = {"decoder": settings.decoder, "encoder": settings.encoder or settings.decoder}
         self._building: threading.Thread | None = None
         self._process: subprocess.Popen[str] | None = None
-        self._closing = False
+        self._closing = threading.Event()
+        self._waiting: dict[str, str] = {}  # part -> why its build has not begun
 
     @cached_property
     def selector(self) -> Selector:
@@ -96,7 +102,7 @@ class Decoders:
         device = self.codec.device
         return Selector(
             coder,
-            backends(device),
+            backends(device, self.settings.memory_bytes),
             cache_of(self.settings),
             device=device,
             dtype=dtype,
@@ -141,11 +147,12 @@ class Decoders:
         return DecoderReport(*decoder, demotions, *encoder)
 
     def _stands(self, part: str) -> tuple[str, str]:
-        """Which backend, and why."""
+        """Which backend, and why; and why what is missing is not being built."""
         if part not in self._compiled:
             return "eager", "as configured"
         chosen = self.selector_of(part).chosen(*self.default_size)
-        return (chosen.backend, chosen.why) if chosen else ("eager", "the next clip chooses")
+        backend, why = (chosen.backend, chosen.why) if chosen else ("eager", "the next clip chooses")
+        return backend, "; ".join(filter(None, (why, self._waiting.get(part))))
 
     def latent_size(self, width: int, height: int) -> tuple[int, int]:
         """(h, w) in latents that frames of width x height pixels, or their tiles, are coded at."""
@@ -174,7 +181,8 @@ class Decoders:
     def build_in_background(self) -> bool:
         """Build what is missing in a process of its own, which gives way to everything else; False where nothing is.
 
-        Clips that begin after it has ended may use it.
+        Clips that begin after it has ended may use it. On a GPU nothing gives way: a build that needs more memory than
+        is free there is not begun, and asked for again every ten minutes.
         """
         if self._building is not None:
             return False
@@ -188,10 +196,11 @@ class Decoders:
     def _missing(self, part: str) -> str | None:
         """The first backend that this machine has and that has not failed, if it is not built yet."""
         selector, wanted = self.selector_of(part), self.wanted[part]
-        plan, demoted = selector.plan_for(self.default_size), selector.ledger.demoted()
+        demoted = selector.ledger.demoted()
         for backend in selector.backends:
             if wanted not in ("auto", backend.name):
                 continue
+            plan = selector.plan_for(self.default_size, backend)
             key = selector.key(backend, plan)
             failure = selector.cache.failure(key)
             told = demoted[key.id]["reason"] if key.id in demoted else None
@@ -206,19 +215,50 @@ class Decoders:
     def command(self, part: str, name: str) -> list[str]:
         """What builds a backend for this model in a process of its own."""
         arguments = [self.model, "--part", part, "--backend", name, "--device", self.codec.device.type]
-        if self.selector_of(part).plan_for(self.default_size).size is not None:
+        selector = self.selector_of(part)
+        if selector.plan_for(self.default_size, selector.backend(name)).size is not None:
             arguments += ["--size", "{}x{}".format(*self.size)]
-        arguments += ["--dtype", self.selector.dtype, "--threads", str(torch.get_num_threads())]
+        arguments += ["--dtype", selector.dtype, "--threads", str(torch.get_num_threads())]
         return [sys.executable, "-m", __package__.partition(".")[0], "compile", *arguments]
 
     def _build_all(self, wanting: Sequence[tuple[str, str]]) -> None:
-        for part, name in wanting:
-            if not self._closing:
-                self._build(part, name)
+        remaining = list(wanting)
+        while True:
+            for part, name in [*remaining]:
+                if not self._closing.is_set() and self._has_room(part, name):
+                    remaining.remove((part, name))
+                    self._build(part, name)
+            if not remaining or self._closing.wait(ASK_AGAIN_S):
+                return
+
+    def _has_room(self, part: str, name: str) -> bool:
+        """Whether the device has now what a build takes at its most; else the log and the report say how much that is.
+
+        The build is another process: what this one's allocator keeps unused is not there for it.
+        """
+        selector = self.selector_of(part)
+        free = footprint.free_bytes(self.codec.device)
+        if free is None:
+            return True
+        backend = selector.backend(name)
+        plan = backend.plans(selector.plan_for(self.default_size, backend))[0]
+        chunk, dtype = plan.chunk or self.codec.chunk, DTYPES[plan.dtype]
+        needed = footprint.build_bytes(selector.coder, self.default_size, chunk, dtype, backend.workspace_bytes)
+        needed_gib, free_gib = footprint.gib(needed), footprint.gib(free)
+        told = f"building {name}'s {part} takes about {needed_gib} of the device's memory, and {free_gib} are free"
+        if needed <= free:
+            logger.info("%s", told)
+            self._waiting.pop(part, None)
+            return True
+        if self._waiting.get(part, "").partition(",")[0] != told.partition(",")[0]:  # once, not every ten minutes
+            logger.warning("%s: eager goes on, and it is asked again every %g s", told, ASK_AGAIN_S)
+        self._waiting[part] = told
+        return False
 
     def _build(self, part: str, name: str) -> None:
         selector = self.selector_of(part)
-        key = selector.key(selector.backend(name), selector.plan_for(self.default_size))
+        backend = selector.backend(name)
+        key = selector.key(backend, selector.plan_for(self.default_size, backend))
         logger.info("%s's %s is built in the background; eager serves until then", name, part)
         status, said = self._finish(self.command(part, name))
         if status == 0:
@@ -226,7 +266,7 @@ class Decoders:
             selector.choose(*self.default_size)
             logger.info("%s's %s is built", name, part)
             return
-        if self._closing:
+        if self._closing.is_set():
             return
         if status is None:
             selector.cache.fail(key, f"not built within {BUILD_TIMEOUT_S:g} s")
@@ -252,7 +292,7 @@ class Decoders:
 
     def close(self) -> None:
         """End a build that is running."""
-        self._closing = True
+        self._closing.set()
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
         if self._building is not None:

@@ -80,18 +80,18 @@ def evaluate(model: Model, members: Sequence[Trajectory], layouts: Layouts, apar
     embedding, modulation = denoiser.condition_embedder.embed_time(
         torch.tensor(timesteps, device=model.device), denoiser.dtype
     )
-    tokens = denoiser.embed([inputs[ticket] for ticket, _ in whole.order])
+    held = [denoiser.embed([inputs[ticket] for ticket, _ in whole.order])]  # given away while the blocks work on them
     trunk = partial(each_alone, denoiser.trunk) if apart else denoiser.trunk
     keeps = any(t.cache.policy.site == "trunk" for t in members)  # otherwise nobody needs tokens again
-    entry: Tokens = whole.split(tokens) if keeps else {}
+    entry: Tokens = whole.split(held[0]) if keeps else {}
     bases, probes = dict(entry), cast(Tokens, {})  # bases: the tokens at which a skipped step leaves the blocks
     exits: Tokens = {}
     layout, running, done = whole, list(members), 0
     for depth in _depths(members, denoiser.config.num_layers):
-        tokens = trunk(tokens, modulation, layout.pack, slice(done, depth))
+        held.append(trunk(held.pop(), modulation, layout.pack, slice(done, depth)))
         if not keeps:
             break
-        here, done = layout.split(tokens), depth
+        here, done = layout.split(held[0]), depth
         probing = [t for t in running if depth and _probe_depth(t) == depth]
         for place in (place for t in probing for place in t.places):
             bases[place], probes[place] = here[place], here[place] - entry[place]
@@ -105,12 +105,12 @@ def evaluate(model: Model, members: Sequence[Trajectory], layouts: Layouts, apar
             if not running:
                 break
             layout = layouts.get(running, [m for t, m in zip(members, modulations, strict=True) if t in running])
-            tokens = torch.cat([here[place] for place in layout.order])
+            held = [torch.cat([here[place] for place in layout.order])]
     if keeps and running:
-        exits.update(layout.split(tokens))
+        exits.update(layout.split(held[0]))
     if layout is not whole or not running:
-        tokens = torch.cat([exits[place] for place in whole.order])
-    velocities = dict(zip(whole.order, denoiser.head(tokens, embedding, whole.pack), strict=True))
+        held = [torch.cat([exits[place] for place in whole.order])]
+    velocities = dict(zip(whole.order, denoiser.head(held.pop(), embedding, whole.pack), strict=True))
     return [_outcome(t, velocities, bases, exits, probes) for t in members]
 
 

@@ -45,7 +45,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Where a larger pack gains little. A CPU core steps the demo model at 4,200 tokens/s with 96 tokens a pack, 5,400 with
 # 384 and 5,900 with 768, while everyone in a pack waits for all of it. CUDA's is not measured yet.
 MAX_BATCH_TOKENS = {"cpu": 384, "cuda": 32768}
-# What bringing an expert costs, by arithmetic: its b bytes at 50 GB/s, while 2 (b / 2) FLOP a token at 400 TFLOP/s pass.
+# What bringing an expert costs, by arithmetic: b bytes at 50 GB/s, in which time b FLOP a token pass at 400 TFLOP/s.
 SWITCH_TOKENS = 8192
 
 

@@ -67,7 +67,7 @@ class MemoryBudget:
         return max(*alone, together, 0) if alone else 0
 
     def pack_tokens(self, held_bytes: int, decoding: Sequence[Fit]) -> int:
-        """Tokens of a pack whose step fits beside what is held and, where it goes on beside, a chunk of one of these."""
+        """Tokens of a pack whose step fits beside what is held, and beside a chunk of one of these if the two overlap."""
         left = self.available_bytes - held_bytes - self.fitter.brought_bytes(self.fitter.moved or (), *EXPERTS)
         if self.parallel:
             left -= _most([fit for fit in decoding if fit.overlaps], "decode")
@@ -100,7 +100,8 @@ def _refusal(fit: Fit, nearest: Sequence[Size]) -> str:
     asked = f"num_frames x height x width = {size.num_frames} x {size.height} x {size.width}"
     there = fit.always_bytes + fit.brought_bytes[stage]
     free = max(0, fit.budget_bytes - there)
-    told = f"{asked} ({fit.needs.num_tokens} tokens a branch) does not fit: its {stage} takes {_gib(fit.work_bytes[stage])}"
+    work = _gib(fit.work_bytes[stage])
+    told = f"{asked} ({fit.needs.num_tokens} tokens a branch) does not fit: its {stage} takes {work}"
     fitting = " or ".join(map(str, nearest)) or "no size of this model"
     return (
         f"{told}, and {_gib(free)} are free beside {_gib(there)} of weights and what the request holds; {fitting} fits"

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp
 
+from ..runtime.config import load_settings
 from .api import create_app
 from .config import ServeConfig
 from .context import open_context
 from .dispatcher import Dispatcher
 from .logs import log_as_json
+from .placement import check_gpus, cluster_gpus, gpus_per_engine
 from .replica import EngineReplica
 
+logger = logging.getLogger(__name__)
 CHECKED: dict[str, Any] = dict(health_check_period_s=1, health_check_timeout_s=10)
 STREAMS = 1000  # open event streams and requests of one ingress; Serve's default of 5 would be used up by five watchers
 
@@ -23,12 +27,17 @@ def build(arguments: dict[str, Any], engine: type[EngineReplica] = EngineReplica
     """The application for a `ServeConfig`'s fields; a config file's deployment options come on top."""
     config = ServeConfig(**arguments)
     asked = config.model_dump(exclude_defaults=True)
+    num_gpus = cluster_gpus()
+    try:
+        check_gpus(config, num_gpus, load_settings().memory_bytes)
+    except ValueError as error:  # `skylapse serve` has refused by now, while a cluster may grow or say more
+        logger.warning("%s; engines without room wait for it", error)
     engines = serve.deployment(
         name="Engine",
         num_replicas=config.engines,
         max_ongoing_requests=config.engine_slots,
         graceful_shutdown_timeout_s=config.drain_s,
-        ray_actor_options={"num_cpus": 0.5},
+        ray_actor_options={"num_cpus": 0.5, "num_gpus": gpus_per_engine(config, num_gpus)},
         **CHECKED,
     )(engine).bind(asked)
     dispatcher = serve.deployment(

@@ -21,6 +21,7 @@ from ..runtime.config import Settings, export
 from ..runtime.options import Parser, add_device
 from .config import ServeConfig
 from .context import MAX_PRIORITY, TENANT, Context, open_context
+from .ready import in_words
 from .store.keys import PREFIX, SCOPES
 from .store.processes import DISPATCHER, ENGINE
 
@@ -31,6 +32,7 @@ RAY = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "skylapse.serve.edge.middlewares",
     "RAY_SERVE_ENABLE_HA_PROXY": "0",  # it binds all addresses, and ends long requests when it reloads
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # who asks for no GPU sees none; by default, all of them
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
 }
@@ -53,7 +55,7 @@ def serve(arguments: Sequence[str], settings: Settings) -> int:
     _listen(stopped)
     url = f"http://{'127.0.0.1' if options.host in ('0.0.0.0', '::') else options.host}:{options.port}"
     print(f"starting the service (model {config.model}, data in {config.folder})", file=sys.stderr, flush=True)
-    _start(config, options.host, options.port, stopped)
+    _start(config, settings, options.host, options.port, stopped)
     try:
         if _wait_until_ready(context, stopped):
             _say(url, key, options.host)
@@ -108,12 +110,13 @@ def _listen(stopped: Event) -> None:
         signal.signal(number, lambda *_: stopped.set())
 
 
-def _start(config: ServeConfig, host: str, port: int, stopped: Event) -> None:
+def _start(config: ServeConfig, settings: Settings, host: str, port: int, stopped: Event) -> None:
     export(RAY)
     import ray
     from ray import serve as ray_serve
 
     from .app import build
+    from .placement import check_gpus, cluster_gpus
 
     cores = max(2, os.cpu_count() or 2)
     ray.init(
@@ -125,6 +128,11 @@ def _start(config: ServeConfig, host: str, port: int, stopped: Event) -> None:
         logging_level=logging.WARNING,
         configure_logging=True,
     )
+    try:
+        check_gpus(config, cluster_gpus(), settings.memory_bytes)
+    except ValueError:
+        ray.shutdown()
+        raise
     _listen(stopped)  # Ray has put a handler in the place of ours, which aborts the process 3 s after a SIGTERM
     ray_serve.start(http_options={"host": host, "port": port})
     ray_serve.run(build(config.model_dump(exclude_defaults=True)), name="skylapse", route_prefix="/", blocking=False)
@@ -144,7 +152,10 @@ def _wait_until_ready(context: Context, stopped: Event) -> bool:
     """Whether a dispatcher and an engine have given a sign; False where it was told to stop before."""
     until_s = time.monotonic() + READY_S
     while time.monotonic() < until_s:
-        if {process.kind for process in context.processes.alive(3.0)} >= {DISPATCHER, ENGINE}:
+        facts = {process.kind: process.facts for process in context.processes.alive(3.0)}
+        if {DISPATCHER, ENGINE} <= facts.keys():
+            if "ready_s" in facts[ENGINE]:  # else it is of an earlier version, and of this folder's last service
+                print(in_words(facts[ENGINE]), file=sys.stderr)
             return True
         if stopped.wait(0.2):
             return False

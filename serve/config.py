@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ..runtime.config import QUANTIZE
 
 MIB = 2**20
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class ServeConfig(BaseModel):
@@ -26,13 +29,15 @@ class ServeConfig(BaseModel):
 
     # the model
     model: str = "demo"
-    device: str | None = None
+    device: Literal["cpu", "cuda"] | None = None  # None: cuda where Ray finds a GPU
     dtype: str | None = None
-    quantize: Literal["none", "fp8", "int8"] | None = None  # weights of the denoiser's blocks; None: SKYLAPSE_QUANTIZE
+    quantize: str | None = None  # weights of the denoiser's blocks; None: SKYLAPSE_QUANTIZE
     threads: Count | None = None  # of an engine on a CPU; None: as many as there are cores
     aliases: dict[str, str] = {"sora-2": "", "sora-2-pro": ""}  # name -> model; "": the model above
     engines: Count = 1  # engine and ingress replicas; a Serve config file's own numbers come on top
     ingresses: Count = 1
+    engine_gpus: Share = 1.0  # of a GPU, that Ray counts an engine on cuda as; below 1 engines share one
+    warm_up: bool | None = None  # make what first requests would wait for, at the start; None: on cuda
     engine_slots: Count = 8  # requests that one engine works on at a time
 
     # jobs
@@ -60,6 +65,13 @@ class ServeConfig(BaseModel):
     webhook_secret: str = ""  # whsec_...; "": made at the first start. SKYLAPSE_WEBHOOK_SECRET
     webhook_private: bool = False  # let them go to private addresses, for tests and clusters of one's own
     webhook_attempts: Count = 12
+
+    @field_validator("quantize")
+    @classmethod
+    def _is_known(cls, word: str | None) -> str | None:
+        if word is not None and word not in QUANTIZE:
+            raise ValueError(f"must be {' or '.join(QUANTIZE)}")
+        return word
 
     @model_validator(mode="after")
     def _fits(self) -> ServeConfig:

@@ -24,6 +24,7 @@ FACTS = {
     "steps": ("engine_steps", "Denoising steps of jobs that ended"),
     "steps_skipped": ("engine_steps_skipped", "Of these, the steps that a cache answered"),
     "lost_steps": ("engine_lost_steps", "Steps that dead engines had taken in vain"),
+    "ready_s": ("engine_ready_seconds", "Seconds that an engine took from its start until it was ready"),
     "first_preview_s": ("engine_first_preview_seconds", "Seconds to the newest first preview"),
     "decoder_demotions": ("engine_decoder_demotions", "Compiled decoders that were found wrong or failed"),
     "gpu_memory_bytes": ("engine_gpu_memory_bytes", "Device memory in use"),

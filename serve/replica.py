@@ -11,15 +11,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
+import ray
 import torch
 from ray import serve
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..runtime.engine import Engine
+from ..runtime.warm_up import warm_up
 from .context import open_context
 from .gpu import gpu_reader
 from .logs import log_as_json
 from .measures import Measures
+from .ready import StartTimes, in_words
 from .store.leases import Leases
 from .store.processes import ENGINE, Processes
 from .sweep import sweep_scratch
@@ -35,10 +38,12 @@ class EngineReplica:
     """`run_next` is an ongoing Serve request while its job is worked on, so Serve sees the load and lets it end."""
 
     def __init__(self, config: dict[str, Any]) -> None:
+        began_s = time.perf_counter()
         context = open_context(config)
         log_as_json()
         self.config = context.config
         self.id = serve.get_replica_context().replica_id.unique_id
+        self._load_times = (0.0, 0.0)
         self.engine = self.load()
         self.measures = Measures()
         self.processes = Processes(context.database)
@@ -57,11 +62,14 @@ class EngineReplica:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._packed = (0, 0)
         self._closing = threading.Event()
+        self.started = StartTimes(*self._load_times, time.perf_counter() - began_s).facts
+        logger.info(in_words(self.started))
         self._beating = threading.Thread(target=self._beat, name="skylapse-heartbeat", daemon=True)
         self._beating.start()
 
     def load(self) -> Engine:
         """The engine, and what its first request would otherwise wait for."""
+        began_s = time.perf_counter()
         torch.set_num_threads(self.config.threads or os.cpu_count() or 1)  # Ray has set one for a fraction of a core
         config = self.config
         engine = Engine.from_pretrained(config.model, config.device, config.dtype, quantize=config.quantize)
@@ -69,6 +77,10 @@ class EngineReplica:
             os.nice(NICE)  # clients who ask where their job stands do not wait for its steps
         _ = engine.memory, engine.previewer
         engine.decoders.prepare()
+        loaded_s = time.perf_counter()
+        if engine.device.type == "cuda" if config.warm_up is None else config.warm_up:
+            warm_up(engine)
+        self._load_times = loaded_s - began_s, time.perf_counter() - loaded_s
         engine.decoders.build_in_background()
         return engine
 
@@ -103,6 +115,7 @@ class EngineReplica:
         device = self.engine.device
         read_gpu = gpu_reader(device.index or 0) if device.type == "cuda" else dict
         facts = {"model": self.config.model, "device": str(device), "slots": self.config.engine_slots}
+        facts |= {"gpus": ray.get_gpu_ids(), **self.started}
         while not self._closing.wait(BEAT_S):
             try:
                 told = facts | self.measures.facts | self._packs() | read_gpu()

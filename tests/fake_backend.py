@@ -28,6 +28,8 @@ class Fake:
     built: list[Plan] = field(default_factory=list)
     build_error: Exception | None = None
     calls: int = 0
+    max_any_pixels: int | None = None
+    workspace_bytes: int = 0
 
     def missing(self, plan: Plan) -> str | None:
         return self.absent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from skylapse.benchmarks.demo_model.text import TEXT_DIM, build_text_encoder, build_tokenizer
+from skylapse.runtime.memory import MemoryBudget
 
 BASE = dict(
     num_attention_heads=2,
@@ -112,6 +114,12 @@ def build_pipeline(variant: str) -> WanPipeline | WanImageToVideoPipeline:
         pipeline = WanImageToVideoPipeline(**parts, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def with_room(memory: MemoryBudget, available_bytes: int) -> MemoryBudget:
+    """A budget that leaves so much for requests, their work and parts that move."""
+    taken = memory.fitter.budget_bytes - memory.available_bytes
+    return dataclasses.replace(memory, fitter=dataclasses.replace(memory.fitter, budget_bytes=taken + available_bytes))
 
 
 def save_checkpoint(variant: str, folder: Path) -> Path:

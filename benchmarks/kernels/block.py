@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import roofline
-from ...kernels.linear_quantized import DTYPES, quantize_rows
 from ...kernels.patch_embed import Grid
+from ...kernels.weight_formats import FORMATS, words
 from ...runtime.models.linear import Linear
 from ...runtime.models.wan import TEXT_ROWS, WanBlock, WanConfig
 from ...runtime.pack import Sequence, TextContext, build_pack
@@ -71,7 +71,7 @@ def _build(suite: Suite, config: WanConfig, grid: Grid) -> dict[str, Make]:
     pack = build_pack([sequence], config.attention_head_dim, suite.device)
     ours = partial(block, tokens, modulation, pack, 0)
     makes: dict[str, Make] = {"skylapse": lambda: ours}
-    makes |= {f"skylapse, {kind}": partial(_in_8_bits, ours, kind) for kind in DTYPES}
+    makes |= {f"skylapse, {kind}": partial(_in_8_bits, ours, kind) for kind in words()[1:]}
     theirs: dict[str, Any] = {}
 
     def diffusers() -> partial[Tensor]:
@@ -91,8 +91,9 @@ def _in_8_bits(exact: partial[Tensor], kind: str) -> partial[Tensor]:
     assert isinstance(block, WanBlock)
     for module in block.modules():
         if isinstance(module, Linear):
-            values, scales = quantize_rows(module.weight, DTYPES[kind])
-            module.weight, module.weight_scale = (nn.Parameter(x, requires_grad=False) for x in (values, scales))
+            rows = module.weight.float()
+            module.keep_in(FORMATS[kind], rows.device)
+            module.fill(0, rows)
     run = partial(block, *exact.args)
     _agree(run(), exact(), LOSSY)
     return run

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ...kernels import adaln, attention, backends, patch_embed, qk_norm_rope, reference, rms_norm, solver_step
+from ...kernels.linear_backends import SCALED_MM_ROWS
 from ...kernels.linear_quantized import DTYPES, linear_quantized, quantize_rows
 from ..harness import Missing, reason_of
 from ..record import Check
@@ -88,8 +89,9 @@ def claims(suite: Suite, seed: int) -> Iterator[Claim]:
             shape = (16, rng.randrange(1, 5), rng.randrange(1, 20), rng.randrange(1, 20))
             yield _solver_step(suite, shape, earlier, dtype)
         for kind in DTYPES:
-            sizes = rng.randrange(1, 200), 16 * rng.randrange(1, 40), 16 * rng.randrange(1, 40)
-            yield _linear(suite, kind, *sizes, dtype)
+            for num_tokens in (rng.randrange(1, 200), SCALED_MM_ROWS + rng.randrange(200)):
+                sizes = num_tokens, 16 * rng.randrange(1, 40), 16 * rng.randrange(1, 40)
+                yield _linear(suite, kind, *sizes, dtype)
     for dtype in (torch.bfloat16, torch.float16):
         for size in (64, 96, 128):
             lengths = [(1, 1), (63, 64), (65, 129), *((rng.randrange(1, 700), rng.randrange(1, 700)) for _ in range(3))]

@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits at Wan-14B's shapes, beside bf16 and torch's own products in 8 bits."""
+"""Linear layers in 8 bits at Wan-14B's shapes, by each product, beside bf16 and torch's own in 8 bits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import roofline
-from ...kernels.linear_quantized import DTYPES, linear_quantized, quantize_rows
+from ...kernels.backends import CHOICES
+from ...kernels.linear_backends import fault_of_scaled_mm
+from ...kernels.linear_quantized import DTYPES, linear_quantized, linear_quantized_by, quantize_rows
 from ..harness import Missing, Run
 from .case import Case, Make, Suite, compiled
 
@@ -38,7 +40,16 @@ def _build(suite: Suite, dtype: torch.dtype, num_tokens: int, inner: int, outer:
             raise Missing("torch has no such product in fp8 on a CPU")
         return compiled(in_8_bits)
 
-    return {
+    def by(name: str) -> Run:
+        fault = fault_of_scaled_mm(x.device) if name.startswith("scaled_mm") else None
+        if fault is not None:
+            raise Missing(fault)
+        return partial(linear_quantized_by, name, x, values, scales, bias, "none")
+
+    names = CHOICES["linear"] if suite.on_gpu else ()
+    if dtype == torch.int8:
+        names = tuple(name for name in names if not name.startswith("scaled_mm"))
+    return {name: partial(by, name) for name in names} | {
         "skylapse": lambda: partial(linear_quantized, x, values, scales, bias),
         str(suite.dtype).removeprefix("torch."): lambda: plain,
         "torch in 8 bits, compiled": compiled_8_bits,

@@ -72,8 +72,8 @@ def _case(sheet: Sheet, size: Size, kind: str, rounds: int) -> None:
 
 def peak_of_a_request(model: str, threads: int | None, size: list[int], seed: int, kind: str) -> dict[str, Any]:
     """Bytes that one request takes above what its engine holds, in this process alone."""
+    from ...kernels.live_bytes import LiveBytes
     from ...runtime.engine import Engine
-    from ...runtime.models.live_bytes import LiveBytes
 
     if threads:
         torch.set_num_threads(threads)
@@ -82,7 +82,7 @@ def peak_of_a_request(model: str, threads: int | None, size: list[int], seed: in
     request = clip_request(size, STEPS, seed)
     prepared = engine.prepare(request)
     tokens = prepared.num_tokens * prepared.num_branches
-    predicted = engine.memory.working_bytes(prepared) + prepared.resident_bytes
+    predicted = engine.memory.work_bytes([engine.memory.fit(prepared.needs)]) + prepared.resident_bytes
     del prepared
     try:
         engine.generate(clip_request(SMALLEST, STEPS, seed))

@@ -157,9 +157,10 @@ def _feed_forward(layer: wan.FeedForward, x: Tensor) -> Cost:
 
 
 def _product(layer: Linear, num_rows: int, itemsize: int) -> Cost:
-    """Rows, weight and bias once; a weight of 8 bits has a byte an element."""
-    outputs, inputs = layer.weight.shape
-    num_bytes = layer.weight.nbytes + layer.bias.nbytes + num_rows * (inputs + outputs) * itemsize
+    """Rows, weight and bias once."""
+    outputs, inputs = layer.out_features, layer.in_features
+    weight_bytes = layer.format.num_bytes(outputs, inputs, layer.bias.dtype)
+    num_bytes = weight_bytes + layer.bias.nbytes + num_rows * (inputs + outputs) * itemsize
     return Cost(num_bytes, 2 * num_rows * inputs * outputs)
 
 

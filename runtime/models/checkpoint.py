@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ...kernels.linear_quantized import quantize_rows
+from ...kernels.weight_formats import WeightFormat
 from .linear import Linear
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -67,14 +67,13 @@ def load_weights(
     fp32_parameters: Sequence[str] = (),
     unexpected_keys: Sequence[str] = (),
     rename: Callable[[str], str] = lambda name: name,
-    quantized: Mapping[str, torch.dtype] = {},
+    quantized: Mapping[str, WeightFormat] = {},
 ) -> None:
     """Fill a module that lies on `meta` from a folder's safetensors files.
 
     Parameters whose name contains one of `fp32_parameters` stay fp32. Those of `quantized`, weights of a `Linear`, are
-    kept in 8 bits of that type, with a scale for each row, made from the file's own precision. Raises ValueError naming
-    the file and the keys that are missing, unexpected (but for those containing one of `unexpected_keys`) or wrongly
-    shaped.
+    kept in that format, made from the file's own numbers on the device. Raises ValueError naming the file and the keys
+    that are missing, unexpected (but for those containing one of `unexpected_keys`) or wrongly shaped.
     """
     places = slots(module, rename)
     with ExitStack() as stack:
@@ -86,15 +85,14 @@ def load_weights(
         parameters = dict(module.named_parameters())
         for key, slot in places.items():
             path, file = where[key]
-            target = parameters[slot.parameter].data[slot.rows]
             try:
-                tensor = file.get_tensor(key).view(target.shape)
+                tensor = file.get_tensor(key).view(slot.shape)
             except SafetensorError as error:
                 raise ValueError(f"{path.name}: cannot read {key}: {error}") from error
             if slot.parameter in quantized:
-                _quantize(tensor, target, parameters[f"{slot.parameter}_scale"].data[slot.rows], key)
+                _quantize(tensor, _owner(module, slot.parameter), slot.rows.start, device)
             else:
-                target.copy_(tensor)
+                parameters[slot.parameter].data[slot.rows].copy_(tensor)
     module.requires_grad_(False).eval()
 
 
@@ -104,15 +102,15 @@ def allocate(
     device: torch.device,
     dtype: torch.dtype,
     fp32_parameters: Sequence[str] = (),
-    quantized: Mapping[str, torch.dtype] = {},
+    quantized: Mapping[str, WeightFormat] = {},
 ) -> None:
-    """Give a module that lies on `meta` parameters on a device, not filled, in the dtypes that `load_weights` keeps."""
+    """Give a module that lies on `meta` parameters on a device, not filled, in the formats that `load_weights` keeps."""
     for name, parameter in list(module.named_parameters()):
-        keep = any(part in name for part in fp32_parameters)
-        kept_in = quantized.get(name, torch.float32 if keep else dtype)
-        _replace(module, name, torch.empty(parameter.shape, device=device, dtype=kept_in))
         if name in quantized:
-            _replace(module, f"{name}_scale", torch.empty(len(parameter), device=device))
+            _keep_in(_owner(module, name), quantized[name], device, name)
+            continue
+        keep = any(part in name for part in fp32_parameters)
+        _replace(module, name, torch.empty(parameter.shape, device=device, dtype=torch.float32 if keep else dtype))
 
 
 def check_keys(
@@ -193,15 +191,23 @@ def _open(path: Path) -> Any:
         raise ValueError(f"{path.parent.name}/{path.name} is not a readable safetensors file: {error}") from error
 
 
-def _quantize(tensor: Tensor, values: Tensor, scales: Tensor, key: str) -> None:
-    """Rows of a checkpoint's tensor into their places, some megabytes at a time."""
-    if any(side % 16 for side in tensor.shape):
-        raise ValueError(f"{key} cannot be quantised: its sides must be multiples of 16, got {list(tensor.shape)}")
+def _owner(module: nn.Module, name: str) -> Linear:
+    layer = module.get_submodule(name.rpartition(".")[0])
+    assert isinstance(layer, Linear)
+    return layer
+
+
+def _keep_in(layer: Linear, form: WeightFormat, device: torch.device, name: str) -> None:
+    try:
+        layer.keep_in(form, device)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be quantised to {form.name}: {error}") from error
+
+
+def _quantize(tensor: Tensor, layer: Linear, first: int, device: torch.device) -> None:
+    """A checkpoint's tensor into its rows, some megabytes at a time; what is sent to the device is the file's bytes."""
     for start in range(0, len(tensor), QUANTIZED_ROWS):
-        rows = slice(start, start + QUANTIZED_ROWS)
-        found, scale = quantize_rows(tensor[rows].to(values.device, torch.float32), values.dtype)
-        values[rows].copy_(found)
-        scales[rows].copy_(scale)
+        layer.fill(first + start, tensor[start : start + QUANTIZED_ROWS].to(device).float())
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:

@@ -1,8 +1,8 @@
 """Which clips of a model fit on a device, with which parts there all the time, which moved, and at which price.
 
-A request goes through four stages: text (prompts to rows), encode (given frames to latents), step and decode. Each needs
-some of the model's parts, its own activations, and what the request holds all the while. A resident part stays on the
-device; a moved one has a pinned copy in the host's memory and is on the device while a stage needs it.
+A request goes through four stages: text (prompts to rows), encode (given frames to latents), step and decode. Each
+needs some of the model's parts, its own activations, and what the request holds all the while. A resident part stays on
+the device; a moved one has a pinned copy in the host's memory and is on the device while a stage needs it.
 """
 
 from __future__ import annotations
@@ -199,7 +199,8 @@ class Fitter:
 
     @cached_property
     def _ways(self) -> list[Way]:
-        return [Way(*parts) for parts in product(self._moves(), ("together", "apart"), self.chunks, self.tilings)]
+        guidance: tuple[Guidance, ...] = ("together", "apart")
+        return [Way(*parts) for parts in product(self._moves(), guidance, self.chunks, self.tilings)]
 
     def _moves(self) -> Iterator[tuple[str, ...]]:
         """Sets of parts to be moved, each with the next one that is needed least."""

@@ -1,4 +1,4 @@
-"""Rows that tell which native sizes of a model fit on a device, as `models inspect` and the committed table have them."""
+"""Rows that tell which native sizes of a model fit on a device: of `models inspect`, and of the committed table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A linear layer whose rows may be several of the checkpoint's projections, fused."""
+"""A linear layer whose rows may be several of the checkpoint's projections, fused, and whose weight has a format."""
 
 from __future__ import annotations
 
@@ -7,27 +7,52 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...kernels.linear import Activation, linear
-from ...kernels.linear_quantized import linear_quantized
+from ...kernels.linear import Activation
+from ...kernels.weight_formats import PLAIN, WeightFormat, torch_dtype
 
 
 class Linear(nn.Module):
     """y = x W^T + b, where W stacks the checkpoint's projections named in `sources` (name -> number of rows).
 
     The names are relative to the parent module; the loader copies each into its rows, and LoRA or quantisation address
-    the same rows, so no model file knows about either. The loader may make `weight` one of 8 bits, with a scale a row.
+    the same rows, so no model file knows about either. `keep_in` makes of `weight` the parameters of another format.
     """
-
-    weight_scale: nn.Parameter | None
 
     def __init__(self, in_features: int, sources: Mapping[str, int]) -> None:
         super().__init__()
         self.sources = dict(sources)
-        self.weight = nn.Parameter(torch.empty(sum(sources.values()), in_features))
-        self.bias = nn.Parameter(torch.empty(sum(sources.values())))
-        self.register_parameter("weight_scale", None)
+        self.in_features, self.out_features = in_features, sum(sources.values())
+        self.weight = nn.Parameter(torch.empty(self.out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(self.out_features))
+        self._use(PLAIN)
 
     def forward(self, x: Tensor, activation: Activation = "none") -> Tensor:
-        if self.weight_scale is None:
-            return linear(x, self.weight, self.bias, activation)
-        return linear_quantized(x, self.weight, self.weight_scale, self.bias, activation)
+        return self._functions.run(x, self.bias, activation, **{name: getattr(self, name) for name in self._names})
+
+    def keep_in(self, form: WeightFormat, device: torch.device) -> None:
+        """Replace the weight by the tensors of a format, without numbers yet: `fill` makes them, rows by rows.
+
+        Raises ValueError where the format does not take the weight's sides.
+        """
+        for num_rows in self.sources.values():
+            if num_rows % form.multiple_of or self.in_features % form.multiple_of:
+                got = [num_rows, self.in_features]
+                raise ValueError(f"its sides must be multiples of {form.multiple_of}, got {got}")
+        dtype = self.weight.dtype
+        for name in self._names:
+            delattr(self, name)
+        self._use(form)
+        for name, (shape, named) in form.tensors(self.out_features, self.in_features).items():
+            tensor = torch.empty(shape, device=device, dtype=torch_dtype(named, dtype))
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+
+    def fill(self, first: int, rows: Tensor) -> None:
+        """Quantise rows [n, in] in fp32 into their place, from row `first` on."""
+        for name, part in self._functions.quantize(rows).items():
+            whole = getattr(self, name).data
+            start = first * len(whole) // self.out_features
+            whole[start : start + len(part)].copy_(part)
+
+    def _use(self, form: WeightFormat) -> None:
+        self.format, self._functions = form, form.load()
+        self._names = tuple(form.tensors(self.out_features, self.in_features))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.fake_cuda import fake_cuda
+from ...kernels.live_bytes import LiveBytes
 from ..pack import Context, Pack, each_alone
 from ..vae.codec import VideoCodec
 from ..vae.coders import WanDecoder, WanEncoder
@@ -42,7 +43,8 @@ TEXT_ROWS = 100  # of a prompt in the packs that are measured: their keys are co
 BLOCKS = slice(0, 2)  # all blocks are alike, and the second one runs while the first one's result is there
 # N of the packs whose peak is predicted: about the rows in which a feed-forward is cut (32,768), and Wan's sizes.
 STEP_TOKENS = (512, 8192, 32768, 65536, 262144)
-SIDES = ((16, 16), (32, 32))  # h, w of the frames whose coding is predicted
+SIDES = ((64, 64), (128, 128))  # h, w of the frames whose coding is predicted: edges count for 1 % there
+CPU_SIDES = ((4, 4), (8, 8))  # and measured
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,7 @@ def measure_peaks(
         Curve(tuple((float(total), float(step_bytes(denoiser, 2, total // 2, "cpu", how))) for total in totals))
         for how in (False, True)
     )
-    encode, decode = (_coding_of(half, "cpu", ((2, 2), (4, 4)), chunks) for half in (codec.encoder, codec.decoder))
+    encode, decode = (_coding_of(half, "cpu", CPU_SIDES, chunks) for half in (codec.encoder, codec.decoder))
     return Peaks(step, apart, encode, decode, **_encoders(folder, denoiser.dtype))
 
 

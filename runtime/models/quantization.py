@@ -1,19 +1,17 @@
-"""Which weights `quantize` keeps in 8 bits, which devices can multiply them, and what a model then takes."""
+"""Which weights `quantize` keeps in another format, and which devices can multiply them."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from ...kernels.linear_quantized import DTYPES
-from ..config import QUANTIZE
+from ...kernels.toolchain import capability
+from ...kernels.weight_formats import FORMATS, WeightFormat, words
 from .linear import Linear
 
-FP8_FROM = (8, 9)  # compute capability whose matrix instructions read fp8; int8 has been there since 8.0
 
-
-def quantized_weights(denoiser: nn.Module, quantize: str | None) -> dict[str, torch.dtype]:
-    """Names of the parameters that are kept in 8 bits, with their type; none for None.
+def quantized_weights(denoiser: nn.Module, quantize: str | None) -> dict[str, WeightFormat]:
+    """Names of the parameters that are quantised, with their format; none for None.
 
     They are the projections of all blocks, 98 % of every Wan model. Embeddings, the timestep's and the text's
     projections, modulation, norms, biases and the head stay as they were: they are small, and published recipes for Wan
@@ -24,17 +22,21 @@ def quantized_weights(denoiser: nn.Module, quantize: str | None) -> dict[str, to
     if quantize is None:
         return {}
     return {
-        f"{name}.weight": DTYPES[quantize]
+        f"{name}.weight": FORMATS[quantize]
         for name, child in denoiser.named_modules()
         if isinstance(child, Linear) and name.startswith("blocks.")
     }
 
 
 def parse_quantize(text: str, device: torch.device) -> str | None:
-    """ "none", "fp8" or "int8" for a model on `device`; ValueError where it is another word, or the device too old."""
-    if text not in QUANTIZE:
-        raise ValueError(f"quantize must be {', '.join(QUANTIZE[:-1])} or {QUANTIZE[-1]}, got {text!r}")
-    if text == "fp8" and device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < FP8_FROM:
-        major, minor = capability
-        raise ValueError(f"quantize fp8 needs a GPU of sm_89 or newer, and this is sm_{major}{minor}: int8 works there")
-    return None if text == "none" else text
+    """One of `words()`, "none" as None, for a model on `device`; ValueError for another, or on too old a device."""
+    known = words()
+    if text not in known:
+        raise ValueError(f"quantize must be {', '.join(known[:-1])} or {known[-1]}, got {text!r}")
+    if text == "none":
+        return None
+    if device.type == "cuda" and (number := capability(device)) < (needs := FORMATS[text].needs):
+        working = [name for name in known[1:] if FORMATS[name].needs <= number]
+        there = f"{' and '.join(working)} works there" if working else "no other format works there either"
+        raise ValueError(f"quantize {text} needs a GPU of sm_{needs} or newer, and this is sm_{number}: {there}")
+    return text

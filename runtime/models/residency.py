@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 class Copy(Protocol):
     """Tensors on their way to a device."""
 
-    tensors: list[Tensor]
+    @property
+    def tensors(self) -> list[Tensor]: ...
 
     def arrive(self) -> None:
         """What is queued from now on may read them."""

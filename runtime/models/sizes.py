@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..config import QUANTIZE
+from ...kernels.weight_formats import words
 from ..vae.wan import WanVAE, WanVAEConfig
 from .configs import parse_config
 from .quantization import quantized_weights
@@ -24,7 +24,7 @@ def loaded_bytes(folder: ModelFolder, components: Sequence[ComponentReport]) -> 
     return {
         "+".join(filter(None, (name, quantize))): _bytes(folder, components, dtype, quantize)
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
-        for quantize in (None, *QUANTIZE[1:])
+        for quantize in (None, *words()[1:])
     }
 
 
@@ -49,8 +49,8 @@ def _parameters_of(name: str, config: str) -> int:
     import transformers
 
     fields = json.loads(config)
-    module_class = transformers.CLIPVisionModel if name == "image_encoder" else None
-    module_class = module_class or getattr(transformers, fields["architectures"][0])
+    kind = "CLIPVisionModel" if name == "image_encoder" else fields["architectures"][0]
+    module_class: Any = getattr(transformers, kind)
     with torch.device("meta"):
         module = module_class(module_class.config_class.from_dict(fields))
     return sum(parameter.numel() for parameter in module.parameters())
@@ -72,11 +72,12 @@ def _expert_bytes(config: dict[str, object], name: str, dtype: torch.dtype, quan
     """By the rule that the loader follows, on a module without memory."""
     with torch.device("meta"):
         denoiser = WanDenoiser(parse_config(WanConfig, config, name))
-    in_8_bits = quantized_weights(denoiser, quantize)
+    quantized = quantized_weights(denoiser, quantize)
     total = 0
     for name, parameter in denoiser.named_parameters():
-        if name in in_8_bits:
-            total += parameter.numel() + 4 * len(parameter)  # and a scale a row
+        if name in quantized:
+            num_outputs, num_inputs = parameter.shape
+            total += quantized[name].num_bytes(num_outputs, num_inputs, dtype)
         else:
             keep = any(part in name for part in WanDenoiser.fp32_parameters)
             total += parameter.numel() * (4 if keep else dtype.itemsize)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor, nn
 
 from ...compile.attention import ANY_AREA
-from ...compile.stream import Coder
-from .wan import States, WanVAE
+from ...compile.stream import Coder, States
+from .wan import WanVAE
 
 
 def move(module: nn.Module, device: torch.device) -> None:
-    """Bring a module's weights to a device; as data, since others may hold the same parameters."""
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        if tensor.device != device:
-            tensor.data = tensor.data.to(device)
+    """Bring a module's weights to a device, for all who share its parts."""
+    for part in module.modules():
+        for name, weight in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+            if weight.device.type != device.type or device.index not in (None, weight.device.index):
+                moved = weight.detach().to(device)  # set anew: a fake tensor's data cannot change its device
+                is_weight = isinstance(weight, nn.Parameter)
+                setattr(part, name, nn.Parameter(moved, weight.requires_grad) if is_weight else moved)
 
 
 class WanDecoder(nn.Module):

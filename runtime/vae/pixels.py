@@ -5,23 +5,31 @@ Shape letters as in wan.py: tensors are [B, C, T, H, W] in channels-last memory 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def fold_time(x: Tensor) -> Tensor:
     """[B, C, T, H, W] -> [B T, C, H, W], a view in channels-last order."""
-    return x.transpose(1, 2).flatten(0, 1)
+    if torch.compiler.is_exporting():
+        return x.transpose(1, 2).flatten(0, 1)  # as compile/frames.py knows it
+    # By way of the last dimension: a lone frame that is transposed loses the strides by which a convolution tells the
+    # order, and answers in the planar one, which then lasts from state to state.
+    return x.movedim(1, -1).flatten(0, 1).movedim(-1, 1)
 
 
 def unfold_time(x: Tensor, batch: int) -> Tensor:
     """[B T, C, H, W] -> [B, C, T, H, W], a view in channels-last order."""
-    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+    if torch.compiler.is_exporting():
+        return x.unflatten(0, (batch, -1)).transpose(1, 2)
+    return x.movedim(1, -1).unflatten(0, (batch, -1)).movedim(-1, 1)
 
 
 def interleave_time(x: Tensor) -> Tensor:
     """[B, 2 C, T, H, W] -> [B, C, 2 T, H, W]: the halves of the channels are the even and the odd frames."""
     x = x.movedim(1, -1).unflatten(-1, (2, -1))  # [B, T, H, W, 2, C]
-    return x.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).movedim(-1, 1)
+    x = x.permute(0, 1, 4, 2, 3, 5).contiguous()  # two frames of one would be a view of both orders
+    return x.flatten(1, 2).movedim(-1, 1)
 
 
 def average_down(x: Tensor, out_dim: int, factor_t: int, factor_s: int) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .wan import States
+from ...compile.stream import States
 
 TileStates = list[States]
 Chunk = Callable[[Tensor, States | None], tuple[Tensor, States]]

@@ -342,8 +342,10 @@ class Decoder(nn.Module):
         x = self.conv_in(x, stream)
         x = self.mid_block(x, stream)
         # Layer by layer, not block by block: a call keeps its arguments until it returns.
-        for layer in itertools.chain.from_iterable(block.layers for block in self.up_blocks):
-            x = layer(x, stream)
+        for block in self.up_blocks:
+            assert isinstance(block, UpBlock | ResidualUpBlock)
+            for layer in block.layers:
+                x = layer(x, stream)
         x = norm_silu(self.norm_out, x)
         x = self.conv_out.extend(x, stream)
         return self.conv_out.convolve(x, stream)

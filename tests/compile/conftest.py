@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from skylapse.compile.stream import Coder, Plan
 from skylapse.kernels.cpu import library
 from skylapse.runtime.vae.coders import decoder_of, encoder_of
 from skylapse.runtime.vae.wan import WanVAE, WanVAEConfig
+
+from .engines import BINDINGS
+from .stand_in import StandIn
 
 # Each of its parts once: exporting with free sides takes seconds a level, of which sympy takes most.
 SMALL = dict(
@@ -95,3 +99,17 @@ def exported(coders: dict[str, Coder], tmp_path_factory: pytest.TempPathFactory)
         return made[name, plan]
 
     return folder
+
+
+@pytest.fixture
+def trt(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """`tensorrt`, as far as the bindings and ONNX Runtime can play it."""
+    stand_in = StandIn(BINDINGS / "api.json")
+    monkeypatch.setitem(sys.modules, "tensorrt", stand_in)
+    return stand_in
+
+
+@pytest.fixture(scope="session")
+def graphs(exported: Callable[[str, Plan], Path]) -> Path:
+    """Those of "2.1" for any size."""
+    return exported("2.1", Plan())

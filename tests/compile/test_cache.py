@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from skylapse.compile import cache as module
 from skylapse.compile.cache import Artifact, BuildFailed, EngineCache, Key
@@ -117,11 +118,11 @@ def test_artifact_that_does_not_load_is_built_again_once(cache: EngineCache) -> 
 def test_failed_build_leaves_nothing_and_is_not_tried_again_for_a_while(
     cache: EngineCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    builder = Builder(error=MemoryError("the builder needs 40 GiB of workspace"))
-    with pytest.raises(BuildFailed, match="MemoryError: the builder needs 40 GiB"):
+    builder = Builder(error=RuntimeError("no tactic for node 7"))
+    with pytest.raises(BuildFailed, match="RuntimeError: no tactic for node 7"):
         cache.build(KEY, builder)
     assert names(cache) == [f"{KEY.id}.failed.json"]
-    with pytest.raises(BuildFailed, match=r"40 GiB of workspace \(tried before; tried again in 1440 min\)"):
+    with pytest.raises(BuildFailed, match=r"node 7 \(tried before; tried again in 1440 min\)"):
         EngineCache(cache.root).build(KEY, builder)
     assert builder.calls == 1
     later_s = time.time() + module.RETRY_S + 1
@@ -129,6 +130,22 @@ def test_failed_build_leaves_nothing_and_is_not_tried_again_for_a_while(
     assert cache.failure(KEY) is None
     assert text_of(cache.build(KEY, Builder())) == "a plan"
     assert names(cache) == [KEY.id]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("the builder needs 40 GiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB"),
+        RuntimeError("TensorRT's build failed: no plan came of it; Error Code 2: OutOfMemory (Requested size was 9)"),
+    ],
+    ids=["host", "torch", "tensorrt"],
+)
+def test_build_that_ran_out_of_memory_is_tried_again_soon(cache: EngineCache, error: Exception) -> None:
+    with pytest.raises(BuildFailed):
+        cache.build(KEY, Builder(error=error))
+    failure = cache.failure(KEY)
+    assert failure is not None and failure.until - time.time() <= module.RETRY_SOON_S < module.RETRY_S
 
 
 def test_who_asks_for_it_builds_again_at_once(cache: EngineCache) -> None:
@@ -142,7 +159,7 @@ def test_full_disk_fails_the_build_alone(cache: EngineCache) -> None:
     with pytest.raises(BuildFailed, match="No space left on device"):
         cache.build(KEY, Builder(error=OSError(errno.ENOSPC, "No space left on device")))
     failure = cache.failure(KEY)
-    assert failure is not None and failure.until - time.time() <= module.RETRY_DISK_S
+    assert failure is not None and failure.until - time.time() <= module.RETRY_SOON_S
     assert not [name for name in names(cache) if name.startswith(".")]
     assert cache.find(Key({**FIELDS, "coder": "other"})) is not None
 

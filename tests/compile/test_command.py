@@ -10,6 +10,7 @@ import pytest
 from fake_backend import Fake
 
 from skylapse.cli import main
+from skylapse.compile import footprint
 from skylapse.compile.select import Selector
 from skylapse.compile.stream import Plan
 from skylapse.runtime import decoders
@@ -35,7 +36,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> list[Fake]:
     found = [Fake(name="onnxruntime"), Fake(name="inductor")]
-    monkeypatch.setattr(decoders, "backends", lambda device: found)
+    monkeypatch.setattr(decoders, "backends", lambda device, *_: found)
     return found
 
 
@@ -81,6 +82,7 @@ def test_size_is_built_for_alone(run: Run, fakes: list[Fake]) -> None:
         (["--size", "64"], "must be WIDTHxHEIGHT"),
         (["--backend", "eager"], "eager needs no building"),
         (["--backend", "openvino"], "invalid choice: 'openvino'"),
+        (["--dtype", "fp8"], "invalid choice: 'fp8'"),
         (["--status", "--verify"], "not allowed with"),
     ],
 )
@@ -120,6 +122,35 @@ def test_verify_fails_where_something_built_is_wrong(run: Run, fakes: list[Fake]
     fakes[0].load = lambda coder, plan, folder: lambda x, states: (coder(x, states)[0] + 1, coder(x, states)[1])
     status, out, _ = run("compile", "demo", "--verify")
     assert status == 1 and "demoted" in out and "differs from eager by 1" in out
+
+
+def test_dtype_is_the_configured_one_where_none_is_given(
+    run: Run, fakes: list[Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKYLAPSE_DECODER_DTYPE", "fp16")
+    assert run("compile", "demo", "--part", "decoder")[0] == 0
+    assert run("compile", "demo", "--part", "decoder", "--dtype", "fp32")[0] == 0
+    assert [plan.dtype for plan in fakes[0].built] == ["fp16", "fp32"]
+
+
+def test_plan_that_is_bound_to_smaller_frames_is_built_by_size(run: Run, fakes: list[Fake]) -> None:
+    fakes[0].max_any_pixels = 63  # of the demo's 64
+    assert run("compile", "demo", "--part", "decoder")[0] == 0
+    assert fakes[0].built == [Plan(size=(8, 8))]
+    report = json.loads(run("compile", "demo", "--status", "--json")[1])["decoder"]
+    assert report["backend"] == "onnxruntime" and report["backends"][1]["detail"] == "for this size"
+
+
+def test_build_that_there_is_no_room_to_judge_is_told_and_kept(
+    run: Run, fakes: list[Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(footprint, "free_bytes", lambda device, cached=False: 1000)
+        status, out, err = run("compile", "demo", "--part", "decoder")
+        assert (status, out) == (1, "") and "onnxruntime is built, but not used yet: to compare with eager" in err
+        assert "0.00 GiB are free" in err.splitlines()[-1]
+    status, out, _ = run("compile", "demo", "--part", "decoder", "--verify")
+    assert status == 0 and "is decoded by onnxruntime" in out and fakes[0].built == [Plan()]
 
 
 def test_bf16_is_no_dtype_of_this_cpu(run: Run) -> None:

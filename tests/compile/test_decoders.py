@@ -38,8 +38,8 @@ def vae(coders: dict) -> WanVAE:
     return whole
 
 
-def codec_of(vae: WanVAE, tiling: Tiling | None = None) -> VideoCodec:
-    return VideoCodec(vae, device=CPU, chunk=2, tiling=tiling)
+def codec_of(vae: WanVAE, tiling: Tiling | None = None, dtype: torch.dtype | None = None) -> VideoCodec:
+    return VideoCodec(vae, device=CPU, chunk=2, tiling=tiling, decoder_dtype=dtype)
 
 
 def decoders_of(codec: VideoCodec, folder: Path, **settings: object) -> Decoders:
@@ -83,7 +83,7 @@ def test_eager_is_left_alone_when_it_is_configured(vae: WanVAE, tmp_path: Path) 
 
 
 def test_configured_backend_that_is_absent_says_what_to_install(vae: WanVAE, tmp_path: Path) -> None:
-    decoders = decoders_of(codec_of(vae), tmp_path, decoder="onnxruntime", decoder_dtype="bf16")
+    decoders = decoders_of(codec_of(vae, dtype=torch.bfloat16), tmp_path, decoder="onnxruntime")
     with pytest.raises(ValueError, match="SKYLAPSE_DECODER=onnxruntime: onnxruntime's CPU provider has no convolution"):
         decoders.attach()
 
@@ -109,7 +109,7 @@ def service(vae: WanVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
 
     def start(then: str) -> tuple[Decoders, Path]:
         fake = Fake()
-        monkeypatch.setattr(module, "backends", lambda device: [fake])
+        monkeypatch.setattr(module, "backends", lambda device, *_: [fake])
         decoders = decoders_of(codec_of(vae), tmp_path)
         decoders.selector.measure = lambda runs, *_: {name: float(name == "eager") for name in runs}  # type: ignore
         gate = tmp_path / "gate"
@@ -210,7 +210,7 @@ def builds(
 def test_first_backend_that_can_be_had_is_built(vae: WanVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one that is missing, has failed or was found wrong; and nothing where the first of the others is there."""
     fakes = [Fake(name="tensorrt", absent="no GPU"), *(Fake(name=n) for n in ("onnxruntime", "inductor", "last"))]
-    monkeypatch.setattr(module, "backends", lambda device: fakes)
+    monkeypatch.setattr(module, "backends", lambda device, *_: fakes)
 
     def build() -> list[tuple[str, str]]:
         return builds(monkeypatch, decoders_of(codec_of(vae), tmp_path))
@@ -230,7 +230,7 @@ def test_first_backend_that_can_be_had_is_built(vae: WanVAE, tmp_path: Path, mon
 def test_build_that_is_killed_makes_way_for_the_next_backend(
     vae: WanVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "backends", lambda device: [Fake(name="onnxruntime"), Fake(name="inductor")])
+    monkeypatch.setattr(module, "backends", lambda device, *_: [Fake(name="onnxruntime"), Fake(name="inductor")])
     kill = (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)")
     for name in ("onnxruntime", "inductor"):
         assert builds(monkeypatch, decoders_of(codec_of(vae), tmp_path), kill) == [("decoder", name)]
@@ -240,7 +240,7 @@ def test_build_that_is_killed_makes_way_for_the_next_backend(
 def test_decoder_and_encoder_are_built_one_after_the_other(
     vae: WanVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "backends", lambda device: [Fake()])
+    monkeypatch.setattr(module, "backends", lambda device, *_: [Fake()])
     decoders = decoders_of(codec_of(vae), tmp_path, encoder=None)
     assert builds(monkeypatch, decoders) == [("decoder", "fake"), ("encoder", "fake")]
     command = Decoders.command(decoders, "encoder", "fake")
@@ -250,7 +250,7 @@ def test_decoder_and_encoder_are_built_one_after_the_other(
 def test_frames_too_large_for_a_plan_for_any_size_are_built_by_their_own(
     vae: WanVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "backends", lambda device: [Fake()])
+    monkeypatch.setattr(module, "backends", lambda device, *_: [Fake()])
     decoders = decoders_of(codec_of(vae), tmp_path)
     selector = decoders.selector
     selector.coder = replace(selector.coder, max_any_area=23)  # of the 24 latents of 24 x 16 pixels
@@ -296,7 +296,7 @@ def test_encoder_that_fails_or_is_wrong_is_demoted_and_eager_encodes(
     whole: WanVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fakes = [Fake(), Fake(name="wrong", adds=0.1)]
-    monkeypatch.setattr(module, "backends", lambda device: fakes)
+    monkeypatch.setattr(module, "backends", lambda device, *_: fakes)
     codec = codec_of(whole)
     decoders = Decoders("tiny", codec, (12, 8), Settings(profile_dir=tmp_path, decoder="eager", encoder="auto"))
     decoders.encoder.measure = lambda runs, *_: {name: float(name == "eager") for name in runs}  # type: ignore

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fake_backend import Fake
+from tiny import with_room
 from torch import Tensor
 
 from skylapse import Engine, VideoRequest
@@ -93,7 +94,7 @@ def test_what_a_backend_takes_is_weighed_once_and_scaled_by_area(coder: Coder, t
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
-    monkeypatch.setattr(decoders, "backends", lambda device: [Fake()])
+    monkeypatch.setattr(decoders, "backends", lambda device, *_: [Fake()])
     monkeypatch.setenv("SKYLAPSE_COMPILED_DIR", str(tmp_path))
     monkeypatch.setenv("SKYLAPSE_DECODER", "auto")
     return Engine.from_pretrained("demo", device="cpu")
@@ -104,15 +105,19 @@ def test_admission_counts_the_greater_of_eager_and_compiled(
 ) -> None:
     request = VideoRequest(prompt="a star", width=96, height=64)
     t = engine.prepare(request)
-    eager = engine.memory.working_bytes(t)
+
+    def needed() -> int:
+        return engine.memory.work_bytes([engine.memory.fit(t.needs)])
+
+    eager = needed()
     choose(Footprint(10 * MIB, 1, 64))
-    assert engine.memory.working_bytes(t) == eager + 10 * MIB  # held beside whatever is done
+    assert needed() == eager + 10 * MIB  # held beside whatever is done
     choose(Footprint(10 * MIB, 2 * eager, 64))
-    assert engine.memory.working_bytes(t) == 10 * MIB + 3 * eager  # of 8 x 12 latents, weighed at 8 x 8
+    assert needed() == 10 * MIB + 3 * eager  # of 8 x 12 latents, weighed at 8 x 8
     assert engine.decoders.footprint(96, 64) == (10 * MIB, 3 * eager)
-    room = engine.memory.working_bytes(t) + t.resident_bytes - 1
     with pytest.raises(RequestTooLarge, match="64 x 96"):
-        dataclasses.replace(engine.memory, available_bytes=room).check(t)
+        with_room(engine.memory, needed() + t.resident_bytes - 1).check(t)
+    assert with_room(engine.memory, needed() + t.resident_bytes).check(t).fits
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ def test_first_provider_that_works_runs_both_graphs(
         (CUDA, "first.onnx"),
         (CUDA, "next.onnx"),
     ]
-    assert made[-1][2] == {"device_id": "1", "use_tf32": "0"}
+    assert made[-1][2] == {"device_id": "1", "use_tf32": "1"}
     assert f"{RTX} is not used: it ends its process by signal 9" in caplog.text
     assert f"{TENSORRT} is not used: RuntimeError: libnvinfer" in caplog.text
 
@@ -162,7 +162,7 @@ def test_each_graph_artifact_and_version_has_its_own_engines(
 def test_profiles_follow_from_the_states(install: Install, coder: Coder, tmp_path: Path) -> None:
     told = options_of(RTX, coder, Plan(), NEXT, tmp_path, GPU)
     assert told["nv_profile_min_shapes"] == "x:1x4x1x2x2,state_0:1x16x1x2x2,state_1:1x16x1x2x2"
-    assert told["nv_profile_max_shapes"].startswith("x:1x4x4x160x160,state_0:1x16x1x160x160")
+    assert told["nv_profile_max_shapes"].startswith("x:1x4x4x128x128,state_0:1x16x1x128x128")  # 512 pixels a side
     assert Path(told["nv_runtime_cache_path"]).is_dir() and told["device_id"] == "1"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from skylapse.compile.backend import Unavailable
 from skylapse.compile.cache import BuildFailed, EngineCache
 from skylapse.compile.select import MAX_ERROR, Selector
-from skylapse.compile.stream import Coder, Plan, States
+from skylapse.compile.stream import Coder, Plan, Run, States, copied
 
 CPU = torch.device("cpu")
 SIZE = (4, 6)
@@ -89,6 +89,36 @@ def test_wrong_artifact_is_never_used(coder: Coder, tmp_path: Path, adds: float)
     later = selector(coder, tmp_path, Fake(adds=adds), fake=1.0, eager=2.0)
     assert later.choose(*SIZE).backend == "eager" and len(later.demotions) == 1
     assert [s.state for s in later.standings(SIZE)] == ["built", "demoted"]
+
+
+def test_what_is_built_is_judged_by_fp32_whatever_serves(coder: Coder, tmp_path: Path) -> None:
+    """Eager serves in bf16, is what others are timed against, and takes inputs of fp32; no key depends on it."""
+    served = copied(coder.module, CPU, torch.bfloat16)
+    cache = EngineCache(tmp_path)
+    chooser = Selector(coder, [Fake()], cache, device=CPU, eager=served)
+    timed: list[torch.dtype] = []
+
+    def measure(runs: dict[str, Run], *_: object) -> dict[str, float]:
+        timed.append(runs["eager"](clip(coder, 1, SIZE), None)[0].dtype)
+        return {"eager": 2.0, "fake": 1.0}
+
+    chooser.measure = measure  # type: ignore[assignment,method-assign]
+    assert chooser.build(chooser.backend("fake"), None, measure_at=SIZE).backend == "fake"
+    key = chooser.key(chooser.backend("fake"), Plan())
+    assert chooser.ledger.checked(key.id) == 0.0 and timed == [torch.bfloat16]
+    assert key == Selector(coder, [Fake()], cache, device=CPU).key(chooser.backend("fake"), Plan())
+
+
+def test_eager_takes_over_a_clip_and_empties_its_states(coder: Coder, tmp_path: Path) -> None:
+    fake = Fake()
+    chooser = selector(coder, tmp_path, fake, fake=1.0, eager=2.0)
+    run = chooser.build(fake, None, measure_at=SIZE).run
+    x = clip(coder, 3, SIZE)
+    _, states = run(x[:, :, :1], None)
+    kept = [state.clone() for state in states]
+    fake.fails_at = fake.calls + 1
+    y, _ = run(x[:, :, 1:], states)
+    assert states == [] and torch.equal(y, coder(x[:, :, 1:], kept)[0])
 
 
 def test_artifact_that_was_built_elsewhere_is_checked_here(coder: Coder, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_without_a_gpu_torch_serves_and_the_reason_is_given(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "GPU             none that torch can use"
     served = [line.split(maxsplit=2) for line in lines[lines.index("") + 1 :]]
-    assert [op for op, _, _ in served] == ["attention", *doctor.OPERATIONS]
+    assert [op for op, _, _ in served] == ["attention", "linear", *doctor.OPERATIONS]
     assert {name for _, name, _ in served} == {"torch"}
     assert {reason for _, _, reason in served} <= {"no CUDA device", "this torch is built without CUDA"}
 

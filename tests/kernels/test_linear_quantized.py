@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from kernels.calls import Calls
 from kernels.interpreter import interpret
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten
 
 from skylapse.kernels import inspect, launches, reference, roofline
+from skylapse.kernels.fake_cuda import fake_cuda
 from skylapse.kernels.linear_quantized import (
     _decoded,
-    _linear_quantized_triton,
+    _product_triton,
     linear_quantized,
     quantize_rows,
     shipped,
@@ -131,7 +133,8 @@ def test_a_tokens_result_does_not_depend_on_its_neighbours() -> None:
 def test_no_tokens_give_no_outputs(shape: tuple[int, ...]) -> None:
     weight, weight_scale = quantize_rows(draw(48, 32), torch.int8)
     assert linear_quantized(torch.empty(shape), weight, weight_scale).shape == (*shape[:-1], 48)
-    assert _linear_quantized_triton(torch.empty(0, 32), weight, weight_scale, None, "none").shape == (0, 48)
+    rows, scales = quantize_rows(torch.empty(0, 32), torch.int8)
+    assert _product_triton(rows, scales, weight, weight_scale, None, "none", torch.float32).shape == (0, 48)
 
 
 REFUSED: list[tuple[str, Callable[[list[Any]], None], str]] = [
@@ -152,12 +155,11 @@ REFUSED: list[tuple[str, Callable[[list[Any]], None], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
-@pytest.mark.parametrize("run", [linear_quantized, _linear_quantized_triton])
-def test_wrong_argument_is_refused_by_name(run: Any, change: Callable[[list[Any]], None], message: str) -> None:
+def test_wrong_argument_is_refused_by_name(change: Callable[[list[Any]], None], message: str) -> None:
     inputs: list[Any] = [draw(5, 32), *quantize_rows(draw(48, 32), torch.int8), draw(48), "none"]
     change(inputs)
     with pytest.raises(ValueError, match=message):
-        run(*inputs)
+        linear_quantized(*inputs)
 
 
 def test_rows_that_cannot_be_quantised_are_refused() -> None:
@@ -211,14 +213,13 @@ def test_configurations_are_those_of_the_table() -> None:
 
 # --- as operations of torch -------------------------------------------------------------------------------------------
 
-OPERATIONS = [(name, kind) for name in ("quantize_rows", "linear_quantized") for kind in KINDS]
+OPERATIONS = [(name, kind) for name in ("quantize_rows", "product_quantized") for kind in KINDS]
 
 
 def call(name: str, kind: str) -> tuple[Any, tuple[Any, ...]]:
     """The overload that torch calls, and arguments of it."""
-    weight, weight_scale = quantize_rows(draw(48, 32), DTYPES[kind])
-    x = draw(7, 32, seed=1)
-    product = (x, weight, weight_scale, draw(48, seed=2), "gelu_tanh")
+    x, weight = draw(7, 32, seed=1), quantize_rows(draw(48, 32), DTYPES[kind])
+    product = (*quantize_rows(x, DTYPES[kind]), *weight, draw(48, seed=2), "gelu_tanh", torch.float32)
     arguments = (x, DTYPES[kind]) if name == "quantize_rows" else product
     return getattr(torch.ops.skylapse, name).default, arguments
 
@@ -249,28 +250,34 @@ def test_fake_results_on_cuda_have_the_shapes_of_real_ones(name: str, kind: str)
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # what inductor imports
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_compiles_into_one_graph(kind: str) -> None:
-    """As the operation that a GPU runs, and as the CPU's path, which is traced."""
-    operation, (x, weight, weight_scale, bias, activation) = call("linear_quantized", kind)
+    """As the operations that a GPU runs, and as the CPU's path, which is traced."""
+    rows, (x, dtype) = call("quantize_rows", kind)
+    product, (_, _, weight, weight_scale, bias, activation, out_dtype) = call("product_quantized", kind)
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        inputs = x, weight, weight_scale, bias, activation
-        return operation(*inputs), linear_quantized(*inputs)
+        rest = weight, weight_scale, bias, activation
+        return product(*rows(x, dtype), *rest, out_dtype), linear_quantized(x, *rest)
 
     for one, other in zip(torch.compile(run, fullgraph=True)(x), run(x), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_cuda_tensors_go_to_the_kernels() -> None:
-    with FakeTensorMode(), torch.no_grad():
+    with fake_cuda(80), torch.no_grad():
         x = torch.empty(2, 5, 32, device="cuda", dtype=torch.bfloat16)
-        values, scales = quantize_rows(torch.empty(48, 32, device="cuda"), torch.float8_e4m3fn)
-        y = linear_quantized(x, values, scales, None, "gelu_tanh")
-    assert (values.dtype, scales.dtype, y.dtype, y.shape) == (torch.float8_e4m3fn, torch.float32, x.dtype, (2, 5, 48))
+        values, scales = quantize_rows(torch.empty(48, 32, device="cuda"), torch.int8)
+        with Calls() as calls:
+            y = linear_quantized(x, values, scales, None, "gelu_tanh")
+    assert (values.dtype, scales.dtype, y.dtype, y.shape) == (torch.int8, torch.float32, x.dtype, (2, 5, 48))
+    assert [name for name, _ in calls.made if "skylapse" in name] == [
+        "skylapse.quantize_rows.default",
+        "skylapse.product_quantized.default",
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_8_bit_instructions_the_result_is_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, inputs = call("linear_quantized", kind)
+    inputs = draw(7, 32, seed=1), *quantize_rows(draw(48, 32), DTYPES[kind]), draw(48, seed=2), "gelu_tanh"
     expected = linear_quantized(*inputs)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     torch.testing.assert_close(linear_quantized(*inputs), expected)

@@ -46,17 +46,19 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
     "attention": attention_kernels.run,
     "attention_quantized": attention_quantized_kernels.run,
     "attention_sparse": attention_sparse_kernels.run,
-    "linear_quantized": linear_quantized._linear_quantized_triton,
+    "quantize_rows": linear_quantized._quantize_rows_triton,
+    "product_quantized": linear_quantized._product_triton,
 }
 UPLOADING = {"patch_embed": 2, "unpatchify": 2, "attention": 1, "attention_quantized": 4}  # tables of a new layout
-# Columns, keys, queries, values, attention; rows, product; of the others one.
-LAUNCHES = {"attention_quantized": 5, "linear_quantized": 2}
+LAUNCHES = {"attention_quantized": 5}  # columns, keys, queries, values, attention; of the others one
 
 
 def inputs(name: str) -> tuple[Any, ...]:
-    if name == "linear_quantized":
-        weight, weight_scale = linear_quantized.quantize_rows(torch.randn(48, 32), torch.int8)
-        return torch.randn(9, 32).bfloat16(), weight, weight_scale, torch.randn(48), "gelu_tanh"
+    if name == "quantize_rows":
+        return torch.randn(9, 32).bfloat16(), torch.int8
+    if name == "product_quantized":
+        rows, weight = (linear_quantized.quantize_rows(torch.randn(n, 32), torch.int8) for n in (9, 48))
+        return *rows, *weight, torch.randn(48), "gelu_tanh", torch.bfloat16
     if not name.startswith("attention"):
         return arguments(name)
     q, k = torch.randn(9, 2, 64).bfloat16(), torch.randn(12, 2, 64).bfloat16()

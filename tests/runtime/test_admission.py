@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import save_checkpoint
+from tiny import save_checkpoint, with_room
 
 from skylapse import Engine, VideoRequest
+from skylapse.kernels.live_bytes import LiveBytes
 from skylapse.runtime.cache.calibrate import calibrate
 from skylapse.runtime.config import load_settings
 from skylapse.runtime.events import DeadlineExceeded, EngineFull, Failed, Finished, Preview, Progress, RequestTooLarge
-from skylapse.runtime.models.live_bytes import LiveBytes
 from skylapse.runtime.models.model import load_model
+from skylapse.runtime.models.peaks import coding_bytes, step_bytes
 from skylapse.runtime.preview import SCALE, Previewer, fit
 from skylapse.runtime.vae.codec import VideoCodec
 
@@ -47,10 +48,9 @@ def test_a_request_that_can_never_fit_is_refused_with_the_reason(folder: Path) -
 def test_requests_wait_for_memory_and_all_finish(folder: Path) -> None:
     roomy = engine_of(folder)
     trajectory = roomy.prepare(VideoRequest(prompt="a star", **SMALL))
-    alone = roomy.memory.working_bytes(trajectory) + trajectory.resident_bytes
+    alone = roomy.memory.work_bytes([roomy.memory.fit(trajectory.needs)]) + trajectory.resident_bytes
     engine = engine_of(folder)
-    budget = alone + trajectory.resident_bytes + 1  # room for two
-    engine.memory = dataclasses.replace(engine.memory, available_bytes=budget)
+    engine.memory = with_room(engine.memory, alone + trajectory.resident_bytes + 1)  # room for two
     tickets = [engine.submit(VideoRequest(prompt="a star", seed=k, **SMALL)) for k in range(5)]
     finished, most = set(), 0
     while engine.has_work():
@@ -224,13 +224,17 @@ def test_live_bytes_counts_what_is_held_at_once() -> None:
     assert live.peak_bytes == 8000 and live.live_bytes == 0
 
 
-def test_the_memory_profile_foretells_a_larger_step(folder: Path) -> None:
-    """Measured on packs of 64 and 256 tokens; a pack of 1,024 is foretold within a quarter."""
-    from skylapse.runtime import memory
-
+def test_peaks_foretell_a_larger_step_and_a_larger_frame(folder: Path) -> None:
+    """Measured on packs of 128 and 512 tokens and frames of 4 x 4 and 8 x 8 latents; 2,048 and 16 x 16 are foretold."""
     engine = engine_of(folder)
-    peak = memory._peak(engine.model, lambda: memory._step(engine.model, (1, 32, 32)))
-    assert 0.75 < engine.memory.step_bytes(1024) / peak < 1.33
+    peaks, codec = engine.memory.fitter.peaks, engine.model.codec
+    for apart, curve in ((False, peaks.step), (True, peaks.apart)):
+        assert curve.at(2048) == pytest.approx(step_bytes(engine.model.experts[0], 2, 1024, "cpu", apart), rel=0.1)
+    for half, module, scale in ((peaks.decode, codec.decoder, 1), (peaks.encode, codec.encoder, codec.spatial_factor)):
+        channels, frames = (codec.num_channels, 4) if scale == 1 else (3, 16)
+        shapes = [(1, channels, n, 16 * scale, 16 * scale) for n in (1, frames, frames)]
+        found = coding_bytes(module, shapes, torch.zeros(1))
+        assert half.chunks[4].at((16 * codec.spatial_factor) ** 2) == pytest.approx(found, rel=0.1)
 
 
 def test_guidance_outside_its_interval_costs_no_second_branch(folder: Path) -> None:

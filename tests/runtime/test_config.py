@@ -25,6 +25,8 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
         "SKYLAPSE_TEXT_CACHE_MB": "0",
         "SKYLAPSE_CACHE_DIR": str(tmp_path / "not-yet-there"),
         "SKYLAPSE_DECODE_CHUNK": "8",
+        "SKYLAPSE_TILE": "320",
+        "SKYLAPSE_DECODER_DTYPE": "bf16",
         "SKYLAPSE_SCHEDULER": "shortest",
         "SKYLAPSE_MAX_BATCH_TOKENS": "512",
         "SKYLAPSE_MAX_QUEUED": "9",
@@ -42,6 +44,8 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
         text_cache_bytes=0,
         cache_dir=tmp_path / "not-yet-there",
         decode_chunk=8,
+        tile=320,
+        decoder_dtype="bf16",
         scheduler="shortest",
         max_batch_tokens=512,
         max_queued=9,
@@ -52,6 +56,12 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
         quantize="int8",
         kernels={"attention": "sdpa"},
     )
+
+
+def test_tiles_may_be_left_to_us_or_switched_off() -> None:
+    assert load_settings({}).tile == load_settings({"SKYLAPSE_TILE": "auto"}).tile == "auto"
+    assert load_settings({"SKYLAPSE_TILE": "none"}).tile == "none"
+    assert load_settings({"SKYLAPSE_TILE": "64"}).tile == 64
 
 
 def test_cache_dir_may_be_in_the_home_folder() -> None:
@@ -67,6 +77,10 @@ def test_cache_dir_may_be_in_the_home_folder() -> None:
         ("SKYLAPSE_TEXT_CACHE_MB", "1.5", "a whole number from 0 to 1048576"),
         ("SKYLAPSE_DECODE_CHUNK", "65", "a whole number from 1 to 64"),
         ("SKYLAPSE_DECODE_CHUNK", "9" * 5000, "a whole number from 1 to 64"),
+        ("SKYLAPSE_TILE", "48", "auto, none or a multiple of 16 from 64"),
+        ("SKYLAPSE_TILE", "100", "auto, none or a multiple of 16 from 64"),
+        ("SKYLAPSE_TILE", "whole", "auto, none or a multiple of 16 from 64"),
+        ("SKYLAPSE_DECODER_DTYPE", "half", "auto or fp32 or bf16 or fp16"),
         ("SKYLAPSE_DEBUG", "yes", "0 or 1"),
         ("SKYLAPSE_SCHEDULER", "lifo", "fair or fifo or shortest"),
         ("SKYLAPSE_TENANT_WEIGHTS", "a", 'like "a=2,b=0.5"'),
@@ -74,7 +88,8 @@ def test_cache_dir_may_be_in_the_home_folder() -> None:
         (
             "SKYLAPSE_KERNELS",
             "attention=best",
-            "like attention=triton|triton-ws|triton-int8|triton-fp8|xformers|flash3|cudnn|flash|sdpa",
+            "like attention=triton|triton-ws|triton-int8|triton-fp8|xformers|flash3|cudnn|flash|sdpa; "
+            "linear=scaled_mm|scaled_mm-fast|triton|torch",
         ),
         ("SKYLAPSE_MEMORY_MB", "0", "a whole number from 1 to 1073741823"),
         ("SKYLAPSE_CACHE_DIR", __file__, "a folder"),

@@ -11,8 +11,8 @@ import torch
 from tiny import save_checkpoint
 
 from skylapse import Engine, VideoRequest
-from skylapse.runtime import memory
 from skylapse.runtime.config import MIB, load_settings
+from skylapse.runtime.models import placement
 from skylapse.runtime.models.model import load_model
 from skylapse.runtime.models.registry import inspect_model
 
@@ -33,14 +33,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_later_start_reads_the_profile_and_measures_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = engine_of(folder, tmp_path / "profiles").memory.profile
-    assert measured.token_bytes > 0 and measured.pixel_bytes > 0
+    measured = engine_of(folder, tmp_path / "profiles").memory.fitter.peaks
+    assert measured.step.at(100) > 0 and measured.decode.chunks[4].at(64 * 64) > 0
     (path,) = (tmp_path / "profiles").iterdir()
-    monkeypatch.setattr(memory, "measure", lambda model: pytest.fail("it is measured again"))
-    assert engine_of(folder, tmp_path / "profiles").memory.profile == measured
+    monkeypatch.setattr(placement, "measure_peaks", lambda *_: pytest.fail("it is measured again"))
+    assert engine_of(folder, tmp_path / "profiles").memory.fitter.peaks == measured
     monkeypatch.undo()
     path.write_text('{"step_bytes": 1}')
-    assert engine_of(folder, tmp_path / "profiles").memory.profile.token_bytes > 0
+    assert engine_of(folder, tmp_path / "profiles").memory.fitter.peaks == measured
     assert path.read_text() != '{"step_bytes": 1}'  # what cannot be read is measured and stored again
 
 
@@ -55,8 +55,8 @@ def test_the_profile_is_there_when_an_engine_has_started(
 ) -> None:
     monkeypatch.setenv("SKYLAPSE_PROFILE_DIR", str(tmp_path / "profiles"))
     engine = Engine.from_pretrained(str(folder), device="cpu")
-    monkeypatch.setattr(memory, "measure", lambda model: pytest.fail("it is measured after the start"))
-    assert engine.memory.profile.token_bytes > 0 and len(list((tmp_path / "profiles").iterdir())) == 1
+    monkeypatch.setattr(placement, "measure_peaks", lambda *_: pytest.fail("it is measured after the start"))
+    assert engine.memory.fitter.peaks.step.at(100) > 0 and len(list((tmp_path / "profiles").iterdir())) == 1
 
 
 def test_the_text_cache_is_taken_off_the_budget_and_is_small_in_a_small_memory(folder: Path, tmp_path: Path) -> None:

@@ -165,6 +165,16 @@ def test_links_of_the_page_lead_somewhere() -> None:
     assert [to for to in re.findall(r"\]\(([^)#]+)\)", PAGE) if not (ROOT / "docs" / to).exists()] == []
 
 
+def test_images_and_pods_set_what_the_local_service_sets_of_ray(cluster: dict[str, Any]) -> None:
+    from skylapse.serve.command import RAY
+
+    image = dict(re.findall(r"\b(RAY_\w+)=(\S+)", DOCKERFILE))
+    for pod in pods(cluster).values():
+        given = image | {name: variable.get("value") for name, variable in environment(pod).items()}
+        differing = {name: given.get(name) for name, value in RAY.items() if given.get(name) != value}
+        assert [*differing] == ["RAY_DEDUP_LOGS"], "which is for one machine's terminal"
+
+
 def test_images_are_built_from_a_tag_for_two_targets() -> None:
     (default,) = re.findall(r"^ARG PYTHON=(\S+)$", DOCKERFILE, re.M)
     stages = re.findall(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, re.M)

@@ -29,7 +29,7 @@ def test_option_goes_before_the_file_and_the_file_before_the_environment(tmp_pat
     ):
         assert _config(_serve_parser().parse_args(arguments)).quantize == quantize
     file.write_text(json.dumps({"quantize": "int4"}))
-    with pytest.raises(ValueError, match="quantize: Input should be 'none', 'fp8' or 'int8'"):
+    with pytest.raises(ValueError, match="quantize: Value error, must be none or fp8 or int8"):
         _config(_serve_parser().parse_args(["--config", str(file)]))
 
 

@@ -6,22 +6,26 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from compare import relative_l2
+from kernels.calls import Calls
 from safetensors.torch import load_file, save_file
 from tiny import VARIANTS, save_checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 from skylapse import Engine, VideoRequest
 from skylapse.cli import main
+from skylapse.kernels.linear import linear
 from skylapse.kernels.linear_quantized import DTYPES, quantize_rows
+from skylapse.kernels.live_bytes import LiveBytes
+from skylapse.kernels.weight_formats import FORMATS, Functions, WeightFormat
 from skylapse.runtime.cache.calibration import Calibration, read_calibrations, write_calibration
 from skylapse.runtime.models.checkpoint import load_weights
 from skylapse.runtime.models.compiled import compile_trunk
 from skylapse.runtime.models.linear import Linear
-from skylapse.runtime.models.live_bytes import LiveBytes
 from skylapse.runtime.models.quantization import parse_quantize, quantized_weights
 from skylapse.runtime.models.registry import DEMO_FOLDER
 from skylapse.runtime.models.wan import WanConfig, WanDenoiser
@@ -139,7 +143,9 @@ def test_sides_that_are_no_multiples_of_16_are_named(tmp_path: Path) -> None:
     )
     with torch.device("meta"):
         module = Block()
-    with pytest.raises(ValueError, match=r"blocks.0.up.weight cannot be quantised: .* multiples of 16, got \[32, 24\]"):
+    with pytest.raises(
+        ValueError, match=r"blocks.0.up.weight cannot be quantised to int8: .* multiples of 16, got \[32, 24\]"
+    ):
         load_weights(
             module, tmp_path, device=CPU, dtype=torch.float32, quantized=quantized_weights(module, "int8")
         )  # fmt: skip
@@ -214,3 +220,76 @@ def test_calibrations_of_quantised_weights_serve_no_others(folder: Path) -> None
     assert file.serving(None).find("unipc", 30, 5.0) == exact and len(file.serving(None).entries) == 2
     assert engine_of(folder, "int8").model.calibrations.find("unipc", 30, 5.0) == quantised
     (folder / "cache.json").unlink()
+
+
+# --- a format that nobody knew ----------------------------------------------------------------------------------------
+
+BLOCK = 16
+
+
+def int4_tensors(num_outputs: int, num_inputs: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Two values a byte, and an fp16 scale for each block of 16, as NVFP4 has an fp8 one."""
+    blocks = num_outputs, num_inputs // BLOCK
+    return {"weight": ((num_outputs, num_inputs // 2), "uint8"), "block_scale": (blocks, "float16")}
+
+
+def load_int4() -> Functions:
+    def quantize(rows: Tensor) -> dict[str, Tensor]:
+        blocks = rows.unflatten(1, (-1, BLOCK))
+        scales = (blocks.abs().amax(-1) / 7).half()
+        values = (blocks / scales[..., None].float()).round().clamp(-7, 7).flatten(1).to(torch.int8) + 8
+        low, high = values[:, ::2].to(torch.uint8), values[:, 1::2].to(torch.uint8)
+        return {"weight": low | high << 4, "block_scale": scales}
+
+    def run(x: Tensor, bias: Tensor | None, activation: Any, *, weight: Tensor, block_scale: Tensor) -> Tensor:
+        values = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1).to(x.dtype) - 8
+        exact = (values.unflatten(1, (-1, BLOCK)) * block_scale[..., None].to(x.dtype)).flatten(1)
+        return linear(x, exact, bias, activation)
+
+    return Functions(quantize, run)
+
+
+def test_another_format_is_one_entry(
+    folder: Path, exact: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Asked for by its name, loaded, predicted, kept apart and run, though no file knows of it."""
+    form = WeightFormat("int4", int4_tensors, load_int4, multiple_of=BLOCK, needs=100)
+    monkeypatch.setitem(FORMATS, "int4", form)
+    engine = engine_of(folder, "int4")
+    up = engine.model.experts[0].layers[0].ffn.up
+    assert (up.format, up.weight.dtype, up.weight.shape) == (form, torch.uint8, (up.out_features, up.in_features // 2))
+    plain = exact.model.experts[0].layers[0].ffn.up
+    x = torch.randn(9, up.in_features, generator=torch.Generator().manual_seed(0))
+    assert 0.02 < relative_l2(up(x, "gelu_tanh"), plain(x, "gelu_tanh")) < 0.2
+    noise = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    off = relative_l2(engine.generate_latents(REQUEST, noise.clone()), exact.generate_latents(REQUEST, noise.clone()))
+    assert 1e-4 < off < 0.5
+    assert main(["models", "inspect", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loaded_bytes"]["fp32+int4"] == engine.model.num_bytes
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(ValueError, match="int4 needs a GPU of sm_100 or newer, and this is sm_90: fp8 and int8 works"):
+        parse_quantize("int4", torch.device("cuda"))
+
+
+# --- what is sent -----------------------------------------------------------------------------------------------------
+
+
+def test_the_device_gets_the_files_own_bytes(tmp_path: Path) -> None:
+    """Numbers are converted there: fp32 made on the host would be twice the traffic of a file in bf16."""
+    weight = torch.randn(32, 64).bfloat16()
+    save_file(
+        {"blocks.0.up.weight": weight, "blocks.0.up.bias": torch.ones(32)},
+        tmp_path / "diffusion_pytorch_model.safetensors",
+    )
+    with torch.device("meta"):
+        module = nn.Module()
+        module.blocks = nn.ModuleList([nn.ModuleDict({"up": Linear(64, {"up": 32})})])
+    form = quantized_weights(module, "int8")
+    with Calls() as calls:
+        load_weights(module, tmp_path, device=torch.device("meta"), dtype=torch.bfloat16, quantized=form)
+    sent = [
+        given["self"].dtype if given["dtype"] is None else given["dtype"]
+        for name, given in calls.made
+        if name == "aten._to_copy.default" and given["device"] == torch.device("meta") and not given["self"].is_meta
+    ]
+    assert sent == [torch.bfloat16]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from tiny import with_room
 from torch import Tensor
 
 from skylapse import Engine, VideoRequest
@@ -95,10 +96,23 @@ def test_request_that_leaves_while_a_chunk_is_queued_is_forgotten(engine: Engine
 
 def test_admission_counts_a_step_and_a_chunk_together(engine: Engine, lane: Recorded) -> None:
     t, memory = engine.prepare(VideoRequest(prompt="a star")), engine.memory
-    step, coding = memory.step_bytes(t.num_tokens * t.num_branches), memory.coding_bytes(t)
-    assert memory.working_bytes(t) == step + coding
-    engine.model.codec.lane = None
-    assert memory.working_bytes(t) == max(step, coding)
+    fit = memory.fit(t.needs)
+    work = fit.work_bytes
+    assert memory.parallel and memory.work_bytes([fit]) == work["step"] + work["decode"]
+    assert dataclasses.replace(memory, parallel=False).work_bytes([fit]) == max(work[stage] for stage in t.needs.stages)
+
+
+def test_chunk_is_not_decoded_beside_steps_where_memory_is_too_short(engine: Engine, lane: Recorded) -> None:
+    request = VideoRequest(prompt="a star", num_inference_steps=1, guidance_scale=1.0)
+    t = engine.prepare(request)
+    work = engine.memory.fit(t.needs).work_bytes
+    short = t.resident_bytes + max(work.values()) + 1000
+    engine.memory = with_room(engine.memory, short)
+    assert engine.memory.work_bytes([engine.memory.fit(t.needs)]) <= short
+    expected = engine.generate(request).frames
+    assert not lane.log
+    del engine.memory
+    assert np.array_equal(engine.generate(request).frames, expected) and lane.log
 
 
 def test_pack_leaves_room_for_the_chunk_beside_it(engine: Engine, lane: Recorded) -> None:
@@ -106,8 +120,9 @@ def test_pack_leaves_room_for_the_chunk_beside_it(engine: Engine, lane: Recorded
     t = engine.prepare(VideoRequest(prompt="a star", num_inference_steps=1, guidance_scale=1.0))
     batch.active[0] = t
     try:
-        tight = t.resident_bytes + memory.coding_bytes(t) + memory.step_bytes(100)
-        batch.memory = lambda: dataclasses.replace(memory, available_bytes=tight)
+        work, step = memory.fit(t.needs).work_bytes, memory.fitter.peaks.step
+        tight = with_room(memory, t.resident_bytes + work["decode"] + step.at(100))
+        batch.memory = lambda: tight
         alone = batch._room()
         while t.stage != "decode":
             t.work() if t.stage == "encode" else t.advance([torch.zeros(t.shape)])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import skylapse.runtime.vae.codec as codec_module
 from skylapse.kernels.fake_cuda import fake_cuda
-from skylapse.runtime.models.live_bytes import LiveBytes
+from skylapse.kernels.live_bytes import LiveBytes
 from skylapse.runtime.vae.codec import VideoCodec
 from skylapse.runtime.vae.wan import WanVAE, WanVAEConfig
 
@@ -62,9 +62,22 @@ def test_native_sizes_take_no_more_than_told(
             made = codec(config, dtype, monkeypatch)
             latents = torch.empty(made.latent_shape(17, *size), device=CUDA)
             peak = peak_of(made.decode_float(latents, chunk=1), 4)
-            print(dtype, peak)
             assert 0.95 < peak / (decoding * factor) < 1
         frames = torch.empty(3, 17, *size, device=CUDA)
         peak = peak_of(made.encode_chunks(frames, chunk=1), 4)
-        print("encode", peak)
         assert 0.95 < peak / encoding < 1
+
+
+@torch.no_grad()
+def test_nothing_but_what_encodes_and_decodes_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_cuda(90):
+        made = codec(WAN_21, torch.bfloat16, monkeypatch)
+        kinds = {
+            name: {(p.device.type, p.dtype) for p in module.parameters()}
+            for name, module in (("encoder", made.encoder), ("decoder", made.decoder), ("judge", made.vae.decoder))
+        }
+    assert kinds == {
+        "encoder": {("cuda", torch.float32)},
+        "decoder": {("cuda", torch.bfloat16)},
+        "judge": {("cpu", torch.float32)},
+    }

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from skylapse.kernels.fake_cuda import fake_cuda
-from skylapse.runtime.models.live_bytes import LiveBytes
+from skylapse.kernels.live_bytes import LiveBytes
 
 
 @pytest.fixture(params=["cpu", "meta", "cuda"])

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...kernels.linear_quantized import DTYPES, quantize_rows
+from ...kernels.weight_formats import FORMATS
 from ...runtime.models.checkpoint import slots
 from ...runtime.models.linear import Linear
 from ...runtime.models.wan import WanConfig, WanDenoiser
@@ -68,8 +68,9 @@ def denoiser(config: WanConfig, device: torch.device, dtype: torch.dtype, quanti
         _place(module, name, _drawn(name, parameter, device, torch.float32 if keep else dtype))
     if quantize is not None:
         for layer in [x for block in module.blocks for x in block.modules() if isinstance(x, Linear)]:
-            values, scales = quantize_rows(layer.weight, DTYPES[quantize])
-            layer.weight, layer.weight_scale = (nn.Parameter(x, requires_grad=False) for x in (values, scales))
+            rows = layer.weight.float()
+            layer.keep_in(FORMATS[quantize], rows.device)
+            layer.fill(0, rows)
     return module.requires_grad_(False).eval()
 
 

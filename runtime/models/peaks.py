@@ -32,7 +32,6 @@ from ..vae.tiling import Tiling
 from ..vae.wan import WanVAE, WanVAEConfig
 from .checkpoint import allocate
 from .configs import parse_config
-from .live_bytes import LiveBytes
 from .quantization import quantized_weights
 from .registry import ModelFolder
 from .wan import WanConfig, WanDenoiser

@@ -26,6 +26,7 @@ from skylapse.benchmarks.kernels.apart import Limits
 from skylapse.benchmarks.record import Check, Comparison, Contestant, LeaseReport, Row, read, read_any
 from skylapse.kernels import launches
 from skylapse.kernels.toolchain import ARCHITECTURES, triton
+from skylapse.kernels.tune import searches
 
 PACKAGE = "skylapse.benchmarks.gpu_lease"
 LACKING = ("pydantic", "av", "ftfy", "diffusers", "fastapi", "ray", "sqlalchemy")  # on the device machine
@@ -263,7 +264,7 @@ def test_machine_without_git_is_described(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.skipif(triton is None, reason="Triton cannot be imported")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_searches_have_names_of_their_own(arch: int) -> None:
-    names = [(search.op, tune.words(search)) for search in tune.searches(arch)]
+    names = [(search.op, tune.words(search)) for search in searches(arch)]
     assert len(names) == len(set(names)) > 50
 
 

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     if asked.merge is not None:
         if asked.out is None:
             raise ValueError("--merge needs --out, the folder of the result")
-        written = write_merged([asked.merge], asked.out)
+        written = write_merged([asked.merge], asked.out, predict=True)
         print(*(written or (f"no journals in {asked.merge}",)), sep="\n")
         return int(not written)
     if not asked.dry_run:

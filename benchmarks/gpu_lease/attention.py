@@ -24,7 +24,7 @@ SHORT = (1024, 4096, 8192)
 HEADS = (40, 12, 24)  # Wan's 14B, 1.3B and 5B, of 128 each
 PACKS = {
     "four clips of other sizes": (32760, 14040, 3600, 7056),
-    "eight short ones": (256, 512, 768, 1024, 1536, 2048, 3072, 4096),
+    "eight sequences": (256, 512, 768, 1024, 1536, 2048, 3072, 4096),
 }
 TEXT_ROWS = 40  # of a prompt, the last of which stands for 473 empty ones by its bias
 TINY = 64
@@ -48,7 +48,7 @@ def shapes(context: Context) -> Iterator[kernels_case.Case]:
         for length in LONG:
             yield case_of(suite, "attention", f"{length} tokens", (length,), heads, 128)
         yield _biased(suite, LONG[0], 2, heads, 128)
-    yield case_of(suite, "attention", "a guided pair of 32760 tokens", (32760, 32760), 12, 128)
+    yield case_of(suite, "attention", "a guided pair", (32760, 32760), 12, 128)
     for words, lengths in PACKS.items():
         yield case_of(suite, "attention_ragged", words, lengths, 12, 128)
     for length in SHORT:
@@ -58,10 +58,11 @@ def shapes(context: Context) -> Iterator[kernels_case.Case]:
 
 
 def case_of(suite: Suite, op: str, words: str, lengths: tuple[int, ...], heads: int, size: int) -> kernels_case.Case:
-    """Self-attention of sequences of these lengths."""
+    """Self-attention of sequences of these lengths, which its name says: `bench pick` reads them there."""
+    listed = f" ({', '.join(map(str, lengths))})" if len(lengths) > 1 else ""
     cost = roofline.attention(lengths, lengths, heads, size, suite.dtype.itemsize)
     build = partial(kernels_attention.build, suite, op, lengths, heads, size)
-    return kernels_case.Case(op, f"{words}, {heads} heads of {size}", cost, suite.dtype, build)
+    return kernels_case.Case(op, f"{words}{listed}, {heads} heads of {size}", cost, suite.dtype, build)
 
 
 def _biased(suite: Suite, length: int, sequences: int, heads: int, size: int) -> kernels_case.Case:

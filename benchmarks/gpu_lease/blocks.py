@@ -7,7 +7,7 @@ lives between two blocks, and its time is twice a block's.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -25,7 +25,6 @@ from ..peak import held_bytes, peak_while
 from .case import Case, Context
 from .drive import main
 from .lines import Labels, Line, measured, of_turns
-from .predictions import predicted_step
 from .random_weights import denoiser
 
 LAYERS = 2
@@ -58,12 +57,13 @@ def cases(context: Context) -> Iterator[Case]:
     config = TINY if context.dry else WanConfig(num_layers=LAYERS)
     grids = TINY_GRIDS if context.dry else GRIDS
     yield context.limits_case()
-    settings = [Setting(size, grid, branches) for size, grid in grids.items() for branches in BRANCHES]
-    for setting in settings:
+    for setting in settings_of(grids):
         yield Case(f"time, {setting.words}", partial(_times, context, config, setting))
         yield Case(f"peak, {setting.words}", partial(_peaks, context, config, setting))
-    for setting in settings:
-        yield Case(f"predicted peak, {setting.words}", partial(_predicted, context, config, setting), light=True)
+
+
+def settings_of(grids: Mapping[str, Grid]) -> list[Setting]:
+    return [Setting(size, grid, branches) for size, grid in grids.items() for branches in BRANCHES]
 
 
 def _times(context: Context, config: WanConfig, setting: Setting) -> Iterator[Line]:
@@ -100,12 +100,6 @@ def _peaks(context: Context, config: WanConfig, setting: Setting) -> Iterator[Li
         held, peak = held_bytes(context.device), peak_while(run, context.device)
         if held is not None and peak is not None:
             yield measured(peak_name(setting, kind), "bytes", [max(0, peak - held)])
-
-
-def _predicted(context: Context, config: WanConfig, setting: Setting) -> Iterator[Line]:
-    for kind in WEIGHTS:
-        asked = config, BRANCHES[setting.branches], setting.num_tokens, context.suite.dtype, kind, context.capability
-        yield measured(f"{peak_name(setting, kind)}/predicted", "bytes", [predicted_step(*asked)], "neither")
 
 
 def peak_name(setting: Setting, kind: str | None) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from ...kernels.toolchain import capability
 from ..gpu import Reading, watch
 from ..harness import Budget, Clock, Missing, Run, Turns, take_turns
 from ..kernels import case as kernels_case
@@ -56,11 +55,6 @@ class Context:
     @property
     def device(self) -> torch.device:
         return self.suite.device
-
-    @property
-    def capability(self) -> int:
-        """Of the device; of an H100 where there is none."""
-        return capability(self.device) if self.device.type == "cuda" else 90
 
     @cached_property
     def clock(self) -> Clock:

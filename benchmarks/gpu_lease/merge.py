@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..kernels.apart import Limits
@@ -13,8 +14,11 @@ from .journal import Cases, read
 from .lines import Absent, Failed, Launch, Line, Note, decode
 
 
-def write_merged(places: Sequence[Path], out: Path) -> list[Path]:
-    """Of all journals below these folders, where a later folder's stands for an earlier one's of the same call."""
+def write_merged(places: Sequence[Path], out: Path, predict: bool = False) -> list[Path]:
+    """Of all journals below these folders, where a later folder's stands for an earlier one's of the same call.
+
+    predict: peaks of a GPU get what the shape model says beside them, which takes a minute.
+    """
     found: dict[str, dict[str, Cases]] = {}
     for call in CALLS:
         for place in places:
@@ -22,8 +26,13 @@ def write_merged(places: Sequence[Path], out: Path) -> list[Path]:
                 found.setdefault(device, {})[call.name] = cases
     written = []
     for device, calls in found.items():
-        path = out / f"gpu_lease-{slug(device)}.json"
-        write(report_of(device, calls), path)
+        path, report = out / f"gpu_lease-{slug(device)}.json", report_of(device, calls)
+        if predict and isinstance(capability := report.machine.get("capability"), int):
+            from .predictions import predicted_peaks  # all that it takes to build the models
+
+            held = {one.name for one in report.measurements}
+            report = replace(report, measurements=[*report.measurements, *predicted_peaks(held, capability)])
+        write(report, path)
         written.append(path)
     return written
 

@@ -1,6 +1,10 @@
-"""What the shape model says of the peaks that a lease measures: fake CUDA tensors, so it needs no device."""
+"""What the shape model says of the peaks that a lease measures; at home, since fake tensors need no device."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+from itertools import product
 
 import torch
 
@@ -11,8 +15,31 @@ from ...runtime.models.quantization import quantized_weights
 from ...runtime.models.wan import WanConfig, WanDenoiser
 from ...runtime.vae.coders import WanDecoder, WanEncoder
 from ...runtime.vae.wan import WanVAE, WanVAEConfig
+from ..kernels.memory_bound import GRIDS
+from ..record import Measurement
+from .blocks import BRANCHES, LAYERS, WEIGHTS, peak_name, settings_of
+from .lines import measured
+from .vae import CHUNKS, SIZES, words_of
 
 CUDA = torch.device("cuda")
+CODINGS = (("decode", torch.bfloat16), ("decode", torch.float32), ("encode", torch.float32))
+
+
+def predicted_peaks(names: Collection[str], capability: int) -> list[Measurement]:
+    """Beside each of these figures that is a peak of a step or of coding: `NAME/predicted`, in bytes."""
+    asked: dict[str, Callable[[], int]] = {}
+    for setting, kind in product(settings_of(GRIDS), WEIGHTS):
+        config, branches = WanConfig(num_layers=LAYERS), BRANCHES[setting.branches]
+        given = config, branches, setting.num_tokens, torch.bfloat16, kind, capability
+        asked[peak_name(setting, kind)] = partial(predicted_step, *given)
+    for size, (part, dtype), chunk in product(SIZES, CODINGS, CHUNKS):
+        coded = size.config, part, dtype, chunk, size.height, size.width, capability
+        asked[f"peaks/{words_of(size, dtype, chunk)}/{part}"] = partial(predicted_coding, *coded)
+    return [
+        measured(f"{name}/predicted", "bytes", [predict()], "neither")
+        for name, predict in asked.items()
+        if name in names
+    ]
 
 
 def predicted_step(

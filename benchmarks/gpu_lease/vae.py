@@ -23,7 +23,6 @@ from .case import Case, Context
 from .claims import tf32
 from .drive import main
 from .lines import Labels, Line, Note, measured, of_turns
-from .predictions import predicted_coding
 from .random_weights import VAE_21, VAE_22, vae
 
 CHUNKS = (1, 4)
@@ -73,15 +72,13 @@ def cases(context: Context) -> Iterator[Case]:
         yield Case(f"bf16, {size.name}", partial(_error, context, size))
         for dtype in (torch.bfloat16, torch.float32):
             for chunk in CHUNKS:
-                words = _words(size, dtype, chunk)
+                words = words_of(size, dtype, chunk)
                 yield Case(f"decode, {words}", partial(_decode, context, size, dtype, chunk))
         for chunk in CHUNKS:
-            words = _words(size, torch.float32, chunk)
+            words = words_of(size, torch.float32, chunk)
             yield Case(f"encode, {words}", partial(_encode, context, size, torch.float32, chunk))
     if not context.dry:
         yield Case("a whole clip", partial(_whole, context, SIZES[0]))
-    for size in TINY if context.dry else SIZES:
-        yield Case(f"predicted peaks, {size.name}", partial(_predicted, context, size), light=True)
 
 
 def _codec(context: Context, size: Size, dtype: torch.dtype, chunk: int) -> VideoCodec:
@@ -97,20 +94,11 @@ def _decode(context: Context, size: Size, dtype: torch.dtype, chunk: int) -> Ite
     def run() -> None:
         deque(codec.decode(latents, beside=False), maxlen=0)
 
-    yield from _coded(context, f"decode/{_words(size, dtype, chunk)}", run)
+    yield from _coded(context, f"{words_of(size, dtype, chunk)}/decode", run)
 
 
-def _words(size: Size, dtype: torch.dtype, chunk: int) -> str:
+def words_of(size: Size, dtype: torch.dtype, chunk: int) -> str:
     return f"{size.name}, {_word(dtype)}, chunk {chunk}"
-
-
-def _predicted(context: Context, size: Size) -> Iterator[Line]:
-    kinds = ("decode", torch.bfloat16), ("decode", torch.float32), ("encode", torch.float32)
-    for part, dtype in kinds:
-        for chunk in CHUNKS:
-            asked = size.config, part, dtype, chunk, size.height, size.width, context.capability
-            name = f"peaks/{_words(size, dtype, chunk)}/{part}/predicted"
-            yield measured(name, "bytes", [predicted_coding(*asked)], "neither")
 
 
 def _encode(context: Context, size: Size, dtype: torch.dtype, chunk: int) -> Iterator[Line]:
@@ -121,16 +109,15 @@ def _encode(context: Context, size: Size, dtype: torch.dtype, chunk: int) -> Ite
     def run() -> None:
         deque(codec.encode_chunks(frames), maxlen=0)
 
-    yield from _coded(context, f"encode/{_words(size, dtype, chunk)}", run)
+    yield from _coded(context, f"{words_of(size, dtype, chunk)}/encode", run)
 
 
 def _coded(context: Context, name: str, run: Run) -> Iterator[Line]:
     """Peak bytes above weights and input; seconds of the run as a whole, which `_decoders` splits up."""
     run()  # picks algorithms, and makes the libraries' workspaces
     held, peak = held_bytes(context.device), peak_while(run, context.device)
-    kind, _, words = name.partition("/")
     if held is not None and peak is not None:
-        yield measured(f"peaks/{words}/{kind}", "bytes", [max(0, peak - held)])
+        yield measured(f"peaks/{name}", "bytes", [max(0, peak - held)])
     seconds = [context.clock.seconds(run) for _ in range(1 if context.dry else 2)]
     yield measured(f"vae/{name}/{1 + STEADY} chunks", "s", seconds)
     if context.device.type == "cuda":

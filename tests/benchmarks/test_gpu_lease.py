@@ -17,10 +17,13 @@ import torch
 
 from skylapse.benchmarks import machine
 from skylapse.benchmarks.gpu_lease import calls, drive, journal, tune
+from skylapse.benchmarks.gpu_lease.__main__ import main as drive_all
 from skylapse.benchmarks.gpu_lease.calls import CALLS
 from skylapse.benchmarks.gpu_lease.lines import Absent, Launch, Line, Note, decode, encode, measured
 from skylapse.benchmarks.gpu_lease.merge import launches_of, write_merged
+from skylapse.benchmarks.gpu_lease.predictions import predicted_coding
 from skylapse.benchmarks.gpu_lease.streams import overlap
+from skylapse.benchmarks.gpu_lease.vae import NARROW_21
 from skylapse.benchmarks.harness import spread_of
 from skylapse.benchmarks.kernels.apart import Limits
 from skylapse.benchmarks.record import Check, Comparison, Contestant, LeaseReport, Row, read, read_any
@@ -244,6 +247,27 @@ def test_merged_result_has_every_kind_of_line_where_the_report_looks_for_it(tmp_
     assert [len(x) for x in (report.rows, report.checks, report.measurements, report.comparisons)] == [1, 1, 1, 1]
     assert report.limits and report.missing == {"x": "y"} and report.elapsed_s == 2.0
     assert report.settings == {"code": {"attention": ["code"]}, "attention/doctor": {"gpu": None}}
+
+
+def test_peaks_of_a_gpu_stand_beside_what_the_shape_model_says(tmp_path: Path) -> None:
+    name = "peaks/14B 480p: 32760 tokens, one branch, bf16/step"
+    book = journal.Journal(tmp_path / "blocks.jsonl", "code")
+    book.add("a GPU", facts={"device": "a GPU", "capability": 90})
+    book.add("a GPU", case="peak", line=encode(measured(name, "bytes", [3e9])))
+    book.add("a GPU", case="peak", ended="ok", seconds=1.0)
+    assert drive_all(["--merge", str(tmp_path), "--out", str(tmp_path)]) == 0
+    report = read(tmp_path / "gpu_lease-a-gpu.json", LeaseReport)
+    assert [one.name for one in report.measurements] == [name, f"{name}/predicted"]
+    # The tokens' rows before and behind a block, and the widest part of the feed-forward, at the least.
+    assert 5120 + 13824 < report.measurements[1].spread.median / (2 * 32760) < 8 * 5120 + 13824
+
+
+def test_predicted_coding_grows_with_the_frame_and_the_chunk() -> None:
+    small, wide, long = (
+        predicted_coding(NARROW_21, "decode", torch.bfloat16, chunk, 16, width, 90)
+        for chunk, width in ((1, 32), (1, 64), (4, 32))
+    )
+    assert 1.5 * small < wide < 2.5 * small and small < long
 
 
 def test_commands_fit_the_device_tool_and_say_what_they_carry(monkeypatch: pytest.MonkeyPatch) -> None:

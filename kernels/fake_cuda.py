@@ -1,16 +1,18 @@
 """Fake CUDA tensors on any machine: shapes, strides, dtypes and bytes of what would run on a GPU, without one.
 
-torch's FakeTensorMode does it, but for two things that a CPU build lacks: some of Python's bindings ask the CUDA
-runtime for a device guard (`UNGUARDED` goes around them), and an operation with a kernel for CUDA alone is taken apart
-by such bindings (`Whole` answers for it).
+torch's FakeTensorMode does it, but for three things that a CPU build lacks: some of Python's bindings ask the CUDA
+runtime for a device guard (`UNGUARDED` goes around them), an operation with a kernel for CUDA alone is taken apart by
+such bindings (`Whole` answers for it), and there are no streams and events (`STREAMS` are such that never wait).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from threading import RLock
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -30,7 +32,8 @@ def fake_cuda(capability: int) -> Iterator[FakeTensorMode]:
     Use `torch.no_grad` with it rather than inference mode, which hides what composite operations allocate. Tensors made
     outside are errors inside, but for those that `FakeTensorMode.from_tensor` was given. One thread at a time.
     """
-    with _patching, _unguarded(), told_capability(capability), FakeTensorMode() as mode, Whole():
+    streams = patch.multiple(torch.cuda, **STREAMS)
+    with _patching, _unguarded(), streams, told_capability(capability), FakeTensorMode() as mode, Whole():
         yield mode
 
 
@@ -43,6 +46,8 @@ class Whole(TorchDispatchMode):
         if func is aten._fused_rms_norm.default:
             x, normalized_shape = args[:2]
             return torch.empty_like(x), x.new_empty(x.shape[: -len(normalized_shape)], dtype=torch.float32)
+        if func is aten.empty.memory_format and kwargs and kwargs.get("pin_memory"):
+            return _pinned(func(*args, **{**kwargs, "pin_memory": False}))
         return func(*args, **(kwargs or {}))
 
 
@@ -113,9 +118,67 @@ def _to(x: Tensor, *args: Any, non_blocking: bool = False, copy: bool = False, *
 
 
 def _pin_memory(x: Tensor) -> Tensor:
-    pinned = x.clone()
-    pinned.is_pinned = lambda: True  # type: ignore[assignment, method-assign, misc]
-    return pinned
+    return _pinned(x.clone())
+
+
+def _pinned(x: Tensor) -> Tensor:
+    x.is_pinned = lambda: True  # type: ignore[assignment, method-assign, misc]
+    return x
+
+
+def _record_stream(x: Tensor, stream: Stream) -> None:
+    pass
+
+
+class Event:
+    """Of a device on which everything is done as soon as it is queued."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.enable_timing = enable_timing
+
+    def record(self, stream: Stream | None = None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+class Stream:
+    """A queue of such a device."""
+
+    def __init__(self, device: torch.device | str | int | None = None, priority: int = 0) -> None:
+        self.device, self.priority = device, priority
+
+    def wait_event(self, event: Event) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+_default = Stream()
+_current: ContextVar[Stream] = ContextVar("fake_stream", default=_default)
+
+
+@contextmanager
+def _stream(stream: Stream) -> Iterator[None]:
+    token = _current.set(stream)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+STREAMS: dict[str, Any] = {
+    "Event": Event,
+    "Stream": Stream,
+    "stream": _stream,
+    "current_stream": lambda device=None: _current.get(),
+    "is_current_stream_capturing": lambda: False,
+}
 
 
 UNGUARDED = {
@@ -125,4 +188,5 @@ UNGUARDED = {
     "copy_": _copy,
     "to": _to,
     "pin_memory": _pin_memory,
+    "record_stream": _record_stream,
 }

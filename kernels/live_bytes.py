@@ -20,7 +20,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.live_bytes = self.peak_bytes = 0
         self._known: dict[int, int] = {}  # address of a storage's own record -> its bytes
 

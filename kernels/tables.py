@@ -1,4 +1,4 @@
-"""Tables of host integers on a device: uploaded once a layout, without waiting, kept while a CUDA graph reads them."""
+"""What the host tells a device: sent without waiting; tables once a layout, kept while a CUDA graph reads them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,16 @@ class PerLayout(Generic[T]):
             return self._kept[layout]
 
 
+def send(host: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device; from pinned memory, since a copy from any other waits for the stream.
+
+    The allocator of pinned memory keeps it until the copy is done, so the caller may drop `host` at once.
+    """
+    if device.type != "cuda" or host.is_cuda:
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
 def upload(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """int32 [rows, columns]; from pinned memory, since a copy from any other waits for the stream."""
-    table = torch.tensor(rows, dtype=torch.int32)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+    """int32 [rows, columns], sent."""
+    return send(torch.tensor(rows, dtype=torch.int32), device)

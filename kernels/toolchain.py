@@ -69,8 +69,10 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
 
 def launches(x: Tensor) -> bool:
     """Whether a kernel serves: on CUDA, with Triton, where no gradient is asked for (kernels have no backward)."""
-    works = is_told() or (triton is not None and broken is None)
-    return x.is_cuda and works and not (torch.is_grad_enabled() and x.requires_grad)
+    if not x.is_cuda:  # before anything else is asked: dynamo breaks its graph where a context variable is read
+        return False
+    works = (triton is not None and broken is None) or is_told()
+    return works and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def next_power_of_2(n: int) -> int:

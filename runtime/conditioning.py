@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.tables import send
 from .given import Given
 from .request import VideoRequest
 from .vae.codec import VideoCodec
@@ -86,7 +87,7 @@ def give_frames(codec: VideoCodec, request: VideoRequest, pieces: Sequence[Given
             given[:, at:stop], flags[at:stop] = chunk, [True] * (stop - at)
             at = stop
             yield None
-    mask = torch.tensor(flags, device=codec.device).view(1, -1, 1, 1)
+    mask = send(torch.tensor(flags), codec.device).view(1, -1, 1, 1)
     yield Conditioning(tuple(flags), given=given, mask=mask, pixels=tuple(pieces))
 
 
@@ -108,7 +109,7 @@ def concatenate_frames(
         shown[piece.start : stop] = 1
     factor = codec.temporal_factor
     mask = torch.cat((shown[:1].repeat(factor), shown[1:])).view(length, factor).T  # frame 0 fills its latent frame
-    channels = mask[:, :, None, None].expand(factor, length, rows, columns).to(codec.device)
+    channels = send(mask, codec.device)[:, :, None, None].expand(factor, length, rows, columns)
     parts = []
     for chunk in encode_given(codec, pixels):
         parts.append(chunk)

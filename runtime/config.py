@@ -65,6 +65,11 @@ def environment(changes: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+def configures_allocator(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the operator has told torch's allocator of device memory how to work, by any of its variables."""
+    return any(environ.get(f"PYTORCH_{infix}ALLOC_CONF") for infix in ("", "CUDA_", "HIP_"))
+
+
 def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     """Settings from `environ`; an empty variable counts as unset. ValueError names the variable that is wrong."""
     given = {name: text.strip() for name, text in environ.items() if name.startswith("SKYLAPSE_") and text.strip()}

@@ -77,9 +77,7 @@ def evaluate(model: Model, members: Sequence[Trajectory], layouts: Layouts, apar
     timesteps, modulations = number_timesteps(members)
     whole = layouts.get(members, modulations)
     inputs = {t.ticket: t.model_input() for t in members}
-    embedding, modulation = denoiser.condition_embedder.embed_time(
-        torch.tensor(timesteps, device=model.device), denoiser.dtype
-    )
+    embedding, modulation = layouts.time_embeddings.get(members[0].plan.expert, timesteps)
     held = [denoiser.embed([inputs[ticket] for ticket, _ in whole.order])]  # given away while the blocks work on them
     trunk = partial(each_alone, denoiser.trunk) if apart else denoiser.trunk
     keeps = any(t.cache.policy.site == "trunk" for t in members)  # otherwise nobody needs tokens again

@@ -1,16 +1,37 @@
-"""Memory of a device: what there is, and the most that was held at once, where the device counts."""
+"""Memory of a device: how it is allocated, what there is, and the most that was held at once, where that is counted."""
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 import torch
 
-from .config import Settings
+from .config import Settings, configures_allocator
 
+logger = logging.getLogger(__name__)
+EXPANDABLE = "expandable_segments:True"
 SHARE = {"cuda": 0.92, "cpu": 0.8}  # of the memory that there is
 HOST_SHARE = 0.8  # of the machine's memory, for pinned copies of weights
+
+
+def expand_segments(device: torch.device) -> None:
+    """Let allocations of any size come from segments that grow, for as long as this process lives.
+
+    Each CUDA stream has a pool of its own. In segments of fixed sizes what decoding leaves behind in its stream's pool
+    is in pieces, which steps get only when an allocation has failed, by a free that waits for the device; a segment
+    that grows is given back by the page. To be called before the first allocation; whoever sets PYTORCH_ALLOC_CONF (or
+    PYTORCH_CUDA_ALLOC_CONF) decides instead. CUDA graphs keep their own pools, as before. Tensors in such segments
+    cannot be handed to another process by all drivers; nothing here does.
+    """
+    if device.type != "cuda":
+        return
+    if configures_allocator():
+        logger.info("device memory is allocated as PYTORCH_ALLOC_CONF says")
+        return
+    torch._C._accelerator_setAllocatorSettings(EXPANDABLE)
+    logger.info("device memory is allocated with %s", EXPANDABLE)
 
 
 def memory_bytes(device: torch.device, settings: Settings) -> int:

@@ -23,7 +23,7 @@ from .batch import Batch
 from .config import Settings, load_settings
 from .decoders import Decoders
 from .denoise import evaluate, skip_ahead, take
-from .device import text_cache_bytes
+from .device import expand_segments, text_cache_bytes
 from .events import DeviceLost, EngineFull, Event, Failed, Finished, Ticket, is_device_lost
 from .layout import Layouts
 from .memory import MemoryBudget, load_budget
@@ -95,6 +95,7 @@ class Engine:
             torch.set_num_threads(settings.threads)
         where = parse_device(device)
         backends.select(settings.kernels)
+        expand_segments(where)
         if where.type == "cuda":
             backends.prepare(where)
         precision = _dtype(dtype) or (torch.bfloat16 if where.type == "cuda" else torch.float32)

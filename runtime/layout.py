@@ -10,6 +10,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from .models.model import Model
+from .models.time_embedding import TimeEmbeddings
 from .pack import Pack, build_pack
 from .pack import Sequence as PackSequence
 from .trajectory import Trajectory
@@ -28,7 +29,8 @@ class Layout:
     @property
     def num_bytes(self) -> int:
         contexts = [self.pack.text, *([self.pack.image] if self.pack.image else [])]
-        return self.pack.rotation.nbytes + sum(context.keys_values.nbytes for context in contexts)
+        of_tokens = self.pack.rotation.nbytes + self.pack.modulation_ids.nbytes
+        return of_tokens + sum(context.keys_values.nbytes for context in contexts)
 
     def split(self, tokens: Tensor) -> dict[Place, Tensor]:
         """Tokens [N, dim] -> each sequence's [n, dim], as views."""
@@ -37,10 +39,14 @@ class Layout:
 
 
 class Layouts:
-    """The layouts of the last steps, within a budget of bytes; the least recently used leave first."""
+    """The layouts of the last steps, within a budget of bytes; the least recently used leave first.
+
+    time_embeddings: of the packs' timesteps, which recur from request to request.
+    """
 
     def __init__(self, model: Model) -> None:
         self.model = model
+        self.time_embeddings = TimeEmbeddings(model)
         self._layouts: OrderedDict[tuple[tuple[int, ...], ...], Layout] = OrderedDict()
 
     def get(self, members: Sequence[Trajectory], modulations: Sequence[tuple[int, int]]) -> Layout:

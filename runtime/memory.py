@@ -67,7 +67,7 @@ class MemoryBudget:
         return max(*alone, together, 0) if alone else 0
 
     def pack_tokens(self, held_bytes: int, decoding: Sequence[Fit]) -> int:
-        """Tokens of a pack whose step fits beside what is held, and beside a chunk of one of these if the two overlap."""
+        """Tokens of a pack whose step fits beside what is held, and beside a chunk of one of these if they overlap."""
         left = self.available_bytes - held_bytes - self.fitter.brought_bytes(self.fitter.moved or (), *EXPERTS)
         if self.parallel:
             left -= _most([fit for fit in decoding if fit.overlaps], "decode")

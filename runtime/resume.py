@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..kernels.tables import send
 from .conditioning import Conditioning
 from .given import Given
 from .models.model import Model
@@ -219,7 +220,7 @@ def _conditioning(t: Trajectory, flags: list[bool], tensors: Mapping[str, Tensor
     return Conditioning(
         frame_is_given=tuple(flags),
         given=given,
-        mask=None if given is None else torch.tensor(flags, device=t.model.device).view(1, -1, 1, 1),
+        mask=None if given is None else send(torch.tensor(flags), t.model.device).view(1, -1, 1, 1),
         channels=tensors.get("channels"),
         pixels=tuple(sorted(pieces, key=lambda piece: piece.start)),
     )

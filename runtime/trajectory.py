@@ -10,12 +10,14 @@ import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from reprlib import repr as short
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.tables import send
 from .branches import BranchEncoder, Branches
 from .cache.policy import Run, relative_l1
 from .cache.spec import Choice, choose
@@ -232,7 +234,7 @@ class Trajectory:
                     conditioning = item
         if self.latents is None:
             self.latents = torch.randn((1, *self.shape), generator=self.generator)[0]
-        self.latents = self.latents.to(model.device, torch.float32).contiguous()
+        self.latents = send(self.latents.float(), model.device).contiguous()
         if request.strength is not None:
             source, chunks = (yield from read_video_of(request)), []
             for chunk in model.codec.encode_chunks(source):
@@ -327,16 +329,15 @@ class Trajectory:
     @torch.inference_mode()
     def embedding_distances(self) -> tuple[float, ...]:
         """Relative L1 distance of each step's timestep embedding to the step before; the first is 0."""
-        distances, before = [0.0], None
+        embeddings = []
         with self.model.residency.still():  # they are read where they are: nothing moves for a few rows
             for plan in self.plans:
                 embedder = self.model.experts[plan.expert].condition_embedder
-                where = next(embedder.parameters()).device
-                embedding, _ = embedder.embed_time(torch.tensor([plan.timestep], device=where), torch.float32)
-                if before is not None:
-                    distances.append(relative_l1(embedding, before.to(where)).item())
-                before = embedding
-        return tuple(distances)
+                timestep = send(torch.tensor([plan.timestep]), next(embedder.parameters()).device)
+                embedding, _ = embedder.embed_time(timestep, torch.float32)
+                embeddings.append(send(embedding, self.model.device))
+        distances = [relative_l1(now, before) for before, now in pairwise(embeddings)]
+        return (0.0, *(torch.stack(distances).tolist() if distances else ()))
 
     def _run(self, choice: Choice) -> Run:
         """What the cache policy may know: a change of expert or guidance, and a checkpoint, restart it."""

@@ -24,7 +24,6 @@ from .events import Failed, RequestTooLarge
 from .models.model import Model
 from .request import SOLVERS, VideoRequest
 from .sampler.schedule import make_schedule
-from .vae.codec import VideoCodec
 
 logger = logging.getLogger(__name__)
 Grid = tuple[int, int, int]  # latent frames, and patches high and wide
@@ -60,8 +59,9 @@ def warm_up(engine: Engine) -> WarmUp:
     """
     began_s, model, compiles = time.perf_counter(), engine.model, engine.settings.compile
     # Compiled coders are loaded by `Decoders`, which would measure them at these sizes too and write down the result.
-    codec = VideoCodec(model.codec.vae, device=model.device, chunk=model.codec.chunk, tiling=model.codec.tiling)
-    other = Engine(replace(model, codec=codec), replace(engine.settings, compile=False, max_queued=2**20))
+    other = Engine(
+        replace(model, codec=model.codec.eagerly()), replace(engine.settings, compile=False, max_queued=2**20)
+    )
     other.memory, other.previewer = engine.memory, engine.previewer
     num_clips = sum(_make(other, clips) for clips in waves(model, one_by_one=compiles))
     if compiles:

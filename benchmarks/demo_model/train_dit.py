@@ -60,7 +60,7 @@ class DemoModel(nn.Module):
         frame_ids = torch.where(
             given, 0, torch.arange(1, batch + 1, device=latents.device)[:, None]
         )  # row 0: timestep 0
-        rotation = build_rotation(self.denoiser.config.attention_head_dim, grid, latents.device)
+        rotation = build_rotation(self.denoiser.config.attention_head_dim, [grid], latents.device)
         pack = Pack(
             grids=[grid] * batch,
             cu_seqlens=tuple(range(0, batch * num_tokens + 1, num_tokens)),

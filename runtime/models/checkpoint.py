@@ -104,7 +104,7 @@ def allocate(
     fp32_parameters: Sequence[str] = (),
     quantized: Mapping[str, WeightFormat] = {},
 ) -> None:
-    """Give a module that lies on `meta` parameters on a device, not filled, in the formats that `load_weights` keeps."""
+    """Give a module that lies on `meta` parameters on a device, not filled, in what `load_weights` keeps them in."""
     for name, parameter in list(module.named_parameters()):
         if name in quantized:
             _keep_in(_owner(module, name), quantized[name], device, name)

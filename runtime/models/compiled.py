@@ -1,9 +1,10 @@
 """torch.compile for a denoiser's blocks, with few enough shapes that mixed packs do not recompile for ever.
 
 What is compiled is everything between two attentions: norms, modulation, projections, feed-forward. All of it is
-token-wise, so a pack is padded with rows that nobody reads, up to a bucket (powers of two and the middles between
-them: at most a third is wasted), and its modulation table to a power of two. Attention stays in eager mode, on the
-unpadded rows, because its lengths differ from pack to pack.
+token-wise, so a pack is padded with rows that nobody reads, up to a bucket, and its modulation table to a power of two.
+Up to 8,192 tokens, where packs are of any mixture, buckets are powers of two and the middles between them: at most half
+is added. Above, where a row costs most and packs are of one or two clips, a doubling has sixteen steps: at most a
+sixteenth is added. Attention stays in eager mode, on the unpadded rows, because its lengths differ from pack to pack.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from torch import Tensor
 from ..pack import Pack
 from .wan import WanDenoiser
 
-SMALLEST_BUCKET = 64
-MAX_BUCKETS = 64  # buckets (24 up to 262,144 tokens), times rows of the modulation table that really occur
+SMALLEST_BUCKET, FINE_FROM, STEPS = 64, 8192, 16
+# Of one piece of code, up to 262,144 tokens: 15 buckets up to 8,192, with tables of 2, 4, 8, ... 64 rows, and 80 above,
+# with tables of 2 and 4.
+MAX_COMPILED = 15 * 6 + 80 * 2
 
 
 def compile_trunk(denoiser: WanDenoiser, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -28,8 +31,11 @@ def compile_trunk(denoiser: WanDenoiser, backend: str | Callable[..., Any] = "in
     for index, block in enumerate(denoiser.layers):
         block.attn1.attend = torch.compiler.disable(_unpadded(block.attn1.attend))  # type: ignore[method-assign]
         block.attn2.attend = torch.compiler.disable(_of_block(block.attn2.attend, index))  # type: ignore[method-assign]
-    # Each bucket compiles the same code once more; past its limit (8) dynamo would run the rest uncompiled.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_BUCKETS)
+    # Each bucket compiles the same code once more; past its limits (8, and 256 in all) dynamo would run the rest
+    # uncompiled.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, MAX_COMPILED)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, MAX_COMPILED)
     run = torch.compile(_run_block, dynamic=False, backend=backend)
 
     def trunk(tokens: Tensor, modulation: Tensor, pack: Pack, blocks: slice = slice(None)) -> Tensor:
@@ -51,7 +57,10 @@ def compile_trunk(denoiser: WanDenoiser, backend: str | Callable[..., Any] = "in
 
 
 def bucket(num_tokens: int) -> int:
-    """The next of 64, 96, 128, 192, 256, 384, ... that holds so many."""
+    """The next of 64, 96, 128, 192, ... 6144, 8192, 8704, 9216, ... 16384, 17408, ... that holds so many."""
+    if num_tokens > FINE_FROM:
+        step = (1 << (num_tokens - 1).bit_length()) // 2 // STEPS
+        return -(-num_tokens // step) * step
     size = SMALLEST_BUCKET
     while size < num_tokens:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3

@@ -35,6 +35,8 @@ def held_bytes(
     keys_values = 2 * 2 * config.num_layers * config.dim
     elements = text_rows * (config.text_dim + keys_values) + image_rows * (2 * (config.image_dim or 0) + keys_values)
     contexts = elements * dtype.itemsize
+    # Of the pack's layout, by token: rotation in complex64, and which timestep it is at.
+    contexts += num_tokens_of(config, shape) * num_branches * (4 * config.attention_head_dim + 8)
     return (num_latents + cached_latents) * latent_bytes + cached_tokens * token_bytes + contexts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...compile.stream import DTYPES, copied
+from ...kernels.tables import send
 from ..events import is_out_of_memory
 from .coders import WanDecoder, WanEncoder, move
 from .overlap import CudaLane, Lane, overlapped
@@ -77,6 +79,13 @@ class VideoCodec:
         self.require: Callable[[str], None] = lambda part: None  # has the "encoder" or "decoder" on the device
         self.mean = torch.tensor(list(config.latents_mean), dtype=torch.float32, device=device).view(shape)
         self.std = torch.tensor(list(config.latents_std), dtype=torch.float32, device=device).view(shape)
+
+    def eagerly(self) -> VideoCodec:
+        """The same weights, coded with by torch alone whatever has been chosen here."""
+        other = copy.copy(self)
+        other.choose_decoder = lambda height, width: self.decoder
+        other.choose_encoder = lambda height, width: self.encoder
+        return other
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """[C, T, H, W] of a clip's latents; num_frames is temporal_factor * k + 1."""
@@ -211,4 +220,4 @@ class VideoCodec:
             chunk = torch.tensor(frames[start:stop]).permute(3, 0, 1, 2) / 127.5 - 1
         else:
             chunk = frames[:, start:stop]
-        return chunk.to(self.device, torch.float32)[None]
+        return send(chunk.float(), self.device)[None]

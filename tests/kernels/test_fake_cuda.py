@@ -67,11 +67,30 @@ def test_kernels_and_backends_are_those_of_the_capability_that_is_told() -> None
     assert adaln(x, table, table, ids, 1e-6).shape == x.shape
 
 
+@pytest.mark.usefixtures("cuda")
+def test_streams_and_events_are_there_and_never_wait() -> None:
+    side, event = torch.cuda.Stream(torch.device("cuda")), torch.cuda.Event()
+    default = torch.cuda.current_stream()
+    with torch.cuda.stream(side):
+        assert torch.cuda.current_stream(torch.device("cuda")) is side
+        event.record()
+    assert torch.cuda.current_stream() is default != side
+    default.wait_event(event)
+    torch.empty(3, device="cuda").record_stream(side)
+    assert event.query() and not torch.cuda.is_current_stream_capturing()
+
+
+@pytest.mark.usefixtures("cuda")
+def test_memory_that_is_allocated_pinned_is_known() -> None:
+    host = torch.empty(2, 3, pin_memory=True)
+    assert host.is_pinned() and host.shape == (2, 3) and not torch.empty(2, 3).is_pinned()
+
+
 def test_nothing_of_it_stays_behind() -> None:
-    before = dict(FakeTensor.__dict__)
+    before, stream = dict(FakeTensor.__dict__), torch.cuda.Stream
     with fake_cuda(90):
         assert FakeTensor.__dict__["contiguous"] is UNGUARDED["contiguous"]
         with fake_cuda(80):
             assert toolchain.capability(torch.device("cuda")) == 80
         assert toolchain.capability(torch.device("cuda")) == 90
-    assert dict(FakeTensor.__dict__) == before and not toolchain.is_told()
+    assert dict(FakeTensor.__dict__) == before and torch.cuda.Stream is stream and not toolchain.is_told()

@@ -101,7 +101,7 @@ def test_gated_residual_and_norm_on_cuda_is_one_call_of_the_fused_kernel(monkeyp
 
 def test_heads_are_normed_each_by_itself_when_the_weight_is_one_heads() -> None:
     qkv, weights = torch.randn(6, 3 * 4 * 12), (torch.randn(12), torch.randn(12))
-    rotation = build_rotation(12, (1, 2, 3), torch.device("cpu"))
+    rotation = build_rotation(12, [(1, 2, 3)], torch.device("cpu"))
     actual = qk_norm_rope.qk_norm_rope(qkv, *weights, rotation, 4, 1e-6)
     expected = reference.qk_norm_rope(qkv, *weights, torch.view_as_real(rotation), 4, 1e-6)
     assert all(relative_l2(one, other) < 1e-6 for one, other in zip(actual, expected, strict=True))

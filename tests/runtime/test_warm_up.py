@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import save_checkpoint
+from tiny import save_checkpoint, with_room
 
 from skylapse.kernels import (
     adaln,
@@ -60,7 +59,7 @@ OPERATIONS: dict[Any, dict[str, Callable[..., Any]]] = {
     attention: {"_op": attention_kernels.launch},
     linear_quantized: {
         "_quantize_rows_op": linear_quantized._quantize_rows_triton,
-        "_linear_quantized_op": linear_quantized._linear_quantized_triton,
+        "_product_op": linear_quantized._product_triton,
     },
 }
 
@@ -267,7 +266,7 @@ def test_failure_of_the_device_ends_the_start_with_its_reason(demo: Engine, monk
 
 
 def test_clip_that_cannot_fit_is_left_out_and_told(demo: Engine, caplog: pytest.LogCaptureFixture) -> None:
-    demo.memory = replace(demo.memory, available_bytes=1)
+    demo.memory = with_room(demo.memory, 1)
     try:
         assert warm_up(demo).num_clips == 0
     finally:

@@ -11,7 +11,7 @@ from compare import relative_l2
 from tiny import BASE, draw_weights, save_checkpoint
 
 from skylapse import Engine, VideoRequest
-from skylapse.runtime.models.compiled import bucket, compile_trunk
+from skylapse.runtime.models.compiled import MAX_COMPILED, bucket, compile_trunk
 from skylapse.runtime.models.wan import WanConfig, WanDenoiser
 from skylapse.runtime.pack import Sequence, build_pack
 
@@ -35,10 +35,32 @@ def velocities(model: WanDenoiser, grids: list[tuple[int, int, int]], rows: int)
 PACKS = [([(1, 4, 4)], 3), ([(2, 4, 4), (1, 5, 4)], 5), ([(3, 4, 4), (1, 4, 4), (1, 3, 3)], 2), ([(1, 7, 8)], 9)]
 
 
-def test_buckets_are_few_and_waste_at_most_a_third() -> None:
-    sizes = sorted({bucket(n) for n in range(1, 5000)})
-    assert sizes == [64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144]
-    assert all(bucket(n) >= n and (n < 64 or bucket(n) <= n * 1.5) for n in range(1, 5000))
+def test_buckets_of_mixed_packs_are_few_and_add_at_most_half() -> None:
+    sizes = sorted({bucket(n) for n in range(1, 8193)})
+    assert sizes == [64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192]
+    assert all(bucket(n) >= n and (n < 64 or bucket(n) <= n * 1.5) for n in range(1, 8193))
+
+
+def test_buckets_of_large_packs_add_at_most_a_sixteenth_and_can_all_be_compiled() -> None:
+    sizes = {bucket(n) for n in range(8193, 262_145)}
+    assert max(sizes) == 262_144 and all(n <= bucket(n) <= n * 17 / 16 for n in range(8193, 262_145))
+    assert bucket(8193) == 8704 and bucket(16_385) == 17_408
+    assert len(sizes) == 80 and 15 * 6 + len(sizes) * 2 <= MAX_COMPILED
+
+
+# Published sizes, a branch: 704p x 121 frames, 480p x 81, and both branches; 720p x 81, and both branches.
+NATIVE = {27_280: 0.014, 32_760: 0.001, 65_520: 0.001, 75_600: 0.03, 151_200: 0.03}
+
+
+@pytest.mark.parametrize("num_tokens", NATIVE)
+def test_published_sizes_are_padded_by_little(num_tokens: int) -> None:
+    assert 0 <= bucket(num_tokens) / num_tokens - 1 < NATIVE[num_tokens]
+
+
+def test_dynamo_compiles_as_many_as_there_are() -> None:
+    compile_trunk(denoiser(), backend="eager")
+    limits = torch._dynamo.config
+    assert min(limits.recompile_limit, limits.accumulated_recompile_limit) >= MAX_COMPILED
 
 
 def test_mixed_packs_are_equal_and_compile_once_a_bucket() -> None:

@@ -108,11 +108,11 @@ def test_a_state_is_freed_before_the_next_one_is_read(monkeypatch: pytest.Monkey
     _, states = codec.decoder(latents()[None, :, :1], None)
     old = [weakref.ref(state) for state in states]
     alive: list[int] = []
-    conv3d = wan.conv3d
+    conv3d = vars(wan)["conv3d"]
 
     def watched(x: Tensor, *args: object, **kwargs: object) -> Tensor:
         alive.append(sum(reference() is not None for reference in old))
-        return conv3d(x, *args, **kwargs)  # type: ignore[arg-type]
+        return conv3d(x, *args, **kwargs)
 
     monkeypatch.setattr(wan, "conv3d", watched)
     codec.decoder(latents()[None, :, 1:2], states)
@@ -273,10 +273,11 @@ def test_weights_that_are_moved_are_what_coding_reads() -> None:
     """A part is moved by its parameters' data: nothing may keep what a parameter held before."""
     codec = codec_of()
     frames, means = whole(codec.decode_float(latents())), codec.encode(pixels())
-    for part, work in (
-        ("decoder", lambda: whole(codec.decode_float(latents()))),
-        ("encoder", lambda: codec.encode(pixels())),
-    ):
+    works: dict[str, Callable[[], Tensor]] = {
+        "decoder": lambda: whole(codec.decode_float(latents())),
+        "encoder": lambda: codec.encode(pixels()),
+    }
+    for part, work in works.items():
         module: nn.Module = getattr(codec, part)
         kept = [parameter.data for parameter in module.parameters()]
         for parameter in module.parameters():

@@ -40,7 +40,10 @@ def _version(package: str) -> str | None:
 
 def _git(*arguments: str) -> str:
     root = Path(__file__).parents[1]
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # a machine without git, which a copy of the tree was sent to
+        return ""
     return done.stdout.strip()
 
 

@@ -12,7 +12,7 @@ from .events import RequestTooLarge
 from .holdings import needs_at
 from .models.fit import Fit, Fitter, Needs, Size, nearest_of
 from .models.model import Model
-from .models.placement import peaks_of
+from .models.placement import chunks_of, peaks_of, tilings_of
 from .models.registry import EXPERTS
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ def load_budget(model: Model, settings: Settings, compiled: Footprint = lambda w
         factor=codec.spatial_factor,
         fixed_bytes=text_cache_bytes(model.device, settings),
         moved=model.residency.moved,
-        chunks=(codec.chunk,),
-        tilings=(codec.tiling,),
+        chunks=chunks_of(settings),
+        tilings=tilings_of(settings),
     )
     return MemoryBudget(fitter, codec.lane is not None, compiled)
 

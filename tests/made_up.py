@@ -12,10 +12,12 @@ from skylapse.benchmarks.harness import spread_of
 from skylapse.benchmarks.record import (
     SCHEMA,
     Better,
+    Check,
     Comparison,
     Contestant,
     Curve,
     KernelReport,
+    LeaseReport,
     Measurement,
     Row,
     SuiteReport,
@@ -139,6 +141,35 @@ def memory() -> SuiteReport:
         found.append(measurement(f"memory/64x64x{frames}/exact", [frames * 1.1e6], "bytes"))
         found.append(measurement(f"memory/64x64x{frames}/exact/predicted", [frames * 1.2e6], "bytes", "neither"))
     return report("memory", found)
+
+
+def lease() -> LeaseReport:
+    """Of a GPU that there is not: kernels compared, checks of which one is wrong, peaks beside predictions."""
+    of_kernels = kernels(machine={"device": "a synthetic GPU"})
+    found = [measurement("blocks/14B, one branch/bf16", around(0.05))]
+    for size, gib in (("480p", 3.0), ("720p", 7.0)):
+        found.append(measurement(f"peaks/14B {size}, one branch/step", [gib * 2**30], "bytes"))
+        found.append(measurement(f"peaks/14B {size}, one branch/step/predicted", [gib * 2**30], "bytes", "neither"))
+    checks = [
+        Check(op="adaln", case="bfloat16", status="ok", worst=0.01, tolerance=0.06, runs=20),
+        Check(op="attention", case="head 64", status="wrong", worst=0.5, tolerance=0.06, runs=20),
+    ]
+    return LeaseReport(
+        schema=SCHEMA,
+        suite="a synthetic GPU",
+        quick=False,
+        machine=of_kernels.machine,
+        elapsed_s=420.0,
+        partial="not run: tune",
+        seed=0,
+        model="random weights",
+        settings={},
+        measurements=found,
+        failures={"vae/decode": "OutOfMemoryError: CUDA out of memory"},
+        limits=of_kernels.limits,
+        checks=checks,
+        rows=of_kernels.rows,
+    )
 
 
 def git(folder: Path, *words: str) -> str:

@@ -7,15 +7,16 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import Any
 
-from pydantic import ValidationError
-
-from ..record import Check, Row, Spread, Strict
+from ..record import Check, Row, Spread, Strict, from_json
 
 STALL_S = 180.0  # without a line, which compiling the largest block does not take
 
 
+@dataclass(frozen=True, kw_only=True)
 class Begin(Strict):
     """Which operation is next; `ended`: none, and why."""
 
@@ -23,11 +24,13 @@ class Begin(Strict):
     ended: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
 class Limits(Strict):
     limits: dict[str, Spread]
 
 
 Line = Begin | Limits | Check | Row
+LINE: Any = Line  # as pydantic is told of it
 
 
 def run_apart(
@@ -93,6 +96,6 @@ def _next(lines: SimpleQueue[str | None], stall_s: float, process: subprocess.Po
 
 def _begun(text: str) -> Begin | None:
     try:
-        return Begin.model_validate_json(text)
-    except ValidationError:
+        return from_json(Begin, text)
+    except ValueError:
         return None

@@ -41,7 +41,7 @@ def case_of(suite: Suite, op: str, words: str, lengths: tuple[int, ...], heads: 
     cost = roofline.attention(lengths, lengths, heads, head_size, suite.dtype.itemsize)
     listed = f" ({', '.join(map(str, lengths))})" if len(lengths) > 1 else ""
     words = f"{words}{listed}, {heads} heads of {head_size}"
-    return Case(op, words, cost, suite.dtype, partial(_build, suite, op, lengths, heads, head_size))
+    return Case(op, words, cost, suite.dtype, partial(build, suite, op, lengths, heads, head_size))
 
 
 def call_in(name: str) -> Call:
@@ -54,7 +54,7 @@ def call_in(name: str) -> Call:
     return call_of(cu_seqlens, cu_seqlens, int(heads), int(head_size), False)
 
 
-def _build(suite: Suite, op: str, lengths: tuple[int, ...], heads: int, head_size: int) -> dict[str, Make]:
+def build(suite: Suite, op: str, lengths: tuple[int, ...], heads: int, head_size: int) -> dict[str, Make]:
     cu_seqlens = tuple(accumulate(lengths, initial=0))
     q, k, v = (suite.draw(cu_seqlens[-1], heads, head_size) for _ in range(3))
     names = backends.CHOICES["attention"]

@@ -39,12 +39,12 @@ def cases(suite: Suite) -> Iterator[Case]:
             if suite.quick and size == "720p":
                 continue  # compiling each shape of diffusers' block takes a minute
             num_tokens = grid[0] * grid[1] * grid[2]
-            cost = _cost(config, num_tokens, suite.dtype.itemsize)
+            cost = cost_of(config, num_tokens, suite.dtype.itemsize)
             words = f"{model}, {size}: {num_tokens} tokens"
             yield Case("block", words, cost, suite.dtype, partial(_build, suite, config, grid))
 
 
-def _cost(config: WanConfig, num_tokens: int, itemsize: int) -> roofline.Cost:
+def cost_of(config: WanConfig, num_tokens: int, itemsize: int) -> roofline.Cost:
     """Weights and tokens once; products of attention and of all linear layers."""
     dim, heads, size = config.dim, config.num_attention_heads, config.attention_head_dim
     weights = 6 * dim**2 + 2 * dim * config.ffn_dim  # qkv, out, the cross-attention's q and out, feed-forward

@@ -10,20 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from ...runtime.options import Parser
 from ..ending import ended_by_signals
 from ..gpu import watch
 from ..harness import Budget, reason_of
 from ..machine import describe
-from ..record import SCHEMA, Check, KernelReport, Row, Spread, write
-from .apart import Begin, Limits, Line, run_apart
+from ..record import SCHEMA, Check, KernelReport, Row, Spread, from_json, to_json, write
+from .apart import LINE, Begin, Limits, Line, run_apart
 from .suite import OPS, cases, check, clock_of, lost, measure, measure_limits, suite_of
 
 CASE_S = {("gpu", True): 1.0, ("gpu", False): 4.0, ("cpu", True): 0.3, ("cpu", False): 2.0}  # of a comparison, or quick
 LIMIT_S = {("gpu", True): 400.0, ("gpu", False): 3600.0, ("cpu", True): 55.0, ("cpu", False): 900.0}  # of all
-LINE: TypeAdapter[Line] = TypeAdapter(Line)
 
 
 def kernels(arguments: Sequence[str]) -> int:
@@ -92,11 +90,11 @@ def _tell(options: argparse.Namespace, ops: list[str]) -> int:
     """As lines of JSON on stdout, for the process that waits for them; gives up when the device is lost."""
     try:
         for line in _work(options, ops):
-            print(line.model_dump_json(), flush=True)
+            print(to_json(line), flush=True)
             if lost(line):
                 return 70
     except TimeoutError as error:
-        print(Begin(begin=str(error), ended=True).model_dump_json(), flush=True)
+        print(to_json(Begin(begin=str(error), ended=True)), flush=True)
     return 0
 
 
@@ -108,8 +106,8 @@ def _apart(options: argparse.Namespace, ops: list[str]) -> Iterator[Line]:
     command += ["--seed", str(options.seed)]
     for text in run_apart(command, ops, limit_s):
         try:
-            yield LINE.validate_json(text) if isinstance(text, str) else text
-        except ValidationError:  # what a library prints
+            yield from_json(LINE, text) if isinstance(text, str) else text
+        except ValueError:  # what a library prints
             print(text, end="", file=sys.stderr)
 
 

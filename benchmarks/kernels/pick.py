@@ -11,7 +11,7 @@ from typing import Any
 from ...kernels.attention_backends import MEASURED
 from ...kernels.backends import CHOICES
 from ...runtime.options import Parser
-from ..record import KernelReport, Row, read
+from ..record import KernelReport, KernelResult, Row, read_any
 from .attention import call_in
 from .checks import LOSSY
 
@@ -21,13 +21,17 @@ Kind = tuple[int, str]  # (head size, one of attention_backends.KINDS)
 def pick(arguments: Sequence[str]) -> int:
     """Print each file's winners, and what they rest on; `--write` makes them the runtime's defaults."""
     parser = Parser(prog="skylapse bench pick", description=__doc__.partition(": ")[2], allow_abbrev=False)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="results of `bench kernels --suite gpu`")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="results of `bench kernels --suite gpu`, or of a lease"
+    )
     parser.add_argument(
         "--write", action="store_true", help="put them into the package, in place of that architecture's"
     )
     options = parser.parse_args(arguments)
     for path in options.files:
-        report = read(path, KernelReport)
+        report = read_any(path)
+        if not isinstance(report, KernelResult):
+            raise ValueError(f"{path.name} must compare kernels, got a result of {report.benchmark}")
         capability, times = attention_times(report)
         print(
             f"sm_{capability}: {report.machine.get('device')}, commit {report.machine.get('commit')}; of triton's time:"
@@ -40,16 +44,16 @@ def pick(arguments: Sequence[str]) -> int:
     return 0
 
 
-def attention_times(report: KernelReport) -> tuple[int, dict[Kind, dict[str, float]]]:
+def attention_times(report: KernelResult) -> tuple[int, dict[Kind, dict[str, float]]]:
     """(compute capability, each exact backend's time in units of ours, by kind: the geometric mean of its comparisons).
 
     Only who took part in every comparison of a kind and has no wrong check counts. ValueError where the file cannot
     tell.
     """
     capability = report.machine.get("capability")
-    if report.suite != "gpu" or not isinstance(capability, int):
+    if report.suite == "cpu" or not isinstance(capability, int):
         raise ValueError(f"the result must be of a GPU, got suite {report.suite!r}")
-    if report.partial is not None:
+    if isinstance(report, KernelReport) and report.partial is not None:  # of a lease each call is whole by itself
         raise ValueError(f"the result must be whole, got a partial one ({report.partial})")
     kinds: dict[Kind, list[Row]] = {}
     for row in report.rows:
@@ -85,7 +89,7 @@ def ranked(times: dict[str, float]) -> list[tuple[str, float]]:
     return sorted(times.items(), key=lambda item: item[1])
 
 
-def write_measured(report: KernelReport, capability: int, times: dict[Kind, dict[str, float]]) -> None:
+def write_measured(report: KernelResult, capability: int, times: dict[Kind, dict[str, float]]) -> None:
     """Into measured/attention.json, a line an entry; what was measured on this architecture before leaves it."""
     kept = [entry for entry in json.loads(MEASURED.read_text()) if entry["capability"] != capability]
     made: list[dict[str, Any]] = [

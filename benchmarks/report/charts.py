@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..record import Curve, HistoryLine, KernelReport, SuiteReport
+from ..record import Curve, HistoryLine, KernelResult, SuiteReport
 from .load import Found
 
 MOST_SERIES = 8  # as many colours and marks as can be told apart
@@ -176,7 +176,7 @@ def _qualities(found: Found) -> Iterator[Chart]:
             yield Chart(f"{report.model}", "speed-up of denoising", "PSNR of the whole clip, dB", series, path)
 
 
-def _rooflines(path: str, report: KernelReport) -> Iterator[Chart]:
+def _rooflines(path: str, report: KernelResult) -> Iterator[Chart]:
     limits = {name: spread.median for name, spread in report.limits.items()}
     if not {"bytes_per_s", "operations_per_s"} <= limits.keys():
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..record import HistoryLine, KernelReport, SuiteReport, read_any, read_history
+from ..record import HistoryLine, KernelReport, KernelResult, SuiteReport, read_any, read_history
 
 AnyResult = KernelReport | SuiteReport
 
@@ -24,8 +24,9 @@ class Found:
         return {path: report for path, report in self.reports.items() if isinstance(report, SuiteReport)}
 
     @property
-    def kernels(self) -> dict[str, KernelReport]:
-        return {path: report for path, report in self.reports.items() if isinstance(report, KernelReport)}
+    def kernels(self) -> dict[str, KernelResult]:
+        """Those that compare kernels."""
+        return {path: report for path, report in self.reports.items() if isinstance(report, KernelResult)}
 
 
 def collect(folder: Path) -> Found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
+from ..record import KernelResult
 from ..track.compare import Figure, figures, reasons
 from .charts import Chart, Section
 from .draw import svg
@@ -62,6 +63,8 @@ def _run(path: str, report: AnyResult) -> Iterator[str]:
     yield f"<td>{escape(str(machine.get('commit') or 'none'))}</td>"
     failed = len(reasons(report))
     words = f"{'quick, ' if report.quick else ''}{report.elapsed_s:.0f} s{f', {failed} failed' if failed else ''}"
+    if isinstance(report, KernelResult) and report.checks:
+        words += f", {sum(check.status == 'ok' for check in report.checks)} of {len(report.checks)} checks right"
     yield f"<td class='once'>{words}</td><td>{_publishable(report)}</td>"
 
 

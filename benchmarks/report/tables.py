@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 
-from ..record import Comparison, KernelReport, Measurement, Spread
+from ..record import Comparison, KernelReport, KernelResult, LeaseReport, Measurement, Spread, SuiteReport
 from .load import AnyResult
 
 OWN = {"quality": "suites.quality_table", "peers": "peers.table"}  # suites whose `markdown` knows them better
@@ -19,6 +19,15 @@ def table(report: AnyResult, begins: str = "") -> str:
     """Of the figures whose names begin so. A whole run of a suite that has a table of its own is shown by it."""
     if isinstance(report, KernelReport):
         return _kernels(report, begins)
+    if isinstance(report, LeaseReport) and any(row.op.startswith(begins) for row in report.rows):
+        parts = [_kernels(report, begins)]
+        if any(one.name.startswith(begins) for one in report.measurements):
+            parts.append(_suite(report, begins))
+        return "\n\n".join(parts)
+    return _suite(report, begins)
+
+
+def _suite(report: SuiteReport, begins: str) -> str:
     if report.benchmark in OWN and (report.benchmark == "quality" or not begins):
         markdown = import_module(f"..{OWN[report.benchmark]}", __package__).markdown
         with suppress(KeyError):  # a run that ended early, without a figure that every row of it has
@@ -46,7 +55,7 @@ def _values(values: list[Measurement]) -> str:
     return _grid(("", "median", "quartiles", "interval of 95 %", "n"), rows)
 
 
-def _kernels(report: KernelReport, begins: str) -> str:
+def _kernels(report: KernelResult, begins: str) -> str:
     """Ours, and the nearest of the others; how often it takes our time."""
     rows = []
     for row in report.rows:

@@ -167,7 +167,7 @@ def _compare(
             for what, values in both.items():
                 points = [(value, (rank + 1) / len(values)) for rank, value in enumerate(sorted(values))]
                 curve = Curve(name=f"{name}/{what}", x="latency, s", y="share of requests", points=points)
-                sheet.drawn(curve.model_copy(update={"labels": {"kind": "cdf", **labels}}))
+                sheet.drawn(replace(curve, labels={"kind": "cdf", **labels}))
     return ratios
 
 

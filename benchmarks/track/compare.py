@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...runtime.options import Parser
-from ..record import Better, KernelReport, Report, Spread, SuiteReport, read_any
+from ..record import Better, Check, KernelResult, Report, Spread, SuiteReport, read_any
 from .percent import percent
 from .statistics import Change, Verdict, change, change_of_spreads, judge
 
@@ -89,12 +89,12 @@ def notes_on(old: Report, new: Report, force: bool = False) -> list[str]:
 def figures(report: Report) -> dict[str, Figure]:
     """By name; of a file of kernels by operation, case and contestant."""
     found: dict[str, Figure] = {}
-    if isinstance(report, KernelReport):
+    if isinstance(report, KernelResult):
         for row in report.rows:
             for name, it in row.contestants.items():
                 if it.seconds is not None:
                     found[f"{row.op}, {row.case}/{name}"] = Figure("s", "lower", it.seconds, None)
-    elif isinstance(report, SuiteReport):
+    if isinstance(report, SuiteReport):
         for one in report.measurements:
             found[one.name] = Figure(one.unit, one.better, one.spread, one.samples)
         for ratio in report.comparisons:  # who of the two is ours is not said, so no direction is a fault
@@ -104,16 +104,20 @@ def figures(report: Report) -> dict[str, Figure]:
 
 def reasons(report: Report) -> dict[str, str]:
     """Of what failed in a run, by the names of `figures`."""
-    if isinstance(report, SuiteReport):
-        return report.failures
-    if isinstance(report, KernelReport):
-        return {
+    found = dict(report.failures) if isinstance(report, SuiteReport) else {}
+    if isinstance(report, KernelResult):
+        found |= {
             f"{row.op}, {row.case}/{name}": it.reason or "no reason given"
             for row in report.rows
             for name, it in row.contestants.items()
             if it.status == "failed"
         }
-    return {}
+        found |= {f"check of {c.op}, {c.case}": _wrong(c) for c in report.checks if c.status != "ok"}
+    return found
+
+
+def _wrong(check: Check) -> str:
+    return check.reason or f"off by {check.worst}, where {check.tolerance} is rounding"
 
 
 def lines(old: dict[str, Figure], new: dict[str, Figure], threshold: float) -> list[Line]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ...runtime.options import Parser
 from ...runtime.video_file import replaced_when_complete
-from ..record import HISTORY_SCHEMA, HistoryLine, Point, Report, read_any, read_history
+from ..record import HISTORY_SCHEMA, HistoryLine, Point, Report, read_any, read_history, to_json
 from .compare import figures
 from .trees import ROOT, commit_of, git
 
@@ -84,7 +84,7 @@ def append(path: Path, line: HistoryLine) -> None:
         raise ValueError(f"{path.name} must not have the same run twice, got one of {line.commit or 'no commit'} again")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced_when_complete(path) as unfinished:
-        unfinished.write_text("".join(one.model_dump_json(by_alias=True) + "\n" for one in [*held, line]))
+        unfinished.write_text("".join(to_json(one) + "\n" for one in [*held, line]))
 
 
 def slug(device: str) -> str:

@@ -70,11 +70,12 @@ class Way:
     guidance: Guidance
     chunk: int  # latent frames that are coded at a time
     tiling: Tiling
+    factor: int  # pixels a side of one latent
 
-    @property
-    def tile(self) -> int | None:
-        """Side in pixels of the tiles that every frame is coded in; None where frames of a usual size are whole."""
-        return None if self.tiling.threshold else self.tiling.tile
+    def tile(self, size: Size) -> int | None:
+        """Side in pixels of the tiles that frames of this size are coded in; None where they are whole."""
+        whole = size.height // self.factor, size.width // self.factor
+        return None if self.tiling.size(*whole, self.factor) == whole else self.tiling.tile
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,8 @@ class Fitter:
     @cached_property
     def _ways(self) -> list[Way]:
         guidance: tuple[Guidance, ...] = ("together", "apart")
-        return [Way(*parts) for parts in product(self._moves(), guidance, self.chunks, self.tilings)]
+        parts = product(self._moves(), guidance, self.chunks, self.tilings)
+        return [Way(*part, self.factor) for part in parts]
 
     def _moves(self) -> Iterator[tuple[str, ...]]:
         """Sets of parts to be moved, each with the next one that is needed least."""
@@ -225,7 +227,7 @@ class Fitter:
         """Seconds that this way costs a request."""
         copied = sum(self.parts[part] for part in way.moved) / COPIED_BYTES_A_SECOND
         decoding = DECODE_S_A_PIXEL * needs.size.volume
-        slower = CHUNK_1_PRICE * (way.chunk == 1) + TILES_PRICE * (way.tile is not None)
+        slower = CHUNK_1_PRICE * (way.chunk == 1) + TILES_PRICE * (way.tile(needs.size) is not None)
         return copied + APART_S * (way.guidance == "apart") + slower * decoding
 
 

@@ -88,7 +88,7 @@ def _row(precision: Precision, fitter: Fitter, size: Size) -> dict[str, Any]:
         "moved": list(fit.way.moved),
         "guidance": fit.way.guidance,
         "decode_chunk": fit.way.chunk,
-        "tiles": fit.way.tile,
+        "tiles": fit.way.tile(size),
         "overlaps": fit.overlaps,
         "blocked_by": fit.blocked_by,
         "nearest": [] if fit.fits else [str(other) for other in nearest_of(fits, size, limits)],

@@ -13,6 +13,7 @@ import torch
 from ...kernels.toolchain import capability
 from ..config import Settings
 from ..device import host_bytes, memory_bytes, text_cache_bytes
+from ..vae.tiling import Tiling
 from .fit import Fitter
 from .fit_report import config_of, sizes_of
 from .needs import needs_of
@@ -48,6 +49,7 @@ def place(
         host_bytes=host_bytes(),
         offload=settings.offload,
         chunks=chunks_of(settings),
+        tilings=tilings_of(settings),
     )
     config = config_of(folder)
     sizes = sorted(sizes_of(folder), key=lambda size: -size.volume)
@@ -62,6 +64,12 @@ def place(
 def chunks_of(settings: Settings) -> tuple[int, ...]:
     """Latent frames that may be coded at a time."""
     return CHUNKS if settings.decode_chunk is None else (settings.decode_chunk,)
+
+
+def tilings_of(settings: Settings) -> tuple[Tiling, ...]:
+    """How frames may be cut into tiles: as configured, or only the largest and, at a price, all."""
+    chosen = Tiling.of(settings.tile)
+    return (chosen, replace(chosen, threshold=0)) if settings.tile == "auto" else (chosen,)
 
 
 def peaks_of(model: Model, settings: Settings) -> Peaks:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from skylapse.benchmarks.metrics import CAP_DB
-from skylapse.benchmarks.record import SuiteReport, read
+from skylapse.benchmarks.record import SuiteReport, read, write
 from skylapse.benchmarks.sheet import Sheet
 from skylapse.benchmarks.suites.quality import Run, markdown, quality
 from skylapse.benchmarks.suites.quality_ways import EXACT, MIXED, Made, Row, Way, parse_way
@@ -153,11 +154,10 @@ def test_table_of_a_file_is_shown_without_a_model(
     real: SuiteReport, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     path = tmp_path / "result.json"
-    path.write_text(real.model_dump_json(by_alias=True))
+    write(real, path)
     assert quality(["--show", str(path)]) == 0
     assert capsys.readouterr().out.strip() == markdown(real)
-    other = real.model_copy(update={"benchmark": "decode"})
-    path.write_text(other.model_dump_json(by_alias=True))
+    write(replace(real, benchmark="decode"), path)
     with pytest.raises(ValueError, match="must be a result of quality, got one of decode"):
         quality(["--show", str(path)])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from made_up import around, comparison, measurement, report
 from skylapse.benchmarks.record import Curve, write
 from skylapse.benchmarks.report.charts import MOST_SERIES, Chart, Series, cdf, sections
 from skylapse.benchmarks.report.load import collect
+from skylapse.benchmarks.report.page import page
 from skylapse.benchmarks.report.style import CSS, INK, MUTED, SERIES, SERIES_DARK
+from skylapse.benchmarks.report.tables import table
 from skylapse.benchmarks.track.history import append, line_of
 from skylapse.cli import main
 
@@ -28,9 +31,22 @@ def results(tmp_path: Path) -> Path:
         write(made, folder / "cpu" / f"{made.benchmark}.json")
     for at, commit in enumerate(("aaaaaaa", "bbbbbbb", "ccccccc")):
         made = report("denoise", [measurement("denoise/64x64/exact", around(1 - 0.1 * at))], machine={"commit": commit})
-        line = line_of(made, "x", anyway=True).model_copy(update={"unpublishable": None if at != 1 else "no commit"})
+        line = replace(line_of(made, "x", anyway=True), unpublishable=None if at != 1 else "no commit")
         append(folder / "cpu" / "denoise.jsonl", line)
     return folder
+
+
+def test_lease_has_a_roofline_memory_checks_and_what_failed(tmp_path: Path) -> None:
+    write(made_up.lease(), tmp_path / "gpu_lease.json")
+    found = collect(tmp_path)
+    drawn = sections(found)
+    assert [section.key for section in drawn] == ["roofline", "memory"]
+    assert drawn[1].charts[0].series[0].name == "step" and len(drawn[1].charts[0].series[0].points) == 2
+    text = page(found, drawn)
+    assert "1 of 2 checks right" in text and "partial, not run: tune" in text
+    assert "vae/decode" in text and "check of attention, head 64" in text and "off by 0.5" in text
+    assert "attention, small/torch" in text and "blocks/14B, one branch/bf16" in text
+    assert "| adaln | small |" in table(made_up.lease()) and "| blocks/14B" in table(made_up.lease())
 
 
 def charts(folder: Path) -> dict[str, list[Chart]]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
+import ftfy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
-from skylapse.runtime.models.text_encoder import EMBED_TOKENS, SHARED, TextEncoder
+from skylapse.runtime.models.text_encoder import EMBED_TOKENS, SHARED, TextEncoder, clean_prompt
 
 CPU = torch.device("cpu")
 PROMPT = "a large red circle moving left at night"
@@ -61,3 +63,24 @@ def test_what_does_not_fit_is_named(folder: Path) -> None:
     config.write_text(json.dumps(given | {"num_heads": "many"}))
     with pytest.raises(ValueError, match=r"text_encoder/config\.json cannot be read"):
         TextEncoder.load(folder, device=CPU, dtype=torch.float32)
+
+
+def test_prompt_of_plain_words_is_left_as_ftfy_would_leave_it() -> None:
+    """ftfy is asked only where there may be something to mend, so a machine without it takes plain prompts."""
+    rng = random.Random(0)
+    plain = [chr(code) for code in range(32, 127) if chr(code) != "&"]
+    for prompt in ("".join(rng.choices(plain, k=rng.randrange(1, 60))) for _ in range(500)):
+        assert clean_prompt(prompt) == " ".join(ftfy.fix_text(prompt).split())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cleaned"),
+    [
+        ("a cafÃ© at night", "a café at night"),
+        ("salt &amp;amp; pepper", "salt & pepper"),
+        ("two\nlines\tand a tab", "two lines and a tab"),
+        ("“quoted”", '"quoted"'),
+    ],
+)
+def test_prompt_is_mended_as_the_reference_does(prompt: str, cleaned: str) -> None:
+    assert clean_prompt(prompt) == cleaned

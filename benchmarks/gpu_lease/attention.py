@@ -1,0 +1,107 @@
+"""Call 2: attention at Wan's shapes by everyone who can be had; `bench pick` reads the result."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import accumulate, repeat
+
+import torch
+
+from ...kernels import roofline
+from ...kernels.attention import attention_by
+from ..harness import Missing, Run
+from ..kernels import attention as kernels_attention
+from ..kernels import case as kernels_case
+from ..kernels.attention import by
+from ..kernels.case import Make, Suite
+from .case import Case, Context
+from .drive import main
+
+LONG = (32760, 75600)  # 81 frames at 832 x 480 and at 1280 x 720
+SHORT = (1024, 4096, 8192)
+HEADS = (40, 12, 24)  # Wan's 14B, 1.3B and 5B, of 128 each
+PACKS = {
+    "four clips of other sizes": (32760, 14040, 3600, 7056),
+    "eight sequences": (256, 512, 768, 1024, 1536, 2048, 3072, 4096),
+}
+TEXT_ROWS = 40  # of a prompt, the last of which stands for 473 empty ones by its bias
+TINY = 64
+
+
+def cases(context: Context) -> Iterator[Case]:
+    yield context.limits_case()
+    for case in shapes(context):
+        yield Case(f"{case.op}: {case.name}", lambda case=case: [context.compare(case)])  # type: ignore[misc]
+
+
+def shapes(context: Context) -> Iterator[kernels_case.Case]:
+    """What decides first, first: the call may be cut."""
+    suite, dry = context.suite, context.dry
+    if dry:
+        yield case_of(suite, "attention", f"{TINY} tokens", (TINY,), 2, 64)
+        yield case_of(suite, "attention_ragged", "three sequences", (16, TINY, 33), 2, 64)
+        yield _biased(suite, TINY, 1, 2, 64)
+        return
+    for heads in HEADS:
+        for length in LONG:
+            yield case_of(suite, "attention", f"{length} tokens", (length,), heads, 128)
+        yield _biased(suite, LONG[0], 2, heads, 128)
+    yield case_of(suite, "attention", "a guided pair", (32760, 32760), 12, 128)
+    for words, lengths in PACKS.items():
+        yield case_of(suite, "attention_ragged", words, lengths, 12, 128)
+    for length in SHORT:
+        yield case_of(suite, "attention", f"{length} tokens", (length,), 12, 128)
+    for length in (4096, LONG[0]):
+        yield case_of(suite, "attention", f"{length} tokens", (length,), 24, 64)
+
+
+def case_of(suite: Suite, op: str, words: str, lengths: tuple[int, ...], heads: int, size: int) -> kernels_case.Case:
+    """Self-attention of sequences of these lengths, which its name says: `bench pick` reads them there."""
+    listed = f" ({', '.join(map(str, lengths))})" if len(lengths) > 1 else ""
+    cost = roofline.attention(lengths, lengths, heads, size, suite.dtype.itemsize)
+    build = partial(kernels_attention.build, suite, op, lengths, heads, size)
+    return kernels_case.Case(op, f"{words}{listed}, {heads} heads of {size}", cost, suite.dtype, build)
+
+
+def _biased(suite: Suite, length: int, sequences: int, heads: int, size: int) -> kernels_case.Case:
+    """Cross-attention to a prompt: ours with a bias, others over the rows that the bias stands for, and a mask."""
+    cu_q = tuple(accumulate(repeat(length, sequences), initial=0))
+    cost = roofline.attention([length] * sequences, [TEXT_ROWS] * sequences, heads, size, suite.dtype.itemsize)
+
+    def build() -> Mapping[str, Make]:
+        cu_k = tuple(accumulate(repeat(TEXT_ROWS, sequences), initial=0))
+        cu_padded = tuple(accumulate(repeat(512, sequences), initial=0))
+        q = suite.draw(cu_q[-1], heads, size)
+        k, v = (suite.draw(cu_k[-1], heads, size) for _ in range(2))
+        keys, values = (suite.draw(cu_padded[-1], heads, size) for _ in range(2))
+        bias = torch.zeros(cu_k[-1], device=suite.device)
+        bias[TEXT_ROWS - 1 :: TEXT_ROWS] = 6.16  # log 473
+        ours = partial(attention_by, "triton", q, k, v, cu_q, cu_k, bias)
+        masked = partial(attention_by, "sdpa", q, k, v, cu_q, cu_k, bias)
+        makes: dict[str, Make] = {"triton": lambda: ours, "sdpa, masked": lambda: masked}
+        for name in ("cudnn", "flash", "flash3"):
+            makes[f"{name}, 512 rows"] = partial(_padded, suite, name, q, keys, values, cu_q, cu_padded)
+        return makes
+
+    words = f"{sequences} x {length} queries, {TEXT_ROWS} keys with a bias, {heads} heads of {size}"
+    return kernels_case.Case("attention_biased", words, cost, suite.dtype, build)
+
+
+def _padded(
+    suite: Suite,
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: tuple[int, ...],
+    cu_k: tuple[int, ...],
+) -> Run:
+    if not suite.on_gpu:
+        raise Missing("needs a CUDA device")
+    return by(name, q, k, v, cu_q, cu_k)
+
+
+if __name__ == "__main__":
+    sys.exit(main("attention"))

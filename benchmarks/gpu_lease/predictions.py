@@ -1,0 +1,75 @@
+"""What the shape model says of the peaks that a lease measures; at home, since fake tensors need no device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+from itertools import product
+
+import torch
+
+from ...kernels.fake_cuda import fake_cuda
+from ...runtime.models.checkpoint import allocate
+from ...runtime.models.peaks import coding_bytes, step_bytes
+from ...runtime.models.quantization import quantized_weights
+from ...runtime.models.wan import WanConfig, WanDenoiser
+from ...runtime.vae.coders import WanDecoder, WanEncoder
+from ...runtime.vae.wan import WanVAE, WanVAEConfig
+from ..kernels.memory_bound import GRIDS
+from ..record import Measurement
+from .blocks import BRANCHES, LAYERS, WEIGHTS, peak_name, settings_of
+from .lines import measured
+from .vae import CHUNKS, SIZES, words_of
+
+CUDA = torch.device("cuda")
+CODINGS = (("decode", torch.bfloat16), ("decode", torch.float32), ("encode", torch.float32))
+
+
+def predicted_peaks(names: Collection[str], capability: int) -> list[Measurement]:
+    """Beside each of these figures that is a peak of a step or of coding: `NAME/predicted`, in bytes."""
+    asked: dict[str, Callable[[], int]] = {}
+    for setting, kind in product(settings_of(GRIDS), WEIGHTS):
+        config, branches = WanConfig(num_layers=LAYERS), BRANCHES[setting.branches]
+        given = config, branches, setting.num_tokens, torch.bfloat16, kind, capability
+        asked[peak_name(setting, kind)] = partial(predicted_step, *given)
+    for size, (part, dtype), chunk in product(SIZES, CODINGS, CHUNKS):
+        coded = size.config, part, dtype, chunk, size.height, size.width, capability
+        asked[f"peaks/{words_of(size, dtype, chunk)}/{part}"] = partial(predicted_coding, *coded)
+    return [
+        measured(f"{name}/predicted", "bytes", [predict()], "neither")
+        for name, predict in asked.items()
+        if name in names
+    ]
+
+
+def predicted_step(
+    config: WanConfig, num_sequences: int, num_tokens: int, dtype: torch.dtype, quantize: str | None, capability: int
+) -> int:
+    """Bytes of a step of S sequences of n tokens, above the weights and the pack."""
+    with fake_cuda(capability):
+        with torch.device("meta"):
+            module = WanDenoiser(config)
+        keep = WanDenoiser.fp32_parameters
+        in_8_bits = quantized_weights(module, quantize)
+        allocate(module, device=CUDA, dtype=dtype, fp32_parameters=keep, quantized=in_8_bits)
+        module.requires_grad_(False).eval()
+        return step_bytes(module, num_sequences, num_tokens, "cuda")
+
+
+def predicted_coding(
+    config: WanVAEConfig, part: str, dtype: torch.dtype, chunk: int, height: int, width: int, capability: int
+) -> int:
+    """Bytes of coding three chunks of frames of height x width pixels, above the weights; part: encode or decode."""
+    factor, frames = config.scale_factor_spatial, config.scale_factor_temporal
+    decodes = part == "decode"
+    channels = config.z_dim if decodes else 3
+    sides = (height // factor, width // factor) if decodes else (height, width)
+    counts = (1, chunk, chunk) if decodes else (1, frames * chunk, frames * chunk)
+    with fake_cuda(capability):
+        with torch.device("meta"):
+            module = WanVAE(config)
+            half = WanDecoder(module) if decodes else WanEncoder(module)
+        allocate(half, device=CUDA, dtype=dtype)
+        half.requires_grad_(False).eval()
+        shapes = [(1, channels, count, *sides) for count in counts]
+        return coding_bytes(half, shapes, torch.zeros(1, dtype=dtype, device=CUDA))

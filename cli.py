@@ -176,6 +176,7 @@ def _summary(
         "peak_memory_bytes": _peak_memory_bytes(),
         "peak_device_bytes": video.metadata.peak_bytes,
         "cut_tokens": dict(video.metadata.cut_tokens),
+        "lossy_kernels": list(video.metadata.lossy_kernels),
     }
 
 

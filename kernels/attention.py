@@ -1,21 +1,23 @@
 """Variable-length attention over packed sequences: o_i = sum_j softmax_j(q_i k_j / sqrt(D) + b_j) v_j in each.
 
 Shape letters: N query tokens, M key tokens (all sequences of a pack behind each other), H heads, D head size.
-The Triton kernels are in attention_kernels.py, other libraries' in attention_peers.py; backends.py chooses.
+The Triton kernels are in attention_kernels.py, other libraries' in attention_peers.py; attention_backends.py chooses.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import attention_peers, backends
+from . import backends
+from .attention_backends import call_of
 from .attention_kernels import launch, shipped, unfit
+from .attention_peers import PEERS, by_runs
 from .attention_quantized import QUANTIZED, quantized_attention
 
 __all__ = ["attention", "attention_with_lse", "shipped"]
@@ -39,7 +41,8 @@ def attention(
     """
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias)
-    return attention_by(_backend(q, k, v, key_bias), q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias)
+    name = _backend(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, with_lse=False)
+    return attention_by(name, q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias)
 
 
 def attention_by(
@@ -56,11 +59,8 @@ def attention_by(
         return _op(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, False, name == "triton-ws")[0]
     if name in QUANTIZED:
         return quantized_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, QUANTIZED[name])[0]
-    if name in attention_peers.PEERS:
-        return attention_peers.PEERS[name](q, k, v, cu_seqlens_q, cu_seqlens_k)
-    if name in attention_peers.TORCH:
-        with attention_peers.torch_uses(name):
-            return _sdpa(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias)
+    if name in PEERS:
+        return PEERS[name](q, k, v, cu_seqlens_q, cu_seqlens_k)
     return _sdpa(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias)
 
 
@@ -75,7 +75,20 @@ def attention_with_lse(
     """`attention`, and the logarithm of each query's softmax sum [H, N] fp32: what parts of the keys are merged by."""
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias)
-    name = _backend(q, k, v, key_bias)
+    name = _backend(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, with_lse=True)
+    return attention_with_lse_by(name, q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias)
+
+
+def attention_with_lse_by(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: tuple[int, ...],
+    cu_seqlens_k: tuple[int, ...],
+    key_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention_with_lse` by one of `backends.CHOICES`, which must take these tensors; others' are plain products."""
     if name in ("triton", "triton-ws"):
         return _op(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, True, name == "triton-ws")
     if name in QUANTIZED:
@@ -83,27 +96,37 @@ def attention_with_lse(
     return plain(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias)
 
 
-def _backend(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> str:
+def _backend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: tuple[int, ...],
+    cu_seqlens_k: tuple[int, ...],
+    key_bias: Tensor | None,
+    with_lse: bool,
+) -> str:
     """What serves these tensors; kernels have no backward, and other devices than CUDA have torch alone."""
     if q.device.type != "cuda" or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         return "sdpa"
-    name = _chosen(q.device)
-    reason = None
-    if name != "sdpa":
-        reason = unfit(q, k, v, key_bias)
-        if (name in attention_peers.PEERS or name in attention_peers.TORCH) and key_bias is not None:
-            reason = "it takes no bias of keys"
-        if reason is None and name in attention_peers.TORCH and not attention_peers.torch_takes(name, q, k, v):
-            reason = f"torch does not use it for {q.dtype} and head size {q.shape[2]} here"
-    if reason is not None:
+    biased = with_lse or key_bias is not None
+    name = _chosen(q.device, tuple(cu_seqlens_q), tuple(cu_seqlens_k), q.shape[1], q.shape[2], biased)
+    if name != "sdpa" and (reason := unfit(q, k, v, key_bias)) is not None:
         backends.tell_once(f"attention: sdpa instead of {name}: {reason}")
         return "sdpa"
     return name
 
 
 @torch.compiler.assume_constant_result  # the choice is made, and logged, while a graph is traced
-def _chosen(device: torch.device) -> str:
-    return backends.choose("attention", device).name
+def _chosen(
+    device: torch.device,
+    cu_seqlens_q: tuple[int, ...],
+    cu_seqlens_k: tuple[int, ...],
+    num_heads: int,
+    head_size: int,
+    biased: bool,
+) -> str:
+    call = call_of(cu_seqlens_q, cu_seqlens_k, num_heads, head_size, biased)
+    return backends.current().choose("attention", device, call).name
 
 
 def _check(
@@ -133,21 +156,7 @@ def _lengths(cu_seqlens: Sequence[int]) -> list[int]:
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Sequence[int], cu_seqlens_k: Sequence[int], key_bias: Tensor | None
 ) -> Tensor:
-    lengths = list(zip(_lengths(cu_seqlens_q), _lengths(cu_seqlens_k), strict=True))
-    outputs, q_end, k_end = [], 0, 0
-    for (q_len, k_len), run in groupby(lengths):  # neighbours of one shape share one call
-        batch = sum(1 for _ in run)
-        q_start, q_end = q_end, q_end + batch * q_len
-        k_start, k_end = k_end, k_end + batch * k_len
-        queries = q[q_start:q_end].unflatten(0, (batch, q_len)).transpose(1, 2)
-        keys = k[k_start:k_end].unflatten(0, (batch, k_len)).transpose(1, 2)
-        values = v[k_start:k_end].unflatten(0, (batch, k_len)).transpose(1, 2)
-        bias = None
-        if key_bias is not None:
-            bias = key_bias[k_start:k_end].to(q.dtype).view(batch, 1, 1, k_len).expand(batch, 1, q_len, k_len)
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return by_runs(F.scaled_dot_product_attention, q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias)
 
 
 def plain(

@@ -37,6 +37,7 @@ class Configuration:
     num_stages: int
     descriptors: bool = False
     warp_specialized: bool = False
+    maxnreg: int | None = None  # registers a thread at most, so that two programs fit
 
 
 def launch(
@@ -86,8 +87,7 @@ def run(
             *(q, k, v, key_bias, out, lse, tiles, lse_rows, head_size**-0.5 * math.log2(math.e), head_size**0.5),
             *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0)),
             **_constants(head_size, key_bias is not None, with_lse, configuration),
-            num_warps=configuration.num_warps,
-            num_stages=configuration.num_stages,
+            **launches.options(vars(configuration)),
         )
     return out, lse
 
@@ -204,8 +204,7 @@ def compiled(
         kernel=kernel,
         types={name: type_ for name, type_ in types.items() if name not in constants},
         constants=constants,
-        num_warps=how.num_warps,
-        num_stages=how.num_stages,
+        **launches.options(vars(how)),  # type: ignore[arg-type]
         multiplies=True,
         architectures=(arch,),
     )
@@ -260,7 +259,7 @@ def _pointer_kernel(
             keys = tl.load(k_at, mask=whole[:, None], other=0.0)
         logits = tl.dot(queries, keys)
         if BIASED:
-            logits += (tl.load(bias + k_start + start + columns) * unscale)[None, :]
+            logits = _biased(logits, bias + k_start + start, BLOCK_N, unscale, BLOCK_N)
         if BLOCK_D == HEAD_SIZE:
             values = tl.load(v_at)
         else:
@@ -273,7 +272,7 @@ def _pointer_kernel(
         keys = tl.load(k_at, mask=whole[:, None] & inside[None, :], other=0.0)
         logits = tl.dot(queries, keys)
         if BIASED:
-            logits += (tl.load(bias + k_start + whole_tiles + columns, mask=inside, other=0.0) * unscale)[None, :]
+            logits = _biased(logits, bias + k_start + whole_tiles, k_len - whole_tiles, unscale, BLOCK_N)
         logits = tl.where(inside[None, :], logits, float("-inf"))
         values = tl.load(v_at, mask=inside[:, None] & whole[None, :], other=0.0)
         highest, total, mixed = _fold(logits, values, highest, total, mixed, scale, BIASED)
@@ -328,14 +327,23 @@ def _descriptor_kernel(
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Every tile is masked, a select an element: a peeled tail is a second loop body, and warps specialise over one.
-    for start in tl.range(0, k_len, BLOCK_N, warp_specialize=SPECIALIZED):
-        inside = start + columns < k_len
+    # The last tile alone is masked, where it is not whole: 491 instructions a turn on sm_90 instead of 613. Specialised
+    # warps mask all: beside a second body sm_90's are not specialised (its wgmma serialised), and sm_100's spill.
+    whole_tiles = k_len // BLOCK_N * BLOCK_N
+    for start in tl.range(0, k_len if SPECIALIZED else whole_tiles, BLOCK_N, warp_specialize=SPECIALIZED):
         logits = tl.dot(queries, key_rows.load([start, 0]).T)
         if BIASED:
-            logits += (tl.load(bias + k_start + start + columns, mask=inside, other=0.0) * unscale)[None, :]
-        logits = tl.where(inside[None, :], logits, float("-inf"))
+            left = k_len - start if SPECIALIZED else BLOCK_N
+            logits = _biased(logits, bias + k_start + start, left, unscale, BLOCK_N)
+        if SPECIALIZED:
+            logits = tl.where((start + columns < k_len)[None, :], logits, float("-inf"))
         highest, total, mixed = _fold(logits, value_rows.load([start, 0]), highest, total, mixed, scale, BIASED)
+    if not SPECIALIZED and whole_tiles < k_len:
+        logits = tl.dot(queries, key_rows.load([whole_tiles, 0]).T)
+        if BIASED:
+            logits = _biased(logits, bias + k_start + whole_tiles, k_len - whole_tiles, unscale, BLOCK_N)
+        logits = tl.where((whole_tiles + columns < k_len)[None, :], logits, float("-inf"))
+        highest, total, mixed = _fold(logits, value_rows.load([whole_tiles, 0]), highest, total, mixed, scale, BIASED)
     mixed = _normalised(mixed, total, BIASED)
     out_rows.store([0, 0], mixed.to(out.dtype.element_ty))
     if WITH_LSE:
@@ -355,6 +363,30 @@ def _fold(logits, values, highest, total, mixed, scale, BIASED: tl.constexpr):
     total = total * decay + tl.sum(weights, 1)
     mixed = tl.dot(weights.to(values.dtype), values, mixed * decay[:, None])
     return higher, total, mixed
+
+
+@jit
+def _biased(logits, at, num_keys, unscale, BLOCK_N: tl.constexpr):
+    return tl.fma(_bias_row(at, num_keys, BLOCK_N)[None, :], unscale, logits)
+
+
+@jit
+def _bias_row(at, num_keys, BLOCK_N: tl.constexpr):
+    """Biases [BLOCK_N] from `at` on, the first `num_keys` of them read, once a program.
+
+    The load is of 256, and the first are kept: one of fewer elements than a program has threads Triton repeats in each
+    thread, for every column that the thread holds (32 of 128 keys); this one goes through shared memory.
+    """
+    tl.static_assert(BLOCK_N <= 256)
+    cells = tl.arange(0, 256)
+    row = tl.load(at + cells, mask=cells < num_keys, other=0.0)
+    if BLOCK_N <= 128:
+        row, _ = tl.split(tl.trans(tl.reshape(row, [2, 128])))
+    if BLOCK_N <= 64:
+        row, _ = tl.split(tl.trans(tl.reshape(row, [2, 64])))
+    if BLOCK_N <= 32:
+        row, _ = tl.split(tl.trans(tl.reshape(row, [2, 32])))
+    return row
 
 
 @jit

@@ -76,8 +76,7 @@ def run(
         *(queries, query_scales, shifts, keys, key_scales, values, peak, key_bias, out, lse, tiles),
         *(lse_rows, queries.shape[1], keys.shape[1], v.stride(0), v.stride(1), out.stride(0)),
         **_constants(head_size, form, key_bias is not None, with_lse, how),
-        num_warps=how["num_warps"],
-        num_stages=how["num_stages"],
+        **launches.options(how),
     )
     return out, lse
 
@@ -133,8 +132,7 @@ def _shipped(form: str, arch: int, row: launches.Row, dtype: str, head_size: int
         kernel=_attention_kernel,
         types={name: type_ for name, type_ in types.items() if name not in constants},
         constants=constants,
-        num_warps=row.launch["num_warps"],
-        num_stages=row.launch["num_stages"],
+        **launches.options(row.launch),  # type: ignore[arg-type]
         multiplies=True,
         architectures=(arch,),
     )

@@ -1,31 +1,35 @@
-"""Which implementation serves an operation on a device, and why: asked for, the default, or what is left.
+"""Which implementation serves an operation on a device, and why: asked for, the fastest known, or what is left.
 
-Nothing here imports torch when it is imported: the settings are checked with it before anything heavy is.
+An engine owns a `Backends`, so two in one process may differ: `active` hands it to all that is called inside, in that
+thread. Nothing here imports torch when it is imported: the settings are checked with it before anything heavy is.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from threading import Lock
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
 
-# What may be asked for; the last of each needs nothing but torch and serves everything.
-CHOICES = {
-    "attention": ("triton", "triton-ws", "triton-int8", "triton-fp8", "xformers", "flash3", "cudnn", "flash", "sdpa"),
-    "linear": ("scaled_mm", "scaled_mm-fast", "triton", "torch"),  # of quantised weights; linear_backends.py decides
+# What may be asked for; the last of each needs nothing but torch and serves everything. The rule of each operation is
+# in a file of its own: attention_backends.py, linear_backends.py.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "attention": (
+        *("triton", "triton-ws", "triton-int8", "triton-fp8"),
+        *("xformers", "flash3", "varlen", "sage", "cudnn", "flash", "sdpa"),
+    ),
+    "linear": ("scaled_mm", "scaled_mm-fast", "triton", "torch"),  # of quantised weights
 }
-NEEDS = {"xformers": "xformers.ops", "flash3": "flash_attn_interface"}
-
-# By architecture, from measurements on such a device; without one it is our own kernels, and the reason says so.
-MEASURED: dict[str, dict[int, str]] = {"attention": {}}
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,26 @@ class Choice:
 
     name: str
     reason: str
-    fallback: bool = False  # whether another was meant
+    fallback: bool = False  # whether it is what was left, and neither asked for nor known to be fast
+    lossy: bool = False  # whether results differ from exact ones by more than rounding
 
 
-_asked: dict[str, str] = {}
-_chosen: dict[tuple[str, int], Choice] = {}
-_told: set[str] = set()
+@dataclass(frozen=True)
+class Rule:
+    """How an operation's backends are chosen. A call is whatever the operation's choice depends on; None: the usual."""
+
+    # capability, what was asked for, call, why a backend does not work on the device -> choice
+    decide: Callable[[int, str | None, Any, Callable[[str], str | None]], Choice]
+    refusal: Callable[[str, int], str | None]  # name, capability -> why it can serve no call on such a device
+    trial: Callable[[str, torch.device], str | None]  # why it does not work there; None where it gave the right numbers
+    lossy: frozenset[str] = frozenset()  # names
+
+
+def rule(op: str) -> Rule:
+    """The operation's own, from its own file."""
+    from . import attention_backends, linear_backends
+
+    return {"attention": attention_backends.RULE, "linear": linear_backends.RULE}[op]
 
 
 def parse(text: str) -> dict[str, str]:
@@ -54,65 +72,79 @@ def parse(text: str) -> dict[str, str]:
     return asked
 
 
-def select(asked: Mapping[str, str]) -> None:
-    """What the operator asks for, from here on in this process."""
-    if dict(asked) != _asked:
-        _asked.clear()
-        _asked.update(asked)
-        _chosen.clear()
+class Backends:
+    """What was asked for, and what was decided for each device and kind of call."""
+
+    def __init__(self, asked: Mapping[str, str] | None = None) -> None:
+        self.asked: Mapping[str, str] = MappingProxyType(dict(asked or {}))
+        self._chosen: dict[tuple[str, int, Hashable], Choice] = {}
+        self._logged: set[tuple[str, int, str, str]] = set()
+        self._lock = Lock()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Operations called inside, in this thread, are served as decided here."""
+        token = _active.set(self)
+        try:
+            yield
+        finally:
+            _active.reset(token)
+
+    def prepare(self, device: torch.device) -> None:
+        """Find out what works on the device, before its first request.
+
+        ValueError says why it cannot run a backend that was asked for.
+        """
+        from . import toolchain
+
+        if device.type == "cuda" and not toolchain.is_told():
+            fault = fault_of_triton(device)
+            toolchain.set_fault(device, fault)
+            if fault is not None:
+                log.warning("kernels on %s: torch (%s)", device, fault)
+        for op, name in self.asked.items():
+            reason = "it needs a CUDA device" if name != CHOICES[op][-1] else None
+            if device.type == "cuda":
+                refusal = rule(op).refusal(name, toolchain.capability(device))
+                reason = refusal or (None if toolchain.is_told() else rule(op).trial(name, device))
+            if reason is not None:
+                raise ValueError(f"SKYLAPSE_KERNELS: {op}={name} cannot serve on {device}: {reason}")
+        for op in CHOICES if device.type == "cuda" else ():
+            self.choose(op, device)
+
+    def choose(self, op: str, device: torch.device, call: Hashable = None) -> Choice:
+        """For a CUDA device and a kind of call (None: the usual one); decided and logged once."""
+        from . import toolchain
+
+        its, asked = rule(op), self.asked.get(op)
+        if toolchain.is_told():
+            return its.decide(toolchain.capability(device), asked, call, lambda name: None)
+        index = toolchain.index_of(device)
+        chosen = self._chosen.get((op, index, call))
+        if chosen is None:
+            with self._lock:
+                capability = toolchain.capability(device)
+                chosen = its.decide(capability, asked, call, lambda name: its.trial(name, device))
+                self._chosen[op, index, call] = chosen
+                if (told := (op, index, chosen.name, chosen.reason)) not in self._logged:
+                    self._logged.add(told)
+                    level = logging.WARNING if chosen.fallback else logging.INFO
+                    log.log(level, "%s on %s: %s (%s)", op, device, chosen.name, chosen.reason)
+        return chosen
+
+    def lossy(self, device: torch.device) -> tuple[str, ...]:
+        """What was asked for and makes results on it differ by more than rounding, as words: ("attention=sage",)."""
+        asked = self.asked.items() if device.type == "cuda" else ()  # elsewhere torch serves everything
+        return tuple(f"{op}={name}" for op, name in asked if name in rule(op).lossy)
 
 
-def prepare(device: torch.device) -> None:
-    """Decide everything for a CUDA device before its first request, and leave all to torch where Triton fails."""
-    from . import toolchain
-
-    toolchain.broken = fault_of_triton(device)
-    if toolchain.broken is not None:
-        log.warning("kernels on %s: torch (%s)", device, toolchain.broken)
-    for op in CHOICES:
-        choose(op, device)
+_active: ContextVar[Backends | None] = ContextVar("backends", default=None)
+_DEFAULT = Backends()
 
 
-def choose(op: str, device: torch.device) -> Choice:
-    """For a CUDA device; decided and logged once."""
-    import torch
-
-    from . import linear_backends, toolchain
-
-    if op == "linear":
-        return linear_backends.choose(device, _asked.get(op))
-    if toolchain.is_told():
-        return decide(op, toolchain.capability(device), lambda: None)
-    key = op, torch.cuda.current_device() if device.index is None else device.index
-    if key not in _chosen:
-        _chosen[key] = decide(op, toolchain.capability(device), lambda: fault_of_triton(device))
-        level = logging.WARNING if _chosen[key].fallback else logging.INFO
-        log.log(level, "%s on %s: %s (%s)", op, device, _chosen[key].name, _chosen[key].reason)
-    return _chosen[key]
-
-
-def decide(op: str, capability: int, fault: Callable[[], str | None]) -> Choice:
-    """The rule; `fault` tells why Triton does not work on the device, and is asked only where it matters."""
-    last = CHOICES[op][-1]
-    name, reason = MEASURED[op].get(capability), "the fastest of those measured on this architecture"
-    if name is None:
-        name, reason = "triton", f"the default: sm_{capability} has not been measured"
-    if op in _asked:
-        name, reason = _asked[op], "asked for"
-    missing = None
-    if name in NEEDS and not _importable(NEEDS[name]):
-        missing = f"{NEEDS[name].partition('.')[0]} is not installed"
-    elif name == "triton-ws" and capability // 10 not in (9, 10):
-        missing = f"needs sm_90 or sm_100, this is sm_{capability}"
-    elif name == "triton-fp8" and capability < 89:
-        missing = f"needs sm_89 or newer, this is sm_{capability}"
-    elif name in ("cudnn", "flash"):
-        missing = _fault_of_torch(name, capability)
-    elif name.startswith("triton"):
-        missing = fault()
-    if missing is None:
-        return Choice(name, reason)
-    return Choice(last, f"{name} ({reason}) cannot serve: {missing}", fallback=True)
+def current() -> Backends:
+    """Those that are active in this thread; where no engine is at work, those of which nothing was asked."""
+    return _active.get() or _DEFAULT
 
 
 @lru_cache(maxsize=8)
@@ -121,38 +153,14 @@ def fault_of_triton(device: torch.device) -> str | None:
 
     Triton can be installed and yet fail at the first launch: no C compiler for its stub, a driver too old.
     """
-    import torch
-
-    from . import toolchain
+    from . import attention_backends, toolchain
 
     if toolchain.triton is None:
         return f"Triton cannot be imported: {toolchain.MISSING}"
-    try:
-        from .attention import plain
-        from .attention_kernels import launch
-
-        if (number := toolchain.capability(device)) < 80:
-            return f"kernels need sm_80 or newer, this is sm_{number}"
-        # Lengths about and beyond a tile, at Wan's head size; numbers of a generator of its own.
-        generator = torch.Generator().manual_seed(0)
-        q, k, v = torch.randn(3, 303, 2, 128, generator=generator).to(device, torch.bfloat16)
-        layout = (q, k, v, (0, 3, 203, 303), (0, 3, 203, 303), None)
-        pairs = zip(launch(*layout, True), plain(*layout), strict=True)
-        wrong = any(bool(((one - other).abs() > 5e-2).any()) for one, other in pairs)
-    except Exception as error:  # whatever a broken installation raises is the reason
-        return f"Triton is broken: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return "Triton is broken: a kernel computed nonsense" if wrong else None
-
-
-def _fault_of_torch(name: str, capability: int) -> str | None:
-    """Why torch cannot use this kernel of its own on such a device; what single tensors lack is asked at each call."""
-    import torch
-
-    if capability < 80:
-        return f"needs sm_80 or newer, this is sm_{capability}"
-    if name == "cudnn":
-        return None if torch.backends.cudnn.is_available() else "this torch has no cuDNN"
-    return None if torch.backends.cuda.is_flash_attention_available() else "this torch is built without it"
+    if (number := toolchain.capability(device)) < 80:
+        return f"kernels need sm_80 or newer, this is sm_{number}"
+    fault = attention_backends.try_out("triton", device)
+    return fault and f"Triton is broken: {fault}"
 
 
 def tell_once(message: str) -> None:
@@ -162,8 +170,4 @@ def tell_once(message: str) -> None:
         log.warning(message)
 
 
-def _importable(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
+_told: set[str] = set()

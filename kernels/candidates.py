@@ -202,7 +202,8 @@ def _steps(arch: int) -> Iterator[Search]:
 
 def _attention(arch: int) -> Iterator[Search]:
     """By pointers, by descriptors and with specialised warps: rows side by side, each asked for by the tensors or the
-    operator. 4 warps over 128 x 128 spill everywhere (docs/kernels.md).
+    operator. 4 warps over 128 x 128 spill everywhere (docs/kernels.md). 8 warps within 128 registers leave room for a
+    second program, whose products run while this one exponentiates.
     """
     kinds: list[dict[str, bool]] = [{}]
     if arch >= 90:
@@ -219,6 +220,8 @@ def _attention(arch: int) -> Iterator[Search]:
             for m, n, warps, stages in sides
             if (m * n < 128 * 128 or warps == 8 or kind.get("warp_specialized")) and not (m == 128 and longest == 64)
         ]
+        if not kind.get("warp_specialized"):  # those share out registers themselves
+            launches += [{**one, "maxnreg": 128} for one in launches if (one["num_warps"], one["num_stages"]) == (8, 2)]
         compiled = partial(_compiled_attention, arch, head, not kind.get("warp_specialized"))
         make = partial(_attended, head, lens, bool(kind.get("warp_specialized")))
         row = dict(dtypes=SIXTEEN, width=head, longest=longest)

@@ -11,13 +11,19 @@ from typing import Any
 import torch
 
 from . import backends, toolchain
-from .backends import CHOICES, Choice
+from .attention_backends import USUAL
+from .backends import CHOICES, Backends, Choice
 
 # The operations of one kernel each: Triton's where it works, torch's elsewhere.
 OPERATIONS = (
     *("patch_embed", "unpatchify", "adaln", "gated_residual", "rms_norm", "qk_norm_rope", "solver_step"),
     *("quantize_rows", "attention_sparse"),
 )
+# Calls that may be served by others than the operation's usual ones.
+CALLS = {
+    "attention_biased": USUAL._replace(biased=True),  # to texts
+    "attention_ragged": USUAL._replace(kind="ragged"),  # of many short clips
+}
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -42,22 +48,23 @@ class Report:
         return [*listed, "", *(f"{op:18s}{choice.name:12s}{choice.reason}" for op, choice in self.operations.items())]
 
 
-def examine() -> Report:
-    """This process's first GPU, with what `backends.select` was told."""
+def examine(asked: Backends) -> Report:
+    """This process's first GPU, with what was asked for."""
     versions = {
         "torch": torch.__version__,
         "CUDA of torch": torch.version.cuda,
         "Triton": getattr(toolchain.triton, "__version__", None),
         "xformers": _version("xformers"),
         "flash-attn 3": _version("flash_attn_3"),
+        "SageAttention": _version("sageattention"),
     }
     if not torch.cuda.is_available():
         choice = Choice("torch", "no CUDA device" if torch.version.cuda else "this torch is built without CUDA")
-        return Report(None, None, driver(), versions, dict.fromkeys((*CHOICES, *OPERATIONS), choice))
+        return Report(None, None, driver(), versions, dict.fromkeys((*CHOICES, *CALLS, *OPERATIONS), choice))
     device = torch.device("cuda", torch.cuda.current_device())
-    backends.prepare(device)
-    chosen = {op: backends.choose(op, device) for op in CHOICES}
-    fault = toolchain.broken
+    chosen = {op: asked.choose(op, device) for op in CHOICES}
+    chosen |= {words: asked.choose("attention", device, call) for words, call in CALLS.items()}
+    fault = backends.fault_of_triton(device)
     rest = Choice("triton", "its only kernel") if fault is None else Choice("torch", fault, fallback=True)
     major, minor = torch.cuda.get_device_capability(device)
     operations = chosen | dict.fromkeys(OPERATIONS, rest)

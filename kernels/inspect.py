@@ -2,9 +2,9 @@
 
     python -m skylapse.kernels.inspect --arch 80 89 90 100 120 [--op adaln ...] [--first] [--json | --markdown]
 
-Each configuration is compiled to machine code offline; registers and stack are read from that, not from the
-intermediate code. Exits with 1 where one spills, exceeds its architecture's shared memory or
-lacks its matrix instruction.
+Each configuration is compiled to machine code offline, and what is told is read from that, not from the intermediate
+code. Exits with 1 where one spills, exceeds its architecture's shared memory, lacks its matrix instruction, has
+products (wgmma) that ptxas serialised, or warps that were to be specialised and are not.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
+from . import machine_code
+from .launches import options as triton_options
 from .toolchain import ARCHITECTURES, MISSING, Shipped, triton
 
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a program may ask for
-MATRIX = re.compile(r"\b(HGMMA|QGMMA|IGMMA|UTCHMMA|UTCQMMA|UTCIMMA|HMMA|IMMA|QMMA)\b")
-
+SERIALIZED = re.compile(r"wgmma\.mma_async instructions are serialized due to (.*?)(?: in (?:the )?function|$)", re.M)
 LOADS = re.compile(r"\bLDL\b")  # from the stack
 
 
@@ -43,6 +44,11 @@ class Compiled:
     spill_bytes: int  # stack a thread that is read again: what did not fit into registers
     shared_bytes: int  # a program
     matrix: str  # the matrix instruction of the machine code; "" where none is meant or made
+    loop: int  # instructions of the longest innermost loop, where matrix instructions are meant
+    full_waits: int  # of that loop for wgmma, which leave no group of products running
+    bulk_loads: int  # instructions by which the copy engine (TMA) reads a tile
+    bulk_stores: int
+    loop_reads: int  # instructions of the loop that read global memory into registers
     faults: tuple[str, ...]
 
 
@@ -100,20 +106,48 @@ def compile_for(item: Shipped, arch: int) -> Compiled:
         constexprs=dict(item.constants),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": item.num_warps, "num_stages": item.num_stages}
+    options = triton_options(vars(item))
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack = _resources(binary.asm["cubin"])
+    sass = _tool("nvdisasm", binary.asm["cubin"], "-c") if stack or item.multiplies else ""
     # Stack that nothing loads is a call's arguments: Triton 3.6 has 8 bytes of them on sm_120, of what its waits print.
-    spill = stack if stack and LOADS.search(_tool("nvdisasm", binary.asm["cubin"], "-c")) else 0
-    matrix = _matrix(binary.asm["cubin"]) if item.multiplies else ""
+    spill = stack if LOADS.search(sass) else 0
+    code = machine_code.read(sass if item.multiplies else "")
     shared, limit, faults = binary.metadata.shared, SHARED_LIMIT[arch], []
     if spill:
         faults.append(f"{spill} bytes spilt")
     if shared > limit:
         faults.append(f"{shared} bytes of shared memory, {limit} there are")
-    if item.multiplies and not matrix:
+    if item.multiplies and not code.matrix:
         faults.append("no matrix instruction")
-    return Compiled(item.op, arch, item.configuration, registers, spill, shared, matrix, tuple(faults))
+    if code.products and (reason := _serialised(code, binary.asm["ptx"], arch)):
+        faults.append(reason)
+    if item.constants.get("SPECIALIZED") and "ttg.warp_specialize" not in binary.asm["ttgir"]:
+        faults.append("warps not specialised")
+    facts = (code.matrix, code.loop, code.loop_waits.count(0), code.bulk_loads, code.bulk_stores, code.loop_reads)
+    return Compiled(item.op, arch, item.configuration, registers, spill, shared, *facts, tuple(faults))
+
+
+def _serialised(code: machine_code.Code, ptx: str, arch: int) -> str | None:
+    """Why products do not run beside one another, by ptxas' word or, where it says nothing, by its machine code."""
+    if found := SERIALIZED.search(_ptxas_log(ptx, arch)):
+        return f"wgmma serialised: {found[1]}"
+    asked = ptx.count("wgmma.wait_group")
+    return f"wgmma serialised: {code.waits} waits, {asked} asked for" if code.serialised(asked) else None
+
+
+def _ptxas_log(ptx: str, arch: int) -> str:
+    """What ptxas says of a kernel; Triton has thrown it away."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    target = re.search(r"^\.target (\w+)", ptx, re.M)
+    assert target is not None, ptx[:200]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target[1]}", str(source), "-o", f"{folder}/kernel.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def digest(items: Iterable[Shipped]) -> str:
@@ -121,22 +155,22 @@ def digest(items: Iterable[Shipped]) -> str:
     text = hashlib.sha256()
     for item in items:
         constants = {name: str(value) for name, value in item.constants.items()}
-        text.update(f"{item.op} {item.configuration} {item.num_warps} {item.num_stages}".encode())
+        text.update(f"{item.op} {item.configuration} {triton_options(vars(item))}".encode())
         text.update(json.dumps([dict(item.types), constants], sort_keys=True).encode())
         text.update(_source(item.kernel).encode())
     return text.hexdigest()[:16]
 
 
 def markdown(rows: Iterable[Compiled]) -> Iterator[str]:
-    yield "| operation | arch | configuration | registers | spilt bytes | shared bytes | matrix instruction |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| operation | arch | configuration | registers | spilt | shared | matrix | loop | full waits | TMA |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for row in rows:
-        numbers = f"{row.registers} | {row.spill_bytes} | {row.shared_bytes} | {row.matrix or '-'}"
+        numbers = f"{row.registers} | {row.spill_bytes} | {row.shared_bytes} | {_words(row)}"
         yield f"| {row.op} | sm_{row.arch} | {row.configuration} | {numbers} |"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m skylapse.kernels.inspect", description=__doc__.splitlines()[0])
+def main(arguments: list[str] | None = None, prog: str = "python -m skylapse.kernels.inspect") -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[*ARCHITECTURES], choices=ARCHITECTURES)
     parser.add_argument("--op", nargs="+", default=[], help="these operations alone")
     parser.add_argument("--first", action="store_true", help="one configuration an operation and architecture")
@@ -160,7 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         for row in rows:
             numbers = f"{row.registers:4d} registers {row.spill_bytes:5d} spilt {row.shared_bytes:7d} shared"
-            print(f"{row.op:21s} sm_{row.arch:<4d}{row.configuration:50s}{numbers}  {row.matrix:8s}", *row.faults)
+            inside = "{:8s}{:>5s} loop {:>3s} full waits {:>5s} TMA".format(*_words(row).split(" | "))
+            print(f"{row.op:21s} sm_{row.arch:<4d}{row.configuration:50s}{numbers}  {inside}", *row.faults)
         print(f"Triton {triton.__version__}, digest of the kernels {digest(items)}")
     faults = [f"{row.op} sm_{row.arch} {row.configuration}: {fault}" for row in rows for fault in row.faults]
     print(*faults, sep="\n", end="\n" if faults else "", file=sys.stderr)
@@ -175,9 +210,13 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _matrix(cubin: bytes) -> str:
-    found = MATRIX.search(_tool("nvdisasm", cubin, "-c"))
-    return found[1] if found else ""
+def _words(row: Compiled) -> str:
+    """Matrix instruction, loop, full waits, loads and stores of the copy engine; "-" where none is."""
+    if not row.matrix:
+        return "- | - | - | -"
+    waits = str(row.full_waits) if "GMMA" in row.matrix else "-"
+    copies = f"{row.bulk_loads}+{row.bulk_stores}" if row.bulk_loads else "-"
+    return f"{row.matrix} | {row.loop or '-'} | {waits} | {copies}"
 
 
 def _tool(name: str, cubin: bytes, *arguments: str) -> str:

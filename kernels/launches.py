@@ -31,7 +31,7 @@ class Row:
     dtypes: tuple[str, ...]
     width: int | None  # what a call may have at most, of what the operation's file calls its width; None: any
     longest: int | None  # tokens at most (attention: queries of the longest sequence); None: any number
-    launch: Mapping[str, Any]  # num_warps, num_stages, the sides of tiles
+    launch: Mapping[str, Any]  # num_warps, num_stages, maxnreg, the sides of tiles
 
     def serves(self, op: str, dtype: str, width: int, length: int) -> bool:
         wide, long = self.width or width, self.longest or length
@@ -57,6 +57,11 @@ def find(
         if row.serves(op, dtype, width, length) and fits(row.launch):
             return row.launch
     raise ValueError(f"no launch of {op} in {dtype} and width {width} for sm_{arch} in {name}.json")
+
+
+def options(launch: Mapping[str, Any]) -> dict[str, int]:
+    """The entries of a launch that are Triton's own; maxnreg bounds a thread's registers, so that more programs fit."""
+    return {name: launch[name] for name in ("num_warps", "num_stages", "maxnreg") if launch.get(name) is not None}
 
 
 @contextmanager

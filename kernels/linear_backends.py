@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from . import backends, toolchain
-from .backends import Choice
-
-log = logging.getLogger(__name__)
+from .backends import Choice, Rule
 
 SCALED_MM_SINCE = 89  # compute capability: no fp8 before
 # Fewer go to our kernel. On an H100 cuBLAS has no algorithm for few rows of many inputs (pytorch/ao #4582: 256 rows of
 # 9,216), and few rows are the text's, once a prompt.
 SCALED_MM_ROWS = 512
+LOSSY = frozenset({"scaled_mm-fast"})  # beside the 8 bits, whose error is the operator's choice (`quantize`)
 
 
-def choose(device: torch.device, asked: str | None) -> Choice:
-    """For a CUDA device; decided and logged once."""
-    number = toolchain.capability(device)
-    if toolchain.is_told():
-        return decide(asked, number, lambda: None, lambda: None)
-    return _choose(torch.device("cuda", torch.cuda.current_device()) if device.index is None else device, asked, number)
-
-
-@lru_cache(maxsize=32)
-def _choose(device: torch.device, asked: str | None, capability: int) -> Choice:
-    found = decide(asked, capability, partial(backends.fault_of_triton, device), partial(fault_of_scaled_mm, device))
-    level = logging.WARNING if found.fallback else logging.INFO
-    log.log(level, "linear in 8 bits on %s: %s (%s)", device, found.name, found.reason)
-    return found
-
-
-def decide(
-    asked: str | None,
-    capability: int,
-    fault_of_triton: Callable[[], str | None],
-    fault_of_torch: Callable[[], str | None],
-) -> Choice:
-    """The rule. `fault_of_torch` tells why torch's row-wise product does not work on the device.
+def decide(capability: int, asked: str | None, call: None, trial: Callable[[str], str | None]) -> Choice:
+    """The rule; `trial` says why a product does not work on the device, and is asked only where it matters.
 
     Published, not measured here: 1190 to 1215 TFLOP/s for torch's row-wise product of 4096^3 on an H100 (torch 2.11,
     CUDA 13, with sums left to the matrix unit, which is `scaled_mm-fast`: meta-pytorch/tritonbench #1149), and 403 to
@@ -53,17 +30,25 @@ def decide(
         name, reason = "triton", f"the only product in 8 bits of sm_{capability}"
     if name == "torch":
         return Choice(name, reason)
-    fault = fault_of_triton() if name == "triton" else _fault_of_scaled_mm(capability, fault_of_torch)
+    fault = refusal(name, capability) or trial(name)
     if fault is None:
-        return Choice(name, reason)
-    rest = "torch" if name == "triton" or fault_of_triton() else "triton"
+        return Choice(name, reason, lossy=name in LOSSY)
+    rest = "torch" if name == "triton" or trial("triton") else "triton"
     return Choice(rest, f"{name} ({reason}) cannot serve: {fault}", fallback=True)
 
 
-def _fault_of_scaled_mm(capability: int, fault_of_torch: Callable[[], str | None]) -> str | None:
-    if capability < SCALED_MM_SINCE:
+def refusal(name: str, capability: int) -> str | None:
+    """Why a product can serve no call on such a device."""
+    if name.startswith("scaled_mm") and capability < SCALED_MM_SINCE:
         return f"needs sm_{SCALED_MM_SINCE} or newer, this is sm_{capability}"
-    return fault_of_torch()
+    return None
+
+
+def trial(name: str, device: torch.device) -> str | None:
+    """Why a product does not work on the device; None where it gave the right numbers."""
+    if name == "torch":
+        return None
+    return backends.fault_of_triton(device) if name == "triton" else fault_of_scaled_mm(device)
 
 
 def product_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
@@ -76,12 +61,12 @@ def product_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
         if not wrong:  # other results and biases are taken by some versions, on some architectures
             return name
         backends.tell_once(f"linear: ours instead of {name}: it is called for bfloat16 alone, got {wrong[0]}")
-    return "triton" if toolchain.broken is None else "torch"
+    return "triton" if toolchain.fault(x.device) is None else "torch"
 
 
 @torch.compiler.assume_constant_result  # the choice is made, and logged, while a graph is traced
 def _chosen(device: torch.device) -> str:
-    return backends.choose("linear", device).name
+    return backends.current().choose("linear", device).name
 
 
 @lru_cache(maxsize=8)
@@ -132,3 +117,6 @@ def scaled_mm(
         use_fast_accum=fast,
     )
     return out
+
+
+RULE = Rule(decide, refusal, trial, LOSSY)

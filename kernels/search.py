@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .inspect import Compiled, compile_for
+from .launches import options
 from .toolchain import Shipped
 
 Launch = Mapping[str, Any]
@@ -83,7 +84,7 @@ def compile_candidates(search: Search, arch: int) -> list[Result]:
 
 def _compiled(item: Shipped, arch: int) -> Compiled:
     """Buckets of length share what they compile."""
-    key = repr((arch, item.op, item.types, item.constants, item.num_warps, item.num_stages))
+    key = repr((arch, item.op, item.types, item.constants, options(vars(item))))
     if key not in _known:
         _known[key] = compile_for(item, arch)
     return _known[key]

@@ -28,8 +28,7 @@ except ImportError as error:
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
 
-
-broken: str | None = None  # why kernels cannot run here though Triton imports; backends.prepare finds out
+_faults: dict[int, str] = {}  # CUDA device -> why kernels cannot run on it though Triton imports
 _told: ContextVar[int | None] = ContextVar("told_capability", default=None)
 
 
@@ -60,6 +59,24 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def index_of(device: torch.device) -> int:
+    """A CUDA device's number; without one it is the current device's."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def set_fault(device: torch.device, reason: str | None) -> None:
+    """Say why kernels cannot run on a CUDA device, or that they can."""
+    if reason is None:
+        _faults.pop(index_of(device), None)
+    else:
+        _faults[index_of(device)] = reason
+
+
+def fault(device: torch.device) -> str | None:
+    """Why kernels cannot run on a CUDA device, as `backends` found out; None where nothing is known against it."""
+    return _faults.get(index_of(device)) if _faults else None
+
+
 def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """triton.jit, or the function itself."""
     if function is None:
@@ -69,10 +86,9 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
 
 def launches(x: Tensor) -> bool:
     """Whether a kernel serves: on CUDA, with Triton, where no gradient is asked for (kernels have no backward)."""
-    if not x.is_cuda:  # before anything else is asked: dynamo breaks its graph where a context variable is read
-        return False
-    works = (triton is not None and broken is None) or is_told()
-    return works and not (torch.is_grad_enabled() and x.requires_grad)
+    if not x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
+        return False  # before anything else is asked: dynamo breaks its graph where a context variable is read
+    return (triton is not None and fault(x.device) is None) or is_told()
 
 
 def next_power_of_2(n: int) -> int:
@@ -105,5 +121,6 @@ class Shipped:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None  # registers a thread may have at most; None: what the compiler takes
     multiplies: bool = False  # whether matrix instructions are demanded
     architectures: tuple[int, ...] = field(default=ARCHITECTURES)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import backends
+from ..kernels.backends import Backends
 from .admission import check_supported
 from .batch import Batch
 from .config import Settings, load_settings
@@ -52,9 +52,10 @@ SWITCH_TOKENS = 8192
 class Engine:
     """Owns a model on a device. `submit` and `abort` may be called from any thread, `step` from one at a time."""
 
-    def __init__(self, model: Model, settings: Settings) -> None:
+    def __init__(self, model: Model, settings: Settings, backends: Backends | None = None) -> None:
         self.model = model
         self.settings = settings
+        self.backends = backends or Backends(settings.kernels)  # of this engine alone, active while it works
         self.text_cache = TextCache(text_cache_bytes(model.device, settings))
         tokens = settings.max_batch_tokens or MAX_BATCH_TOKENS[model.device.type]
         config = SchedulerConfig(
@@ -88,23 +89,23 @@ class Engine:
 
         device: default cuda where there is one. dtype: of text encoder and denoiser, "fp32" or "bf16"; default bf16 on
         cuda and fp32 on the CPU. quantize: "fp8", "int8" or "none", of the weights of the denoiser's blocks; default
-        SKYLAPSE_QUANTIZE's. Raises ValueError for an unknown model or a checkpoint that does not fit its config.
+        SKYLAPSE_QUANTIZE's. Raises ValueError for an unknown model, a checkpoint that does not fit its config, or a
+        backend of SKYLAPSE_KERNELS that the device cannot run.
         """
         settings = load_settings()
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         where = parse_device(device)
-        backends.select(settings.kernels)
         expand_segments(where)
-        if where.type == "cuda":
-            backends.prepare(where)
+        backends = Backends(settings.kernels)
+        backends.prepare(where)
         precision = _dtype(dtype) or (torch.bfloat16 if where.type == "cuda" else torch.float32)
         directory = Path(cache_dir) if cache_dir is not None else None
         kept_in = parse_quantize(quantize or settings.quantize, where)
         model = load_model(
             name, device=where, dtype=precision, settings=settings, cache_dir=directory, quantize=kept_in
         )
-        engine = cls(model, settings)
+        engine = cls(model, settings, backends)
         # Loaded in 0.7 ms. Measured at the first start of all, which the first request would wait for instead: the
         # demo model's in 0.14 s by one thread, in 3.8 s by two that wait for each other on cores that others keep busy.
         _ = engine.memory
@@ -146,7 +147,8 @@ class Engine:
     @cached_property
     def memory(self) -> MemoryBudget:
         """What requests may take; the profile behind it is measured at the first start and stored."""
-        return load_budget(self.model, self.settings, lambda width, height: self.decoders.footprint(width, height))
+        with self.backends.active():
+            return load_budget(self.model, self.settings, lambda width, height: self.decoders.footprint(width, height))
 
     @cached_property
     def decoders(self) -> Decoders:
@@ -202,7 +204,7 @@ class Engine:
 
     def advance(self) -> None:
         """A step whose events the next `step` returns, where no listener takes them."""
-        with self._stepping, torch.inference_mode():
+        with self._stepping, self.backends.active(), torch.inference_mode():
             if self._lost is not None:
                 raise self._lost
             self._update()
@@ -263,7 +265,7 @@ class Engine:
     def generate_latents(self, request: VideoRequest, latents: Tensor | None = None) -> Tensor:
         """Final normalised latents [C, T, H, W] fp32 of a request, undecoded; outside the queue."""
         t, layouts = self.prepare(request, latents), Layouts(self.model)
-        with self._stepping, torch.inference_mode():
+        with self._stepping, self.backends.active(), torch.inference_mode():
             while t.stage == "encode":
                 t.work()
             while t.stage == "denoise":

@@ -170,6 +170,7 @@ class VideoMetadata:
         default_factory=dict
     )  # prompt, negative_prompt -> its last that were not read
     peak_bytes: int | None = None  # most device memory held meanwhile, by all; None where the device does not count it
+    lossy_kernels: tuple[str, ...] = ()  # asked for, and less exact than rounding alone: ("attention=sage",)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

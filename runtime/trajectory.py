@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels import backends
 from ..kernels.tables import send
 from .branches import BranchEncoder, Branches
 from .cache.policy import Run, relative_l1
@@ -270,6 +271,7 @@ class Trajectory:
             cache=self.cache.report(),
             cut_tokens=self.branch_encoder.cut_tokens,
             peak_bytes=peak_bytes(self.model.device),
+            lossy_kernels=backends.current().lossy(self.model.device),
         )
         return Video(np.concatenate(self._frames), self.request.fps, metadata)
 

@@ -12,12 +12,15 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from threading import Event
 
 from pydantic import ValidationError
 
 from ..runtime.config import Settings, export
+from ..runtime.doctor import check_kernels
 from ..runtime.options import Parser, add_device
 from .config import ServeConfig
 from .context import MAX_PRIORITY, TENANT, Context, open_context
@@ -49,6 +52,9 @@ def serve(arguments: Sequence[str], settings: Settings) -> int:
     from .catalog import Catalog
 
     Catalog(config).find(None)  # an unknown model is told before anything is started
+    if settings.kernels:
+        with ProcessPoolExecutor(1, get_context("spawn")) as child:  # this process takes no memory of the GPU
+            child.submit(check_kernels, dict(settings.kernels), config.device).result()
     context = open_context(config)
     key = _local_key(context, settings.api_key)
     stopped = Event()

@@ -24,11 +24,11 @@ MAY_IMPORT = {
     "cli.py": {"runtime", "serve", "benchmarks"},  # the last two only inside the commands of those names
 }
 LAZY_IN_CLI = {"serve", "benchmarks"}
-LAZY_IN_KERNELS = {"xformers", "flash_attn_interface"}  # hardly anybody has them
+LAZY_IN_KERNELS = {"xformers", "flash_attn_interface", "sageattention"}  # hardly anybody has them
 
 # Third-party packages that may be imported; None: any that pyproject.toml names.
 MAY_USE = {
-    "kernels": {"torch", "triton", "xformers", "flash_attn_interface"},  # the last two only where they are called
+    "kernels": {"torch", "triton", *LAZY_IN_KERNELS},
     "compile": {"torch", "triton", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "tensorrt"},
 }
 NEVER = {

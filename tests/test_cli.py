@@ -89,6 +89,7 @@ def test_json_is_one_object_with_what_was_made_and_what_it_cost(command: Command
         "duration_s": 1.125,
         "peak_device_bytes": None,
         "cut_tokens": {"negative_prompt": 3},
+        "lossy_kernels": [],
     }
     assert list(timings_s) == ["load", "denoise", "decode", "write"]
     assert peak > 10 * 2**20

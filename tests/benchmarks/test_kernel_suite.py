@@ -1,4 +1,4 @@
-"""`bench kernels` and `bench pick`: what a run writes, also when it fails, hangs, dies or is interrupted."""
+"""`bench kernels`: what a run writes, also when it fails, hangs, dies or is interrupted."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from skylapse.benchmarks.harness import Missing, spread_of
+from skylapse.benchmarks.harness import Missing
 from skylapse.benchmarks.kernels import apart, checks, command, suite
 from skylapse.benchmarks.kernels.apart import Begin, run_apart
 from skylapse.benchmarks.kernels.case import Case, Suite
 from skylapse.benchmarks.kernels.checks import Claim, judge
-from skylapse.benchmarks.kernels.pick import attention_times
 from skylapse.benchmarks.record import SCHEMA, Check, KernelReport, Row, from_json, read, to_json, write
 from skylapse.cli import main
 from skylapse.kernels.roofline import Cost
@@ -283,67 +282,7 @@ def test_lines_for_the_process_that_waits_are_those_of_the_run(capsys: pytest.Ca
     assert [type(line) for line in lines] == [apart.Limits, Begin, Check, Row]
 
 
-# --- files, and what is picked from them ------------------------------------------------------------------------------
-
-
-def result(**changes: Any) -> KernelReport:
-    """Of a device that there is not: cuDNN is fastest, xformers is missing at one length, int8 is faster but lossy."""
-
-    def row(op: str, case: str, **ratios: float | None) -> dict[str, Any]:
-        contestants: dict[str, Any] = {"triton": {"status": "ok", "seconds": spread_of([1e-3] * 6)}}
-        for name, ratio in ratios.items():
-            contestants[name.replace("_", "-")] = (
-                {"status": "missing", "reason": "not installed"}
-                if ratio is None
-                else {"status": "ok", "seconds": spread_of([1e-3 * ratio] * 6), "ratio": spread_of([ratio] * 6)}
-            )
-        return dict(op=op, case=case, ours="triton", num_bytes=1, operations=1, contestants=contestants)
-
-    fields = dict(
-        schema=SCHEMA,
-        suite="gpu",
-        quick=False,
-        machine={"capability": 90, "device": "a synthetic device", "commit": "abc1234", "dirty": False},
-        elapsed_s=1.0,
-        partial=None,
-        seed=0,
-        limits={},
-        checks=[],
-        rows=[
-            row("attention", "4096 tokens", cudnn=0.8, sdpa=1.2, xformers=0.5, triton_int8=0.4),
-            row("attention_ragged", "eight", cudnn=1.1, sdpa=1.5, xformers=None, triton_int8=0.4),
-            row("adaln", "far away", sdpa=0.01),
-        ],
-    )
-    return from_json(KernelReport, json.dumps(fields | changes, default=asdict))
-
-
-def test_fastest_that_took_part_everywhere_is_picked(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(result(), out)
-    assert main(["bench", "pick", str(out)]) == 0
-    entry, told = capsys.readouterr().out.splitlines()
-    assert entry == 'MEASURED["attention"][90] = "cudnn"'
-    assert told == "# a synthetic device, commit abc1234; of triton's time: cudnn 0.938, triton 1.000, sdpa 1.342"
-
-
-def test_backend_that_was_wrong_is_not_picked() -> None:
-    wrong = [Check(op="attention=cudnn", case="head 64", status="wrong", worst=9.0)]
-    assert set(attention_times(result(checks=wrong))[1]) == {"triton", "sdpa"}
-    ours = [Check(op="attention", case="head 64", status="failed", reason="x")]
-    assert set(attention_times(result(checks=ours))[1]) == {"cudnn", "sdpa"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"suite": "cpu"}, "must be of a GPU, got suite 'cpu'"),
-        ({"partial": "interrupted"}, r"must be whole, got a partial one \(interrupted\)"),
-        ({"rows": []}, "must have comparisons of attention"),
-    ],
-)
-def test_file_that_cannot_tell_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        attention_times(result(**changes))
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -359,6 +298,13 @@ def test_unreadable_result_is_named(text: str, message: str, out: Path) -> None:
     out.write_text(text)
     with pytest.raises(ValueError, match=message):
         read(out, KernelReport)
+
+
+def result() -> KernelReport:
+    return KernelReport(
+        **dict(schema=SCHEMA, suite="cpu", quick=True, machine={}, elapsed_s=1.0, partial=None),
+        **dict(seed=0, limits={}, checks=[], rows=[]),
+    )
 
 
 def test_result_that_cannot_be_written_leaves_the_one_before(out: Path) -> None:

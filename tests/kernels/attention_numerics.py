@@ -38,8 +38,13 @@ def main() -> None:
         wide = replace(configuration, block_m=128, block_n=32)
         lengths = [tuple(pair) for pair in torch.randint(1, 200, (3, 2)).tolist()]
         check(f"{variant} 128x32", wide, torch.float32, 64, lengths, biased=False)
+        for block_n in (32, 128):
+            check(f"{variant} 64x{block_n}", replace(configuration, block_n=block_n), torch.float32, 64, RAGGED, True)
         hidden(variant, configuration)
         loud(variant, configuration)
+    specialized = replace(POINTERS, descriptors=True, warp_specialized=True, maxnreg=128)
+    for dtype in (torch.float32, torch.bfloat16):
+        check("specialised head 64", specialized, dtype, 64, RAGGED, biased=False)
 
 
 def check(

@@ -16,7 +16,7 @@ import torch
 from kernels.interpreter import interpret
 from torch import Tensor
 
-from skylapse.kernels import inspect, launches, reference, roofline
+from skylapse.kernels import attention_kernels, inspect, launches, reference, roofline
 from skylapse.kernels.attention import attention, attention_with_lse
 from skylapse.kernels.attention_kernels import can_be_described, configuration, launch, shipped, tiles_of
 
@@ -48,10 +48,12 @@ def interpreted() -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("variant", ["pointers", "descriptors"])
-def test_kernel_computes_the_formula_and_writes_every_element(variant: str, interpreted: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(("variant", "count"), [("pointers", 22), ("descriptors", 22), ("specialised", 4)])
+def test_kernel_computes_the_formula_and_writes_every_element(
+    variant: str, count: int, interpreted: list[dict[str, Any]]
+) -> None:
     cases = [case for case in interpreted if case["case"].split()[0] == variant]
-    assert len(cases) == 18, "every shape and dtype was run"
+    assert len(cases) == count, "every shape and dtype was run"
     assert [case for case in cases if not case["worst"] <= TOLERANCES[case["dtype"]]] == []
 
 
@@ -170,6 +172,22 @@ def test_every_architecture_dtype_and_head_size_has_a_configuration(arch: int, h
 )
 def test_device_is_served_by_the_nearest_architecture_below(capability: int, arch: int) -> None:
     assert launches.architecture(capability) == arch
+
+
+def test_bound_on_registers_is_handed_to_triton_where_a_row_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments, **keywords: told.append(keywords)
+
+    monkeypatch.setattr(attention_kernels, "_pointer_kernel", Kernel())
+    launch = dict(block_m=64, block_n=64, num_warps=8, num_stages=2)
+    for one in (launch, launch | dict(maxnreg=128)):
+        with launches.forced("attention", one):
+            attention_kernels.launch(*inputs(torch.bfloat16), CU_Q, CU_K, None, False)
+    assert [keywords.get("maxnreg") for keywords in told] == [None, 128]
+    assert "maxnreg" not in told[0] and told[1]["num_warps"] == 8
 
 
 def test_what_the_copy_engine_cannot_take_goes_by_pointers() -> None:

@@ -16,11 +16,12 @@ from compare import relative_l2
 from kernels.interpreter import interpret
 from torch import Tensor
 
-from skylapse.kernels import attention_quantized_kernels, backends, inspect, launches, quantize, reference, roofline
+from skylapse.kernels import attention_quantized_kernels, inspect, launches, quantize, reference, roofline
 from skylapse.kernels.attention import attention, attention_by
+from skylapse.kernels.attention_backends import Call, decide
 from skylapse.kernels.attention_quantized import plain, quantized_attention
 from skylapse.kernels.attention_quantized_kernels import launch, query_tiles_of, shipped
-from skylapse.kernels.backends import Choice, decide, select
+from skylapse.kernels.backends import Choice
 from skylapse.kernels.toolchain import Shipped
 
 # Relative L2 distance from float64, and the greatest distance of an element in units of the result's root mean square.
@@ -198,18 +199,15 @@ def test_roofline_adds_what_quantising_moves() -> None:
 # --- how it is chosen -------------------------------------------------------------------------------------------------
 
 
-def test_it_is_asked_for_and_never_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    try:
-        assert [decide("attention", arch, lambda: None).name for arch in (80, 89, 90, 100, 120)] == ["triton"] * 5
-        select(backends.parse("attention=triton-fp8"))
-        assert decide("attention", 89, lambda: None) == Choice("triton-fp8", "asked for")
-        missing = "triton-fp8 (asked for) cannot serve: needs sm_89 or newer, this is sm_86"
-        assert decide("attention", 86, lambda: None) == Choice("sdpa", missing, fallback=True)
-        select(backends.parse("attention=triton-int8"))
-        assert decide("attention", 80, lambda: None) == Choice("triton-int8", "asked for")
-        assert decide("attention", 80, lambda: "it is broken").fallback
-    finally:
-        select({})
+def test_it_serves_where_it_was_asked_for_and_the_architecture_has_it() -> None:
+    def works(name: str) -> None:
+        return None
+
+    assert decide(89, "triton-fp8", Call(), works) == Choice("triton-fp8", "asked for", lossy=True)
+    other = decide(86, "triton-fp8", Call(), works)
+    assert other.name == "triton" and "triton-fp8 cannot serve: needs sm_89 or newer, this is sm_86" in other.reason
+    assert decide(80, "triton-int8", Call(biased=True), works) == Choice("triton-int8", "asked for", lossy=True)
+    assert decide(80, "triton-int8", Call(), lambda name: "it is broken").fallback
 
 
 def test_attention_hands_its_call_to_the_form_that_was_chosen() -> None:

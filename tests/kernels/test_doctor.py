@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from skylapse.cli import main
-from skylapse.kernels import backends, doctor, toolchain
+from skylapse.kernels import attention_backends, backends, doctor
+from skylapse.kernels.backends import CHOICES
 
 
 @pytest.fixture(autouse=True)
-def nothing_asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(toolchain, "broken", None)
+def nothing_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SKYLAPSE_KERNELS", raising=False)
-    yield
-    backends.select({"attention": ""})  # forget what was chosen
-    backends.select({})
 
 
 @pytest.fixture
@@ -30,6 +26,9 @@ def h100(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(backends, "fault_of_triton", lambda device: None)
+    monkeypatch.setattr(attention_backends, "cudnn_version", lambda: 91900)
+    monkeypatch.setattr(attention_backends, "try_out", lambda name, device: None)
+    attention_backends.trial.cache_clear()
     driver = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:21:08 UTC 2025\nGCC version: x\n"
     (tmp_path / "version").write_text(driver)
     monkeypatch.setattr(doctor, "DRIVER", tmp_path / "version")
@@ -43,7 +42,7 @@ def test_without_a_gpu_torch_serves_and_the_reason_is_given(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "GPU             none that torch can use"
     served = [line.split(maxsplit=2) for line in lines[lines.index("") + 1 :]]
-    assert [op for op, _, _ in served] == ["attention", "linear", *doctor.OPERATIONS]
+    assert [op for op, _, _ in served] == [*CHOICES, *doctor.CALLS, *doctor.OPERATIONS]
     assert {name for _, name, _ in served} == {"torch"}
     assert {reason for _, _, reason in served} <= {"no CUDA device", "this torch is built without CUDA"}
 
@@ -57,8 +56,25 @@ def test_with_a_gpu_it_names_device_driver_and_choices(
     report = json.loads(capsys.readouterr().out)
     assert (report["gpu"], report["capability"], report["driver"]) == ("NVIDIA H100 80GB HBM3", "sm_90", "580.65.06")
     assert report["versions"]["torch"] == torch.__version__
-    assert report["operations"]["attention"] == {"name": "sdpa", "reason": "asked for", "fallback": False}
+    sdpa = {"name": "sdpa", "reason": "asked for", "fallback": False, "lossy": False}
+    assert report["operations"]["attention"] == report["operations"]["attention_biased"] == sdpa
     assert report["operations"]["adaln"]["name"] == "triton"
+
+
+@pytest.mark.usefixtures("h100")
+def test_without_a_wish_it_tells_the_fastest_known_for_each_kind_of_call(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kernels", "doctor", "--json"]) == 0
+    served = json.loads(capsys.readouterr().out)["operations"]
+    assert [served[op]["name"] for op in ("attention", *doctor.CALLS)] == ["cudnn", "triton", "triton"]
+
+
+@pytest.mark.usefixtures("h100")
+def test_what_was_asked_for_and_cannot_serve_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SKYLAPSE_KERNELS", "attention=sage")
+    assert main(["kernels", "doctor"]) == 0
+    assert "sage cannot serve: sageattention is not installed" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("h100")
@@ -68,7 +84,7 @@ def test_broken_triton_is_told_for_every_operation(
     monkeypatch.setattr(backends, "fault_of_triton", lambda device: "Triton is broken: no C compiler")
     assert main(["kernels", "doctor"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "Triton is broken: no C compiler" in line]
-    assert len(lines) == 1 + len(doctor.OPERATIONS)
+    assert len(lines) == len(doctor.CALLS) + len(doctor.OPERATIONS), "cuDNN needs none"
 
 
 def test_unknown_backend_is_the_users_mistake(

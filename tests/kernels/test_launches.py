@@ -58,6 +58,12 @@ def test_first_row_that_is_wide_and_long_enough_serves(folder: Path) -> None:
     assert warps("bf16", 64, 10) == 1
 
 
+def test_entries_of_a_row_that_are_tritons_own_are_told_from_the_rest() -> None:
+    launch = dict(block_m=64, num_warps=8, num_stages=2, maxnreg=128, descriptors=True)
+    assert launches.options(launch) == dict(num_warps=8, num_stages=2, maxnreg=128)
+    assert launches.options(launch | dict(maxnreg=None)) == dict(num_warps=8, num_stages=2)
+
+
 def test_every_row_is_compiled_in_its_first_dtype_and_at_its_greatest_in_the_last(folder: Path) -> None:
     table = [row(64, num_warps=1, dtypes="bf16 fp32"), row(None, 9, num_warps=2), row(None, num_warps=4)]
     rows.write(folder / "mine.json", {"80": table})

@@ -11,7 +11,7 @@ from kernels.calls import Calls
 from torch import Tensor
 
 from skylapse.kernels import backends, linear_backends, reference, toolchain
-from skylapse.kernels.backends import Choice, parse, select
+from skylapse.kernels.backends import Backends, Choice, parse
 from skylapse.kernels.fake_cuda import fake_cuda
 from skylapse.kernels.linear_backends import SCALED_MM_ROWS, decide, fault_of_scaled_mm, scaled_mm
 from skylapse.kernels.linear_quantized import DTYPES, linear_quantized, quantize_rows
@@ -23,20 +23,13 @@ OPERANDS = ("self", "mat2", "scale_a", "scale_b")
 OURS, TORCHS = "skylapse.product_quantized.default", "aten._scaled_mm.default"
 
 
-def working() -> None:
-    return None
-
-
-def never() -> str:
-    raise AssertionError("asked though it does not matter")
+Faults = dict[str, str | None]  # of each product that may be tried
 
 
 @pytest.fixture(autouse=True)
 def nothing_asked() -> Iterator[None]:
     yield
-    select({})
     backends._told.clear()
-    linear_backends._choose.cache_clear()
     linear_backends.fault_of_scaled_mm.cache_clear()
 
 
@@ -113,8 +106,7 @@ def test_dtypes_that_torchs_product_does_not_get_are_told_once(caplog: pytest.Lo
 
 @pytest.mark.parametrize(("asked", "found"), [("triton", OURS), ("scaled_mm", TORCHS), ("scaled_mm-fast", TORCHS)])
 def test_the_operator_decides(asked: str, found: str) -> None:
-    select(parse(f"linear={asked}"))
-    with torch.inference_mode(), fake_cuda(90):
+    with torch.inference_mode(), fake_cuda(90), Backends(parse(f"linear={asked}")).active():
         arguments = operands()
         assert product(*arguments) == [found]
         with Calls() as calls:
@@ -128,7 +120,7 @@ def test_torch_serves_where_it_is_asked_for_and_where_triton_is_broken(monkeypat
     with fake_cuda(90):
         x, weight, _, bias = operands(num_tokens=7)
         assert linear_backends.product_of(x, weight, bias) == "triton"
-        monkeypatch.setattr(toolchain, "broken", "no compiler")
+        monkeypatch.setattr(toolchain, "fault", lambda device: "no compiler")
         assert linear_backends.product_of(x, weight, bias) == "torch"
     monkeypatch.setattr(linear_backends, "_chosen", lambda device: "torch")
     with torch.inference_mode(), fake_cuda(90):
@@ -139,55 +131,52 @@ PUBLISHED = "published as the fastest, not measured here"
 
 
 @pytest.mark.parametrize(
-    ("asked", "capability", "triton", "torchs", "expected"),
+    ("asked", "capability", "faults", "expected"),
     [
-        (None, 90, never, working, Choice("scaled_mm", PUBLISHED)),
-        (None, 89, never, working, Choice("scaled_mm", PUBLISHED)),
-        (None, 80, working, never, Choice("triton", "the only product in 8 bits of sm_80")),
-        ("triton", 90, working, never, Choice("triton", "asked for")),
-        ("torch", 90, never, never, Choice("torch", "asked for")),
+        (None, 90, {"scaled_mm": None}, Choice("scaled_mm", PUBLISHED)),
+        (None, 89, {"scaled_mm": None}, Choice("scaled_mm", PUBLISHED)),
+        (None, 80, {"triton": None}, Choice("triton", "the only product in 8 bits of sm_80")),
+        ("triton", 90, {"triton": None}, Choice("triton", "asked for")),
+        ("torch", 90, {}, Choice("torch", "asked for")),
+        ("scaled_mm-fast", 90, {"scaled_mm-fast": None}, Choice("scaled_mm-fast", "asked for", lossy=True)),
         (
             "scaled_mm",
             80,
-            working,
-            never,
+            {"triton": None},
             Choice("triton", "scaled_mm (asked for) cannot serve: needs sm_89 or newer, this is sm_80", True),
         ),
         (
             None,
             120,
-            working,
-            lambda: "it fails",
+            {"triton": None, "scaled_mm": "it fails"},
             Choice("triton", f"scaled_mm ({PUBLISHED}) cannot serve: it fails", True),
         ),
         (
             None,
             120,
-            lambda: "no compiler",
-            lambda: "it fails",
+            {"triton": "no compiler", "scaled_mm": "it fails"},
             Choice("torch", f"scaled_mm ({PUBLISHED}) cannot serve: it fails", True),
         ),
         (
             "triton",
             90,
-            lambda: "no compiler",
-            never,
+            {"triton": "no compiler"},
             Choice("torch", "triton (asked for) cannot serve: no compiler", True),
         ),
     ],
 )
-def test_choice_has_its_reason(
-    asked: str | None, capability: int, triton: object, torchs: object, expected: Choice
-) -> None:
-    assert decide(asked, capability, triton, torchs) == expected  # type: ignore[arg-type]
+def test_choice_has_its_reason(asked: str | None, capability: int, faults: Faults, expected: Choice) -> None:
+    """A product that is not among the faults is not tried."""
+    assert decide(capability, asked, None, faults.__getitem__) == expected
 
 
 def test_choice_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(linear_backends, "fault_of_scaled_mm", lambda device: None)
     caplog.set_level(logging.INFO)
-    assert [backends.choose("linear", CUDA).name for _ in range(3)] == ["scaled_mm"] * 3
-    assert [one.getMessage() for one in caplog.records] == [f"linear in 8 bits on cuda:0: scaled_mm ({PUBLISHED})"]
+    chosen = Backends()
+    assert [chosen.choose("linear", CUDA).name for _ in range(3)] == ["scaled_mm"] * 3
+    assert [one.getMessage() for one in caplog.records] == [f"linear on cuda:0: scaled_mm ({PUBLISHED})"]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")

@@ -88,6 +88,28 @@ def test_candidate_that_does_not_compile_is_out_and_told() -> None:
     assert result.faults == ("RuntimeError: PassManager::run failed",)
 
 
+@pytest.mark.parametrize("kind", [dict(descriptors=True), {}])
+def test_bounded_registers_are_among_attentions_candidates(kind: dict[str, bool]) -> None:
+    bounded = dict(block_m=128, block_n=64, num_warps=8, num_stages=2, **kind, maxnreg=128)
+    found = [
+        one
+        for one in tune.searches(90, ["attention"], (128, 32760))
+        if one.launches[0].get("descriptors") == kind.get("descriptors")
+    ]
+    one = next(one for one in found if not one.launches[0].get("warp_specialized"))
+    assert bounded in one.launches and "maxnreg" not in one.launches[0]
+    (row,) = rows.merged([], [{**one.row, "launch": bounded}], one.asked)
+    assert row["launch"] == bounded
+
+
+def test_candidate_whose_products_are_serialised_is_out_and_told() -> None:
+    one = next(one for one in tune.searches(90, ["attention"], (128, 32760)) if one.launches[0].get("descriptors"))
+    bounded = dict(block_m=128, block_n=64, num_warps=8, num_stages=2, descriptors=True, maxnreg=128)
+    (result,) = search.compile_candidates(launched(one, bounded), 90)
+    assert result.registers <= 128 and result.spill_bytes == 0
+    assert [fault.partition(":")[0] for fault in result.faults] == ["wgmma serialised"]
+
+
 # --- choosing, with the arithmetic of a CPU and a clock that is set ---------------------------------------------------
 
 RIGHT = torch.arange(1.0, 9.0)

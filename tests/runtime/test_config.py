@@ -88,7 +88,7 @@ def test_cache_dir_may_be_in_the_home_folder() -> None:
         (
             "SKYLAPSE_KERNELS",
             "attention=best",
-            "like attention=triton|triton-ws|triton-int8|triton-fp8|xformers|flash3|cudnn|flash|sdpa; "
+            "like attention=triton|triton-ws|triton-int8|triton-fp8|xformers|flash3|varlen|sage|cudnn|flash|sdpa; "
             "linear=scaled_mm|scaled_mm-fast|triton|torch",
         ),
         ("SKYLAPSE_MEMORY_MB", "0", "a whole number from 1 to 1073741823"),

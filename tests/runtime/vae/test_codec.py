@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import skylapse.runtime.vae.wan as wan
 from skylapse.compile.stream import States
+from skylapse.kernels.conv3d import conv3d
 from skylapse.runtime.config import Settings
 from skylapse.runtime.models.model import load_codec
 from skylapse.runtime.models.registry import read_folder, resolve_folder
@@ -108,7 +109,6 @@ def test_a_state_is_freed_before_the_next_one_is_read(monkeypatch: pytest.Monkey
     _, states = codec.decoder(latents()[None, :, :1], None)
     old = [weakref.ref(state) for state in states]
     alive: list[int] = []
-    conv3d = vars(wan)["conv3d"]
 
     def watched(x: Tensor, *args: object, **kwargs: object) -> Tensor:
         alive.append(sum(reference() is not None for reference in old))

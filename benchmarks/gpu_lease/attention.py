@@ -13,7 +13,7 @@ from ...kernels import roofline
 from ...kernels.attention import attention_by
 from ..harness import Missing, Run
 from ..kernels import case as kernels_case
-from ..kernels.attention import by, case_of
+from ..kernels.attention import RAGGED, RAGGED_SHORT, by, case_of
 from ..kernels.case import Make, Suite
 from .case import Case, Context
 from .drive import main
@@ -23,7 +23,8 @@ SHORT = (1024, 4096, 8192)
 HEADS = (40, 12, 24)  # Wan's 14B, 1.3B and 5B, of 128 each
 PACKS = {
     "four clips of other sizes": (32760, 14040, 3600, 7056),
-    "eight sequences": (256, 512, 768, 1024, 1536, 2048, 3072, 4096),
+    "eight sequences": RAGGED,
+    "eight short sequences": RAGGED_SHORT,
 }
 TEXT_ROWS = 40  # of a prompt, the last of which stands for 473 empty ones by its bias
 TINY = 64

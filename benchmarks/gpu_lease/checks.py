@@ -8,6 +8,7 @@ from itertools import chain
 
 import torch
 
+from ...kernels.backends import Backends
 from ...kernels.doctor import examine
 from ..kernels.checks import Claim, claims, judge
 from .case import Case, Context
@@ -42,7 +43,7 @@ def _case(claim: Claim, names: set[str], repeats: int) -> Case:
 
 
 def _doctor(context: Context) -> Iterator[Line]:
-    yield Note(name="doctor", value=examine().as_dict())
+    yield Note(name="doctor", value=examine(Backends()).as_dict())
     if context.device.type == "cuda":
         found = torch.cuda.get_device_properties(context.device)
         free, total = torch.cuda.mem_get_info(context.device)

@@ -103,7 +103,7 @@ def _fit_rows(options: argparse.Namespace, settings: Settings) -> list[dict[str,
 def print_fit(rows: Sequence[dict[str, Any]]) -> None:
     """Rows of `fit_report.rows_of` as a table."""
     _print_table(
-        ("size", "weights", "fits", "text", "encode", "step", "decode", "of", "moved", "how"),
+        ("size", "weights", "fits", "text", "encode", "step", "decode", "of", "moved", "how, or what would fit"),
         [
             (
                 f"{row['width']}x{row['height']}x{row['num_frames']}",
@@ -121,8 +121,11 @@ def print_fit(rows: Sequence[dict[str, Any]]) -> None:
 
 def _how(row: dict[str, Any]) -> str:
     if not row["fits"]:
-        return f"fits: {' or '.join(row['nearest'])}" if row["nearest"] else "no size of this model fits"
-    ways = [f"decoded {row['decode_chunk']} latent frames at a time"]
+        enough = max(row["peak_bytes"][stage] for stage in row["stages"]) / (row["budget_bytes"] / row["device_bytes"])
+        others = f", or {' or '.join(row['nearest'])}" if row["nearest"] else ""
+        return f"a GPU of {enough / 1e9:.0f} GB{others}"
+    frames = "1 latent frame" if row["decode_chunk"] == 1 else f"{row['decode_chunk']} latent frames"
+    ways = [f"decoded {frames} at a time"]
     ways += ["guidance branches apart"] if row["guidance"] == "apart" else []
     ways += [f"in tiles of {row['tiles']}"] if row["tiles"] else []
     return ", ".join(ways)

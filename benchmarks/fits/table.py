@@ -18,8 +18,8 @@ from ...runtime.models.fit_report import DECODER_DTYPE, DEVICE_SHARE, DTYPE, Pre
 from ...runtime.models.peaks import CHUNKS, TEXT_ROWS
 from ...runtime.models.published import published
 from ...runtime.models.registry import ModelFolder, published_folder
-from ...runtime.video_file import replaced_when_complete
 from ...runtime.vae.tiling import Tiling
+from ...runtime.video_file import replaced_when_complete
 
 SCHEMA: Literal["skylapse.fits/1"] = "skylapse.fits/1"
 CARDS = (16, 24, 32, 48, 80, 96, 141, 192)  # GB

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..kernels.tables import send
 from .given import Given
+from .models.fit import Way
 from .request import VideoRequest
 from .vae.codec import VideoCodec
 
@@ -63,26 +64,30 @@ class Conditioning:
         return frames
 
 
-def encode_given(codec: VideoCodec, pixels: np.ndarray | Tensor) -> Iterator[Tensor]:
+def encode_given(codec: VideoCodec, pixels: np.ndarray | Tensor, way: Way | None = None) -> Iterator[Tensor]:
     """Latents [C, n, H, W] of given frames, encoded as a clip of their own, chunk by chunk.
 
-    pixels: uint8 [4n-3, H, W, 3], or float [3, 4n-3, H, W] in [-1, 1].
+    pixels: uint8 [4n-3, H, W, 3], or float [3, 4n-3, H, W] in [-1, 1]. way: the chunks and tiles that memory allows.
 
     A causal VAE cannot encode late frames as they would have been within their past, which nobody has; so given frames
     see only themselves, in training and in inference alike. The k-th latent belongs to the clip's latent frame that
     ends with the k-th group's last frame.
     """
-    return codec.encode_chunks(pixels)
+    if way is None:
+        return codec.encode_chunks(pixels)
+    return codec.encode_chunks(pixels, chunk=way.chunk, tiling=way.tiling)
 
 
-def give_frames(codec: VideoCodec, request: VideoRequest, pieces: Sequence[Given]) -> Iterator[Conditioning | None]:
+def give_frames(
+    codec: VideoCodec, request: VideoRequest, pieces: Sequence[Given], way: Way | None = None
+) -> Iterator[Conditioning | None]:
     """Their latent frames are given, clean, at timestep 0. None after each work item, the conditioning at the end."""
     width, height, num_frames = request.size
     given = torch.zeros(codec.latent_shape(num_frames, height, width), device=codec.device)
     flags = [False] * given.shape[1]
     for piece in pieces:
         at = piece.start // codec.temporal_factor
-        for chunk in encode_given(codec, piece.frames):
+        for chunk in encode_given(codec, piece.frames, way):
             stop = at + chunk.shape[1]
             given[:, at:stop], flags[at:stop] = chunk, [True] * (stop - at)
             at = stop
@@ -92,7 +97,7 @@ def give_frames(codec: VideoCodec, request: VideoRequest, pieces: Sequence[Given
 
 
 def concatenate_frames(
-    codec: VideoCodec, request: VideoRequest, pieces: Sequence[Given]
+    codec: VideoCodec, request: VideoRequest, pieces: Sequence[Given], way: Way | None = None
 ) -> Iterator[Conditioning | None]:
     """Wan's I2V input: 4 mask channels (a latent frame's four frames), and the clip encoded with mid-grey elsewhere.
 
@@ -111,7 +116,7 @@ def concatenate_frames(
     mask = torch.cat((shown[:1].repeat(factor), shown[1:])).view(length, factor).T  # frame 0 fills its latent frame
     channels = send(mask, codec.device)[:, :, None, None].expand(factor, length, rows, columns)
     parts = []
-    for chunk in encode_given(codec, pixels):
+    for chunk in encode_given(codec, pixels, way):
         parts.append(chunk)
         yield None
     pasted = tuple(pieces[:1]) if request.continues_video else ()

@@ -23,7 +23,7 @@ from .branches import BranchEncoder, Branches
 from .cache.policy import Run, relative_l1
 from .cache.spec import Choice, choose
 from .cache.step_cache import StepCache
-from .conditioning import Conditioning, concatenate_frames, give_frames
+from .conditioning import Conditioning, concatenate_frames, encode_given, give_frames
 from .device import peak_bytes
 from .events import Progress
 from .given import read_given, read_video_of
@@ -218,7 +218,7 @@ class Trajectory:
 
     def _condition(self) -> Generator[None, None, Conditioning]:
         """What is given and the noise; both know nothing of the prompts."""
-        model, request = self.model, self.request
+        model, request, way = self.model, self.request, self.fit and self.fit.way
         given = yield from read_given(request)
         conditioning = Conditioning((False,) * self.shape[1])
         if given:
@@ -228,7 +228,7 @@ class Trajectory:
                 self.branch_encoder.image_rows = model.image_encoder.encode([piece.frames[0] for piece in given])
             yield
             encode = concatenate_frames if model.folder.concatenates_image else give_frames
-            for item in encode(model.codec, request, given):
+            for item in encode(model.codec, request, given, way):
                 if item is None:
                     yield
                 else:
@@ -238,7 +238,7 @@ class Trajectory:
         self.latents = send(self.latents.float(), model.device).contiguous()
         if request.strength is not None:
             source, chunks = (yield from read_video_of(request)), []
-            for chunk in model.codec.encode_chunks(source):
+            for chunk in encode_given(model.codec, source, way):
                 chunks.append(chunk)
                 yield
             self.latents = add_noise(torch.cat(chunks, dim=1), self.latents, self.sigmas[0])

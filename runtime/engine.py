@@ -165,7 +165,8 @@ class Engine:
 
     @cached_property
     def previewer(self) -> AnyPreviewer:
-        return load_previewer(self.model.folder.path, self.model.codec, self.settings.preview_decoder)
+        with self.model.residency.still():  # it is fitted by who submits, while another thread may step
+            return load_previewer(self.model.folder.path, self.model.codec, self.settings.preview_decoder)
 
     # --- requests -------------------------------------------------------------------------------------------------
 

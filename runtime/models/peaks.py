@@ -84,9 +84,16 @@ class Coding:
         peak = self._of(chunk).at(tile)
         if tile == height * width:
             return peak
-        num_tiles = len(tiling.spans(h, factor)) * len(tiling.spans(w, factor))
-        states = self.state_bytes * tile * (num_tiles - 1)
-        return round(peak + states + 2 * self.output_bytes * chunk * height * width)
+        others = self.kept(height, width, tiling, factor) - self.state_bytes * tile
+        return round(peak + others + 2 * self.output_bytes * chunk * height * width)
+
+    def kept(self, height: int, width: int, tiling: Tiling, factor: int) -> int:
+        """From one chunk to the next: every tile's states."""
+        h, w = height // factor, width // factor
+        tile_h, tile_w = tiling.size(h, w, factor)
+        whole = (tile_h, tile_w) == (h, w)
+        num_tiles = 1 if whole else len(tiling.spans(h, factor)) * len(tiling.spans(w, factor))
+        return round(self.state_bytes * tile_h * tile_w * factor**2 * num_tiles)
 
     def _of(self, chunk: int) -> Curve:
         return self.chunks[max((known for known in self.chunks if known <= chunk), default=min(self.chunks))]

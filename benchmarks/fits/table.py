@@ -18,8 +18,8 @@ from ...runtime.models.fit_report import DECODER_DTYPE, DEVICE_SHARE, DTYPE, Pre
 from ...runtime.models.peaks import CHUNKS, TEXT_ROWS
 from ...runtime.models.published import published
 from ...runtime.models.registry import ModelFolder, published_folder
-from ...runtime.video_file import replaced_when_complete
 from ...runtime.vae.tiling import Tiling
+from ...runtime.video_file import replaced_when_complete
 
 SCHEMA: Literal["skylapse.fits/1"] = "skylapse.fits/1"
 CARDS = (16, 24, 32, 48, 80, 96, 141, 192)  # GB
@@ -33,8 +33,8 @@ Record = dict[str, Any]  # one line of a file
 class ModelTable:
     """Of one published checkpoint.
 
-    parts: one record a precision, bytes of weights. peaks: one a precision and size, bytes beside the weights. rows: one
-    a precision, size and card; their keys are explained in docs/memory.md.
+    parts: one record a precision, bytes of weights. peaks: one a precision and size, bytes beside the weights.
+    rows: one a precision, size and card; docs/memory.md explains their keys.
     """
 
     model: str

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from .table import CARDS, ModelTable, Record
 
-SHORT = {"text_encoder": "text", "image_encoder": "image", "transformer": "transformer", "transformer_2": ""}
+SHORT = {"text_encoder": "text", "image_encoder": "image"}
 HEAD = """# What fits on which card
 
 <!-- Written by `skylapse bench fits`. -->
@@ -39,7 +39,7 @@ def _lines(tables: Sequence[ModelTable]) -> Iterator[str]:
     yield "|" + "---|" * len(head)
     for table in tables:
         for model, *cells in cells_of(table):
-            yield _line((f"[{model.partition('/')[2].removesuffix('-Diffusers')}]({table.file_name})", *cells))
+            yield _line((f"[{model.partition('/')[2][: -len('-Diffusers')]}]({table.file_name})", *cells))
 
 
 def _cell(row: Record) -> str:
@@ -48,8 +48,7 @@ def _cell(row: Record) -> str:
         return f"no: {row['blocked_by']}" + (f" ({frames} frames)" if frames else "")
     words = []
     if row["moved"]:
-        moved = [word for part in row["moved"] if (word := SHORT.get(part, part))]
-        words.append(f"moves {', '.join(moved) if row['resident'] else 'all'}")
+        words.append(f"moves {_parts(row['moved']) if row['resident'] else 'all'}")
     if row["guidance"] == "apart":
         words.append("apart")
     if row["decode_chunk"] == 1:
@@ -57,6 +56,12 @@ def _cell(row: Record) -> str:
     if row["tiles"] is not None:
         words.append("tiles")
     return "; ".join(words) or "yes"
+
+
+def _parts(moved: Sequence[str]) -> str:
+    experts = "transformer_2" in moved
+    names = ["experts" if experts and part == "transformer" else SHORT.get(part, part) for part in moved]
+    return ", ".join(name for name in names if name != "transformer_2")
 
 
 def _line(cells: Sequence[str]) -> str:

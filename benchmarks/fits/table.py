@@ -33,8 +33,8 @@ Record = dict[str, Any]  # one line of a file
 class ModelTable:
     """Of one published checkpoint.
 
-    parts: one record a precision, bytes of weights. peaks: one a precision and size, bytes beside the weights. rows: one
-    a precision, size and card; their keys are explained in docs/memory.md.
+    parts: one record a precision, bytes of weights. peaks: one a precision and size, bytes beside the weights.
+    rows: one a precision, size and card; docs/memory.md explains their keys.
     """
 
     model: str

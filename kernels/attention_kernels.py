@@ -204,7 +204,7 @@ def compiled(
         kernel=kernel,
         types={name: type_ for name, type_ in types.items() if name not in constants},
         constants=constants,
-        **launches.options(vars(how)),  # type: ignore[arg-type]
+        **launches.options(vars(how)),
         multiplies=True,
         architectures=(arch,),
     )

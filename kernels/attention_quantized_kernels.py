@@ -132,7 +132,7 @@ def _shipped(form: str, arch: int, row: launches.Row, dtype: str, head_size: int
         kernel=_attention_kernel,
         types={name: type_ for name, type_ in types.items() if name not in constants},
         constants=constants,
-        **launches.options(row.launch),  # type: ignore[arg-type]
+        **launches.options(row.launch),
         multiplies=True,
         architectures=(arch,),
     )

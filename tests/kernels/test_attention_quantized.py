@@ -16,7 +16,16 @@ from compare import relative_l2
 from kernels.interpreter import interpret
 from torch import Tensor
 
-from skylapse.kernels import attention_quantized_kernels, backends, inspect, launches, quantize, reference, roofline
+from skylapse.kernels import (
+    attention_quantized_kernels,
+    backends,
+    inspect,
+    launches,
+    machine_code,
+    quantize,
+    reference,
+    roofline,
+)
 from skylapse.kernels.attention import attention, attention_by
 from skylapse.kernels.attention_quantized import plain, quantized_attention
 from skylapse.kernels.attention_quantized_kernels import launch, query_tiles_of, shipped
@@ -274,13 +283,13 @@ def test_every_configuration_has_its_matrix_instruction_and_no_spills(item: Ship
 def test_sums_of_fp8_products_leave_the_matrix_unit_a_tile_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else they are what it accumulates on, in too few bits: the output is then scaled outside it, and not added to."""
     item = next(item for item in shipped() if item.op == "attention_fp8" and item.architectures == (89,))
-    texts, find, tool = list[str](), inspect._matrix, inspect._tool
+    texts, read = list[str](), machine_code.read
 
-    def matrix(cubin: bytes) -> str:
-        texts.append(tool("nvdisasm", cubin, "-c"))
-        return find(cubin)
+    def read_too(sass: str) -> machine_code.Code:
+        texts.append(sass)
+        return read(sass)
 
-    monkeypatch.setattr(inspect, "_matrix", matrix)
+    monkeypatch.setattr(machine_code, "read", read_too)
     for short_sums in (True, False):
         inspect.compile_for(replace(item, constants={**item.constants, "SHORT_SUMS": short_sums}), 89)
     elements = item.constants["BLOCK_M"] * item.constants["BLOCK_D"] // (32 * item.num_warps)

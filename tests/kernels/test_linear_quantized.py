@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten
 
-from skylapse.kernels import inspect, launches, reference, roofline
+from skylapse.kernels import inspect, launches, machine_code, reference, roofline
 from skylapse.kernels.linear_quantized import (
     _decoded,
     _linear_quantized_triton,
@@ -287,13 +287,13 @@ def test_every_e4m3_number_is_decoded_exactly() -> None:
 def test_sums_of_fp8_products_are_finished_outside_the_matrix_unit(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An addition for each element of a tile, which is not there otherwise: no compiler has put the sums together."""
     texts: list[str] = []
-    find, tool = inspect._matrix, inspect._tool
+    read = machine_code.read
 
-    def read_too(cubin: bytes) -> str:
-        texts.append(tool("nvdisasm", cubin, "-c"))
-        return find(cubin)
+    def read_too(sass: str) -> machine_code.Code:
+        texts.append(sass)
+        return read(sass)
 
-    monkeypatch.setattr(inspect, "_matrix", read_too)
+    monkeypatch.setattr(machine_code, "read", read_too)
     items = [item for item in shipped() if item.configuration.startswith("fp8 to bf16, any")]
     ((item, _),) = inspect.on([arch], items)
     for short_sums in (True, False):

@@ -17,6 +17,7 @@ BENCHMARKS = {
     "quality": ("suites.quality", "how far caches, quantised weights and fewer steps move a clip"),
     "startup": ("suites.startup", "from a cold process to the first step"),
     "memory": ("suites.memory", "peak bytes by size and length, beside what was predicted"),
+    "fits": ("fits.command", "which published model fits at which size on which card, from shapes alone; needs no GPU"),
     "peers": ("peers.command", "whole requests beside diffusers and its caches, pair by pair"),
     "serve": ("load.command", "load on a server of the OpenAI Videos API: goodput, latencies, a capacity plan"),
     "goodput": ("load.goodput", "our service and a plain Ray Serve + diffusers one under the same traces"),

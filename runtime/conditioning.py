@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..kernels.tables import send
 from .given import Given
-from .models.fit import Way
 from .request import VideoRequest
 from .vae.codec import VideoCodec
 
@@ -64,30 +63,26 @@ class Conditioning:
         return frames
 
 
-def encode_given(codec: VideoCodec, pixels: np.ndarray | Tensor, way: Way | None = None) -> Iterator[Tensor]:
+def encode_given(codec: VideoCodec, pixels: np.ndarray | Tensor) -> Iterator[Tensor]:
     """Latents [C, n, H, W] of given frames, encoded as a clip of their own, chunk by chunk.
 
-    pixels: uint8 [4n-3, H, W, 3], or float [3, 4n-3, H, W] in [-1, 1]. way: the chunks and tiles that memory allows.
+    pixels: uint8 [4n-3, H, W, 3], or float [3, 4n-3, H, W] in [-1, 1].
 
     A causal VAE cannot encode late frames as they would have been within their past, which nobody has; so given frames
     see only themselves, in training and in inference alike. The k-th latent belongs to the clip's latent frame that
     ends with the k-th group's last frame.
     """
-    if way is None:
-        return codec.encode_chunks(pixels)
-    return codec.encode_chunks(pixels, chunk=way.chunk, tiling=way.tiling)
+    return codec.encode_chunks(pixels)
 
 
-def give_frames(
-    codec: VideoCodec, request: VideoRequest, pieces: Sequence[Given], way: Way | None = None
-) -> Iterator[Conditioning | None]:
+def give_frames(codec: VideoCodec, request: VideoRequest, pieces: Sequence[Given]) -> Iterator[Conditioning | None]:
     """Their latent frames are given, clean, at timestep 0. None after each work item, the conditioning at the end."""
     width, height, num_frames = request.size
     given = torch.zeros(codec.latent_shape(num_frames, height, width), device=codec.device)
     flags = [False] * given.shape[1]
     for piece in pieces:
         at = piece.start // codec.temporal_factor
-        for chunk in encode_given(codec, piece.frames, way):
+        for chunk in encode_given(codec, piece.frames):
             stop = at + chunk.shape[1]
             given[:, at:stop], flags[at:stop] = chunk, [True] * (stop - at)
             at = stop
@@ -97,7 +92,7 @@ def give_frames(
 
 
 def concatenate_frames(
-    codec: VideoCodec, request: VideoRequest, pieces: Sequence[Given], way: Way | None = None
+    codec: VideoCodec, request: VideoRequest, pieces: Sequence[Given]
 ) -> Iterator[Conditioning | None]:
     """Wan's I2V input: 4 mask channels (a latent frame's four frames), and the clip encoded with mid-grey elsewhere.
 
@@ -116,7 +111,7 @@ def concatenate_frames(
     mask = torch.cat((shown[:1].repeat(factor), shown[1:])).view(length, factor).T  # frame 0 fills its latent frame
     channels = send(mask, codec.device)[:, :, None, None].expand(factor, length, rows, columns)
     parts = []
-    for chunk in encode_given(codec, pixels, way):
+    for chunk in encode_given(codec, pixels):
         parts.append(chunk)
         yield None
     pasted = tuple(pieces[:1]) if request.continues_video else ()

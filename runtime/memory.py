@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .config import Settings
-from .device import memory_bytes, text_cache_bytes
+from .device import cache_bytes, memory_bytes
 from .events import RequestTooLarge
 from .holdings import needs_at
 from .models.fit import Fit, Fitter, Needs, Size, nearest_of
@@ -94,7 +94,7 @@ def load_budget(model: Model, settings: Settings, compiled: Footprint = lambda w
         parts=model.part_bytes,
         budget_bytes=memory_bytes(model.device, settings),
         factor=codec.spatial_factor,
-        fixed_bytes=text_cache_bytes(model.device, settings),
+        fixed_bytes=cache_bytes(model.device, settings),
         moved=model.residency.moved,
         chunks=chunks_of(settings),
         tilings=tilings_of(settings),

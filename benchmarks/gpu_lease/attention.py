@@ -12,9 +12,8 @@ import torch
 from ...kernels import roofline
 from ...kernels.attention import attention_by
 from ..harness import Missing, Run
-from ..kernels import attention as kernels_attention
 from ..kernels import case as kernels_case
-from ..kernels.attention import by
+from ..kernels.attention import RAGGED, RAGGED_SHORT, by, case_of
 from ..kernels.case import Make, Suite
 from .case import Case, Context
 from .drive import main
@@ -24,7 +23,8 @@ SHORT = (1024, 4096, 8192)
 HEADS = (40, 12, 24)  # Wan's 14B, 1.3B and 5B, of 128 each
 PACKS = {
     "four clips of other sizes": (32760, 14040, 3600, 7056),
-    "eight sequences": (256, 512, 768, 1024, 1536, 2048, 3072, 4096),
+    "eight sequences": RAGGED,
+    "eight short sequences": RAGGED_SHORT,
 }
 TEXT_ROWS = 40  # of a prompt, the last of which stands for 473 empty ones by its bias
 TINY = 64
@@ -55,14 +55,6 @@ def shapes(context: Context) -> Iterator[kernels_case.Case]:
         yield case_of(suite, "attention", f"{length} tokens", (length,), 12, 128)
     for length in (4096, LONG[0]):
         yield case_of(suite, "attention", f"{length} tokens", (length,), 24, 64)
-
-
-def case_of(suite: Suite, op: str, words: str, lengths: tuple[int, ...], heads: int, size: int) -> kernels_case.Case:
-    """Self-attention of sequences of these lengths, which its name says: `bench pick` reads them there."""
-    listed = f" ({', '.join(map(str, lengths))})" if len(lengths) > 1 else ""
-    cost = roofline.attention(lengths, lengths, heads, size, suite.dtype.itemsize)
-    build = partial(kernels_attention.build, suite, op, lengths, heads, size)
-    return kernels_case.Case(op, f"{words}{listed}, {heads} heads of {size}", cost, suite.dtype, build)
 
 
 def _biased(suite: Suite, length: int, sequences: int, heads: int, size: int) -> kernels_case.Case:

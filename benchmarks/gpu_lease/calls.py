@@ -12,16 +12,15 @@ PACKAGE = "skylapse.benchmarks.gpu_lease"
 LIMIT_S = 540  # of a call that may take 600: what is left is for writing
 TIMEOUT_S = 600
 HELD = ".lease"  # a folder of the checkout that git ignores: journals of earlier calls, carried to each
-WHEELS = ".whl"  # another one: packages that the machine lacks
+WHEELS = ".whl"  # another one, where there are peers to bring: wheels that are installed before a call
 
 
 @dataclass(frozen=True)
 class Call:
-    """A script of this folder. wheels: what it has more of where they are carried; it runs without any."""
+    """A script of this folder."""
 
     name: str
     what: str
-    wheels: tuple[str, ...] = ()
 
 
 CALLS = (
@@ -55,20 +54,17 @@ def device_command(call: Call) -> str:
     return "; ".join(words)
 
 
-def carried(call: Call) -> list[str]:
-    return [HELD, *([WHEELS] if call.wheels else [])]
-
-
 def listing() -> str:
     """The calls for people: what to run, with what, and what to keep."""
     parts = [
-        f"Each call: timeout_s {TIMEOUT_S}, carry {HELD} (journals of earlier calls; it may be empty). Behind each "
+        f"Each call: timeout_s {TIMEOUT_S}, carry {HELD} (journals of earlier calls; it may be empty), and "
+        f"{WHEELS} if wheels of peers lie there: none is needed. Behind each "
         f"call copy what came back into {HELD}, so that the next call and a repeated one know what is done:",
         f"    mkdir -p {HELD} && echo /{HELD}/ >> .git/info/exclude && cp -f FILES_AT/* {HELD}/",
         "At the end: python -m skylapse.benchmarks.gpu_lease --merge .lease --out bench-results",
     ]
     for number, call in enumerate(CALLS, start=1):
-        parts += ["", f"# {number}. {call.name}: {call.what}", f"# carry: {', '.join(carried(call))}"]
+        parts += ["", f"# {number}. {call.name}: {call.what}", f"# carry: {HELD}"]
         parts.append(device_command(call))
     return "\n".join(parts)
 

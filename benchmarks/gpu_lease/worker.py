@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ...kernels.backends import Backends
 from ..gpu import watch
 from ..harness import Missing, reason_of
 from ..kernels.case import Suite
@@ -60,15 +61,18 @@ def main() -> int:
     device = f"{facts['device']}{' (dry run)' if order.dry else ''}"
     tell(facts=facts, device=device)
     skipped = {tuple(pair) for pair in [*order.done.get(device, []), *order.tried]}
-    for name in order.calls:
-        for case in import_module(f".{name}", __package__).cases(context):
-            if (name, case.name) in skipped:
-                continue
-            if time.monotonic() > deadline:
-                tell(stop=f"out of time before {name}: {case.name}")
-                return 0
-            if not run(name, case):
-                return LOST
+    backends = Backends()
+    backends.prepare(context.device)  # as an engine does at its start
+    with backends.active():
+        for name in order.calls:
+            for case in import_module(f".{name}", __package__).cases(context):
+                if (name, case.name) in skipped:
+                    continue
+                if time.monotonic() > deadline:
+                    tell(stop=f"out of time before {name}: {case.name}")
+                    return 0
+                if not run(name, case):
+                    return LOST
     tell(stop=None)
     return 0
 

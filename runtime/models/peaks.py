@@ -15,7 +15,7 @@ import logging
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,13 @@ def coding_bytes(
     return live.peak_bytes
 
 
+def _kept_bytes(module: WanEncoder | WanDecoder, x: Tensor) -> int:
+    """Of what the first chunk of all leaves behind for good: upsampling kernels, beside the weights."""
+    with torch.no_grad(), LiveBytes() as live:
+        module(x, None)
+    return live.live_bytes
+
+
 def _coding_of(
     module: WanEncoder | WanDecoder, device: str, sides: Sequence[tuple[int, int]], counts: Sequence[int]
 ) -> Coding:
@@ -188,12 +195,13 @@ def _coding_of(
     factor, frames = config.scale_factor_spatial, config.scale_factor_temporal
     like = torch.zeros(1, dtype=next(module.parameters()).dtype, device=device)
     channels, scale, per_latent = (config.z_dim, 1, 1) if decodes else (3, factor, frames)
+    kept = _kept_bytes(module, like.new_zeros(1, channels, 1, scale * sides[0][0], scale * sides[0][1]))
     chunks = {}
     for chunk in counts:
         points = []
         for h, w in sides:
             shapes = [(1, channels, n, scale * h, scale * w) for n in (1, chunk * per_latent, chunk * per_latent)]
-            points.append((float(h * w * factor**2), float(coding_bytes(module, shapes, like))))
+            points.append((float(h * w * factor**2), float(kept + coding_bytes(module, shapes, like))))
         chunks[chunk] = Curve(tuple(points))
     h, w = sides[-1]
     with torch.no_grad():
@@ -216,13 +224,20 @@ def predict_peaks(
     chunks: Sequence[int] = CHUNKS,
 ) -> Peaks:
     """On a CUDA device of this capability, from the checkpoint's configs alone."""
-    device = torch.device("cuda")
     name, fields = next(iter(folder.transformers.items()))
+    step, apart = _step_curves(parse_config(WanConfig, fields, name), dtype, quantize, capability)
+    config = parse_config(WanVAEConfig, folder.vae, "vae")
+    encode, decode = _coding_curves(config, decoder_dtype, capability, tuple(chunks))
+    return Peaks(step, apart, encode, decode, **_encoders(folder, dtype))
+
+
+@cache
+def _step_curves(config: WanConfig, dtype: torch.dtype, quantize: str | None, capability: int) -> tuple[Curve, Curve]:
+    """Of sequences together, and apart."""
+    device = torch.device("cuda")
     with fake_cuda(capability):
         with torch.device("meta"):
-            denoiser = WanDenoiser(parse_config(WanConfig, fields, name))
-            vae = WanVAE(parse_config(WanVAEConfig, folder.vae, "vae"))
-            encoder, decoder = WanEncoder(vae), WanDecoder(vae)
+            denoiser = WanDenoiser(replace(config, num_layers=BLOCKS.stop))
         allocate(
             denoiser,
             device=device,
@@ -230,18 +245,30 @@ def predict_peaks(
             fp32_parameters=WanDenoiser.fp32_parameters,
             quantized=quantized_weights(denoiser, quantize),
         )
-        allocate(encoder, device=device, dtype=torch.float32)
-        allocate(decoder, device=device, dtype=decoder_dtype)
-        for module in (denoiser, encoder, decoder):
-            module.requires_grad_(False).eval()
+        denoiser.requires_grad_(False).eval()
         pairs = [(2 * (tokens // 2), tokens // 2) for tokens in STEP_TOKENS]
         step, apart = (
             Curve(tuple((float(total), float(step_bytes(denoiser, 2, n, "cuda", how))) for total, n in pairs))
             for how in (False, True)
         )
-        encode = _coding_of(encoder, "cuda", SIDES, chunks)
-        decode = _coding_of(decoder, "cuda", SIDES, chunks)
-    return Peaks(step, apart, encode, decode, **_encoders(folder, dtype))
+    return step, apart
+
+
+@cache
+def _coding_curves(
+    config: WanVAEConfig, decoder_dtype: torch.dtype, capability: int, chunks: Sequence[int]
+) -> tuple[Coding, Coding]:
+    """Of encoding, and of decoding."""
+    device = torch.device("cuda")
+    with fake_cuda(capability):
+        with torch.device("meta"):
+            vae = WanVAE(config)
+            encoder, decoder = WanEncoder(vae), WanDecoder(vae)
+        allocate(encoder, device=device, dtype=torch.float32)
+        allocate(decoder, device=device, dtype=decoder_dtype)
+        for module in (encoder, decoder):
+            module.requires_grad_(False).eval()
+        return _coding_of(encoder, "cuda", SIDES, chunks), _coding_of(decoder, "cuda", SIDES, chunks)
 
 
 def measure_peaks(
@@ -309,22 +336,36 @@ def _code_digest() -> str:
 
 def _encoders(folder: ModelFolder, dtype: torch.dtype) -> dict[str, int]:
     """Peaks of the longest prompt and of two images, by transformers' modules without memory."""
+    text, image = (json.dumps(folder.encoders.get(part), sort_keys=True) for part in ("text_encoder", "image_encoder"))
+    return {"text": _text_bytes(text, folder.limits.max_prompt_tokens, dtype), "image": _image_bytes(image)}
+
+
+@cache
+def _text_bytes(config: str, num_tokens: int, dtype: torch.dtype) -> int:
+    """config: JSON; "null" where there is no encoder."""
     import transformers
 
-    found = {"text": 0, "image": 0}
-    if (config := folder.encoders.get("text_encoder")) is not None:
-        module = _meta(getattr(transformers, config["architectures"][0]), config).to(dtype)
-        ids = torch.zeros(1, folder.limits.max_prompt_tokens, dtype=torch.int64, device="meta")
-        with torch.no_grad(), LiveBytes() as live:
-            module(ids)
-        found["text"] = live.peak_bytes
-    if (config := folder.encoders.get("image_encoder")) is not None:
-        module = _meta(transformers.CLIPVisionModel, config)
-        side = module.config.image_size
-        with torch.no_grad(), LiveBytes() as live:
-            module(torch.zeros(2, 3, side, side, device="meta"), output_hidden_states=True)
-        found["image"] = live.peak_bytes
-    return found
+    if (fields := json.loads(config)) is None:
+        return 0
+    module = _meta(getattr(transformers, fields["architectures"][0]), fields).to(dtype)
+    ids = torch.zeros(1, num_tokens, dtype=torch.int64, device="meta")
+    with torch.no_grad(), LiveBytes() as live:
+        module(ids)
+    return live.peak_bytes
+
+
+@cache
+def _image_bytes(config: str) -> int:
+    """config: JSON; "null" where there is no encoder."""
+    import transformers
+
+    if (fields := json.loads(config)) is None:
+        return 0
+    module = _meta(transformers.CLIPVisionModel, fields)
+    side = module.config.image_size
+    with torch.no_grad(), LiveBytes() as live:
+        module(torch.zeros(2, 3, side, side, device="meta"), output_hidden_states=True)
+    return live.peak_bytes
 
 
 def _meta(module_class: Any, fields: dict[str, Any]) -> Any:

@@ -80,6 +80,12 @@ class VideoCodec:
         self.mean = torch.tensor(list(config.latents_mean), dtype=torch.float32, device=device).view(shape)
         self.std = torch.tensor(list(config.latents_std), dtype=torch.float32, device=device).view(shape)
 
+    def by(self, chunk: int, tiling: Tiling) -> VideoCodec:
+        """The same codec with these for its own."""
+        other = copy.copy(self)
+        other.chunk, other.tiling = chunk, tiling
+        return other
+
     def eagerly(self) -> VideoCodec:
         """The same weights, coded with by torch alone whatever has been chosen here."""
         other = copy.copy(self)

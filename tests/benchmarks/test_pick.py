@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import made_up
 import pytest
 import torch
 
+from skylapse.benchmarks.gpu_lease.attention import shapes
+from skylapse.benchmarks.gpu_lease.case import Context
 from skylapse.benchmarks.harness import spread_of
 from skylapse.benchmarks.kernels import attention, pick
 from skylapse.benchmarks.kernels.attention import call_in
@@ -100,6 +103,26 @@ def test_cases_of_the_gpu_suite_say_which_kinds_of_calls_they_are() -> None:
     assert kinds == {(head_size, kind) for head_size in attention.HEADS for kind in attention_backends.KINDS}
     with pytest.raises(ValueError, match="must say its lengths and heads, got 'four clips'"):
         call_in("four clips")
+
+
+def test_lease_is_picked_from_though_other_calls_were_cut(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = result()
+    lease = replace(made_up.lease(), machine=whole.machine, rows=whole.rows, checks=[], partial="not run: tune")
+    assert attention_times(lease) == attention_times(whole)
+    write(lease, out)
+    assert main(["bench", "pick", str(out)]) == 0
+    assert "head size 128, long: cudnn" in capsys.readouterr().out
+    write(made_up.memory(), out)
+    with pytest.raises(ValueError, match="must compare kernels, got a result of memory"):
+        pick.pick([str(out)])
+
+
+def test_every_case_of_a_lease_is_a_kind_of_call() -> None:
+    context = Context(
+        Suite(torch.device("cuda"), torch.bfloat16, False), False, 0, Path(), frozenset(), lambda at: None
+    )
+    kinds = {call_in(case.name).kind for case in shapes(context) if case.op in ("attention", "attention_ragged")}
+    assert kinds == {"long", "short", "ragged"}
 
 
 def test_backend_that_was_wrong_is_not_picked() -> None:

@@ -103,6 +103,7 @@ def _generate(options: argparse.Namespace, settings: Settings) -> int:
             dtype=options.dtype,
             cache_dir=settings.cache_dir,
             quantize=options.quantize,
+            offload=options.offload,
         )
         if options.seconds is not None:
             num_frames = _frames_of(options.seconds, options.fps, engine.defaults, engine.limits)

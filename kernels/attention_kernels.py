@@ -55,9 +55,8 @@ def launch(
         raise ValueError(reason)
     longest = max(stop - start for start, stop in pairwise(cu_seqlens_q))
     described = can_be_described(q, k, v)
-    arch = launches.arch_of(q.device)
     specialized = warp_specialized and described and key_bias is None
-    found = configuration(arch, DTYPES[q.dtype], q.shape[2], longest, described, specialized)
+    found = configuration(launches.arch_of(q.device), DTYPES[q.dtype], q.shape[2], longest, described, specialized)
     return run(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, with_lse, found)
 
 
@@ -79,9 +78,8 @@ def run(
     if configuration.descriptors:
         triton.set_allocator(_scratch)  # each thread has its own; descriptors are written where it says
     kernel = _descriptor_kernel if configuration.descriptors else _pointer_kernel
-    lse_rows = (
-        num_queries if with_lse else 16
-    )  # Triton compiles anew for a number that 16 divides, and for one that not
+    # Triton compiles anew for a number that 16 divides, and for one that not.
+    lse_rows = num_queries if with_lse else 16
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever its tensors' is
         kernel[(len(tiles), num_heads)](
             *(q, k, v, key_bias, out, lse, tiles, lse_rows, head_size**-0.5 * math.log2(math.e), head_size**0.5),

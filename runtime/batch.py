@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -112,7 +113,8 @@ class Batch:
         if not self.waiting:
             return
         memory = self.memory()
-        held, fits = self._held_bytes, [self._fit(t) for t in self.active.values()]
+        held = sum(t.resident_bytes for t in self.active.values())
+        fits = [self._fit(t) for t in self.active.values()]
         for work in self.scheduler.rank([_work(t) for t in self.waiting.values()]):
             t = self.waiting[work.ticket]
             fits.append(self._fit(t))
@@ -164,7 +166,8 @@ class Batch:
             works = {t.ticket: _work(t) for t in ready}
             chosen = self.scheduler.pick(list(works.values()), self._room())
             members = [self.active[ticket] for ticket in chosen]
-            self._reserve(self._step_bytes(members))
+            chunks = [fit.work_bytes["decode"] for fit in self.memory().beside(self._decoding)]
+            self._reserve(self._step_bytes(members) + max(chunks, default=0))
             for t, outcome in self._evaluate(members):
                 if isinstance(outcome, Exception):
                     yield self._fail(t, outcome)
@@ -177,15 +180,13 @@ class Batch:
             self._prefetch(members)
         yield from self._report([taken for taken in stepped if taken.trajectory.ticket in self.active])
 
-    def _evaluate(
-        self, members: Sequence[Trajectory], apart: bool = False
-    ) -> list[tuple[Trajectory, Outcome | Exception]]:
+    def _evaluate(self, members: Sequence[Trajectory]) -> list[tuple[Trajectory, Outcome | Exception]]:
         """Outcomes of a pack; one that fails is split and tried again, until who is to blame fails alone.
 
-        Whose memory does not suffice for its guidance branches together is tried once more with one after the other.
+        Whose memory does not suffice for its guidance branches together has one after the other from then on.
         """
-        alone = len(members) == 1
-        apart = apart or (alone and self._fit(members[0]).way.guidance == "apart")
+        alone, fit = len(members) == 1, self._fit(members[0])
+        apart = alone and fit.way.guidance == "apart"
         try:
             outcomes = evaluate(self.model, members, self.layouts, apart)
         except Exception as error:
@@ -204,7 +205,8 @@ class Batch:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         if alone:
-            return self._evaluate(members, apart=True)
+            members[0].fit = replace(fit, way=replace(fit.way, guidance="apart"))
+            return self._evaluate(members)
         half = len(members) // 2
         return self._evaluate(members[:half]) + self._evaluate(members[half:])
 
@@ -212,7 +214,14 @@ class Batch:
 
     @property
     def _held_bytes(self) -> int:
-        return sum(t.resident_bytes for t in self.active.values())
+        """Between two pieces of work: by requests, and by what codes their frames."""
+        kept = sum(self._fit(t).kept_bytes for t in self.active.values() if t.stage != "denoise")
+        coders = self.memory().coders_bytes([self._fit(t) for t in self.active.values()])
+        return sum(t.resident_bytes for t in self.active.values()) + kept + coders
+
+    @property
+    def _decoding(self) -> list[Fit]:
+        return [self._fit(t) for t in self.active.values() if t.stage == "decode"]
 
     def _fit(self, t: Trajectory) -> Fit:
         """How a request is run: as it was admitted, or as it would be now where nobody has asked."""
@@ -222,10 +231,8 @@ class Batch:
 
     def _room(self) -> int:
         """Tokens that a pack may have, by configuration and by the memory that is left."""
-        decoding = [self._fit(t) for t in self.active.values() if t.stage == "decode"]
-        return max(
-            1, min(self.scheduler.config.max_batch_tokens, self.memory().pack_tokens(self._held_bytes, decoding))
-        )
+        tokens = self.memory().pack_tokens(self._held_bytes, self._decoding)
+        return max(1, min(self.scheduler.config.max_batch_tokens, tokens))
 
     def _step_bytes(self, members: Sequence[Trajectory]) -> int:
         """Of the step that these take together."""

@@ -12,6 +12,10 @@ from .config import Settings, configures_allocator
 
 logger = logging.getLogger(__name__)
 EXPANDABLE = "expandable_segments:True"
+LAYOUT_BYTES = 256 * 2**20  # of packs' layouts kept; each holds its prompts' keys and values once more
+# Of timesteps' embeddings and modulations kept: 14 (dim) bytes each in bf16, 72 kB of A14B's, so 234 timesteps: each of
+# both experts' in 40 steps five times over.
+TIME_EMBEDDING_BYTES = 16 * 2**20
 SHARE = {"cuda": 0.92, "cpu": 0.8}  # of the memory that there is
 HOST_SHARE = 0.8  # of the machine's memory, for pinned copies of weights
 
@@ -37,6 +41,12 @@ def expand_segments(device: torch.device) -> None:
 def memory_bytes(device: torch.device, settings: Settings) -> int:
     """What weights, texts and requests may take together."""
     return settings.memory_bytes or round(SHARE[device.type] * device_memory(device))
+
+
+def cache_bytes(device: torch.device, settings: Settings) -> int:
+    """What caches may take beside weights and requests: of texts, and on CUDA of packs' layouts and timesteps."""
+    others = LAYOUT_BYTES + TIME_EMBEDDING_BYTES if device.type == "cuda" else 0
+    return text_cache_bytes(device, settings) + others
 
 
 def host_bytes() -> int:

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..kernels.backends import Backends
 from .admission import check_supported
 from .batch import Batch
-from .config import Settings, load_settings
+from .config import OFFLOAD, Settings, load_settings
 from .decoders import Decoders
 from .denoise import evaluate, skip_ahead, take
 from .device import expand_segments, text_cache_bytes
@@ -84,15 +85,21 @@ class Engine:
         dtype: str | torch.dtype | None = None,
         cache_dir: str | Path | None = None,
         quantize: str | None = None,
+        offload: str | None = None,
     ) -> Engine:
         """An engine for "demo", a local diffusers folder, or a hub id.
 
         device: default cuda where there is one. dtype: of text encoder and denoiser, "fp32" or "bf16"; default bf16 on
         cuda and fp32 on the CPU. quantize: "fp8", "int8" or "none", of the weights of the denoiser's blocks; default
-        SKYLAPSE_QUANTIZE's. Raises ValueError for an unknown model, a checkpoint that does not fit its config, or a
-        backend of SKYLAPSE_KERNELS that the device cannot run.
+        SKYLAPSE_QUANTIZE's. offload: "auto", "none" or "all", the parts that leave a GPU while nothing needs them;
+        default SKYLAPSE_OFFLOAD's. Raises ValueError for an unknown model, a checkpoint that does not fit its config,
+        or a backend of SKYLAPSE_KERNELS that the device cannot run.
         """
         settings = load_settings()
+        if offload is not None:
+            if offload not in OFFLOAD:
+                raise ValueError(f"offload must be {', '.join(OFFLOAD[:-1])} or {OFFLOAD[-1]}, got {offload!r}")
+            settings = replace(settings, offload=offload)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         where = parse_device(device)
@@ -158,7 +165,8 @@ class Engine:
 
     @cached_property
     def previewer(self) -> AnyPreviewer:
-        return load_previewer(self.model.folder.path, self.model.codec, self.settings.preview_decoder)
+        with self.model.residency.still():  # it is fitted by who submits, while another thread may step
+            return load_previewer(self.model.folder.path, self.model.codec, self.settings.preview_decoder)
 
     # --- requests -------------------------------------------------------------------------------------------------
 

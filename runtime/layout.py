@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from .device import LAYOUT_BYTES
 from .models.model import Model
 from .models.time_embedding import TimeEmbeddings
 from .pack import Pack, build_pack
@@ -16,7 +17,6 @@ from .pack import Sequence as PackSequence
 from .trajectory import Trajectory
 
 Place = tuple[int, int]  # (ticket, branch)
-BUDGET_BYTES = 256 * 2**20  # of layouts kept; each holds its prompts' keys and values once more
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Layouts:
         )
         if key not in self._layouts:
             self._layouts[key] = self._build(members, modulations)
-            while len(self._layouts) > 1 and sum(layout.num_bytes for layout in self._layouts.values()) > BUDGET_BYTES:
+            while len(self._layouts) > 1 and sum(layout.num_bytes for layout in self._layouts.values()) > LAYOUT_BYTES:
                 self._layouts.popitem(last=False)
         self._layouts.move_to_end(key)
         return self._layouts[key]

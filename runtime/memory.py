@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .config import Settings
-from .device import memory_bytes, text_cache_bytes
+from .device import cache_bytes, memory_bytes
 from .events import RequestTooLarge
 from .holdings import needs_at
 from .models.fit import Fit, Fitter, Needs, Size, nearest_of
@@ -57,20 +57,29 @@ class MemoryBudget:
         raise RequestTooLarge(_refusal(fit, nearest_of(fits, fit.needs.size, t.model.limits)))
 
     def work_bytes(self, fits: Sequence[Fit]) -> int:
-        """Of the most expensive piece of work among these requests, with the parts that are brought for it.
+        """Of the most expensive piece of work among these requests, with the parts that are brought for it, and beside
+        what the others keep from chunk to chunk.
 
         Where decoding goes on beside steps, of a step and a chunk together.
         """
-        alone = [fit.most_bytes + self.compiled(fit.needs.size.width, fit.needs.size.height)[0] for fit in fits]
-        beside = [fit for fit in fits if self.parallel and fit.overlaps]
-        together = _most(beside, "decode") + _most(fits, "step") if beside else 0
-        return max(*alone, together, 0) if alone else 0
+        most = max((fit.most_bytes - fit.kept_bytes for fit in fits), default=0)
+        if beside := self.beside(fits):
+            chunk = max(fit.brought_bytes["decode"] + fit.work_bytes["decode"] - fit.kept_bytes for fit in beside)
+            most = max(most, chunk + _most(fits, "step"))
+        return most + sum(fit.kept_bytes for fit in fits) + self.coders_bytes(fits)
+
+    def coders_bytes(self, fits: Sequence[Fit]) -> int:
+        """What compiled coders hold for requests of these sizes."""
+        return max((self.compiled(fit.needs.size.width, fit.needs.size.height)[0] for fit in fits), default=0)
+
+    def beside(self, fits: Sequence[Fit]) -> list[Fit]:
+        """The ones whose chunks are decoded while a step is under way."""
+        return [fit for fit in fits if self.parallel and fit.overlaps]
 
     def pack_tokens(self, held_bytes: int, decoding: Sequence[Fit]) -> int:
         """Tokens of a pack whose step fits beside what is held, and beside a chunk of one of these if they overlap."""
         left = self.available_bytes - held_bytes - self.fitter.brought_bytes(self.fitter.moved or (), *EXPERTS)
-        if self.parallel:
-            left -= _most([fit for fit in decoding if fit.overlaps], "decode")
+        left -= _most(self.beside(decoding), "decode")
         return self.fitter.peaks.step.most(left)
 
 
@@ -82,7 +91,7 @@ def load_budget(model: Model, settings: Settings, compiled: Footprint = lambda w
         parts=model.part_bytes,
         budget_bytes=memory_bytes(model.device, settings),
         factor=codec.spatial_factor,
-        fixed_bytes=text_cache_bytes(model.device, settings),
+        fixed_bytes=cache_bytes(model.device, settings),
         moved=model.residency.moved,
         chunks=chunks_of(settings),
         tilings=tilings_of(settings),

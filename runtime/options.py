@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
-from .config import QUANTIZE
+from .config import OFFLOAD, QUANTIZE
 from .request import SOLVERS
 
 
@@ -18,6 +18,7 @@ def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     command.add_argument("--dtype", choices=("bf16", "fp32"), help="default: what the device is fastest with")
     command.add_argument("--quantize", choices=QUANTIZE, help="8 bits for the weights of the denoiser's blocks")
+    command.add_argument("--offload", choices=OFFLOAD, help="parts that leave a GPU while nothing needs them")
 
 
 def add_sampling(command: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
@@ -47,6 +48,17 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
         solver=options.solver,
         shift=options.shift,
     )
+
+
+def gigabytes(text: str) -> float:
+    """Bytes of so many GB, 10^9 each."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"must be a number of GB above 0, got {text!r}")
+    return number * 1e9
 
 
 def size_of(text: str) -> tuple[int, int]:

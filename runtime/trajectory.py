@@ -42,6 +42,7 @@ from .sampler.solver import get_solver
 from .sampler.state import add_noise, predict_clean, state_bytes
 from .step_plan import StepPlan, plan_steps
 from .terms import Terms
+from .vae.codec import VideoCodec
 
 
 class Trajectory:
@@ -192,6 +193,12 @@ class Trajectory:
         held += self.conditioning.num_bytes if self.conditioning else 0
         return held + state_bytes(self.solver_state) + self.cache.num_bytes + sum(f.nbytes for f in self._frames)
 
+    @property
+    def codec(self) -> VideoCodec:
+        """The model's, with chunks and tiles as memory lets this request have them."""
+        codec = self.model.codec
+        return codec if self.fit is None else codec.by(self.fit.way.chunk, self.fit.way.tiling)
+
     # --- work items -----------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -228,7 +235,7 @@ class Trajectory:
                 self.branch_encoder.image_rows = model.image_encoder.encode([piece.frames[0] for piece in given])
             yield
             encode = concatenate_frames if model.folder.concatenates_image else give_frames
-            for item in encode(model.codec, request, given):
+            for item in encode(self.codec, request, given):
                 if item is None:
                     yield
                 else:
@@ -238,7 +245,7 @@ class Trajectory:
         self.latents = send(self.latents.float(), model.device).contiguous()
         if request.strength is not None:
             source, chunks = (yield from read_video_of(request)), []
-            for chunk in model.codec.encode_chunks(source):
+            for chunk in self.codec.encode_chunks(source):
                 chunks.append(chunk)
                 yield
             self.latents = add_noise(torch.cat(chunks, dim=1), self.latents, self.sigmas[0])
@@ -248,19 +255,12 @@ class Trajectory:
         """Frames, chunk by chunk, given pixels in their places."""
         assert self.conditioning is not None and self.request.num_frames is not None
         start = 0
-        for chunk in self._chunks():
+        beside = self.fit is None or self.fit.overlaps
+        for chunk in self.codec.decode(self.final_latents(), beside=beside):
             self._frames.append(self.conditioning.paste(chunk, start))
             start += len(chunk)
             if start < self.request.num_frames:
                 yield
-
-    def _chunks(self) -> Iterator[np.ndarray]:
-        """Decoded frames, in the way that memory allows."""
-        codec, latents = self.model.codec, self.final_latents()
-        if self.fit is None:
-            return codec.decode(latents)
-        way = self.fit.way
-        return codec.decode(latents, chunk=way.chunk, tiling=way.tiling, beside=self.fit.overlaps)
 
     def _finish(self) -> Video:
         assert self.request.fps is not None

@@ -32,6 +32,7 @@ class ServeConfig(BaseModel):
     device: Literal["cpu", "cuda"] | None = None  # None: cuda where Ray finds a GPU
     dtype: str | None = None
     quantize: str | None = None  # weights of the denoiser's blocks; None: SKYLAPSE_QUANTIZE
+    offload: Literal["auto", "none", "all"] | None = None  # parts that leave a GPU; None: SKYLAPSE_OFFLOAD
     threads: Count | None = None  # of an engine on a CPU; None: as many as there are cores
     aliases: dict[str, str] = {"sora-2": "", "sora-2-pro": ""}  # name -> model; "": the model above
     engines: Count = 1  # engine and ingress replicas; a Serve config file's own numbers come on top

@@ -72,7 +72,9 @@ class EngineReplica:
         began_s = time.perf_counter()
         torch.set_num_threads(self.config.threads or os.cpu_count() or 1)  # Ray has set one for a fraction of a core
         config = self.config
-        engine = Engine.from_pretrained(config.model, config.device, config.dtype, quantize=config.quantize)
+        engine = Engine.from_pretrained(
+            config.model, config.device, config.dtype, quantize=config.quantize, offload=config.offload
+        )
         if engine.device.type == "cpu":
             os.nice(NICE)  # clients who ask where their job stands do not wait for its steps
         _ = engine.memory, engine.previewer
@@ -119,7 +121,7 @@ class EngineReplica:
         while not self._closing.wait(BEAT_S):
             try:
                 told = facts | self.measures.facts | self._packs() | read_gpu()
-                told |= self.engine.decoders.report.facts
+                told |= self.engine.decoders.report.facts | self.engine.model.residency.report.facts
                 self.processes.beat(self.id, ENGINE, told | {"running": len(self.worker.keeper.held)})
             except SQLAlchemyError as error:
                 logger.warning("no sign of life could be left: %s", type(error).__name__)

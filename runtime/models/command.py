@@ -7,9 +7,10 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
-from ..config import Settings
-from ..options import Parser, add_device, add_sampling, sampling
+from ..config import OFFLOAD, Settings
+from ..options import Parser, add_device, add_sampling, gigabytes, sampling
 from ..request import VideoRequest
 
 
@@ -20,6 +21,11 @@ def add_models(commands: argparse._SubParsersAction[Parser]) -> None:
     listing.set_defaults(run=_list_models)
     inspection = questions.add_parser("inspect", help="components, sizes and defaults of a model", allow_abbrev=False)
     inspection.add_argument("model", metavar="MODEL", help="demo, a diffusers folder, or a Hugging Face id")
+    inspection.add_argument(
+        "--device-memory", type=gigabytes, metavar="GB", help="what fits on a GPU of so much, in which way"
+    )
+    inspection.add_argument("--host-memory", type=gigabytes, metavar="GB", help="for parts that leave the GPU")
+    inspection.add_argument("--offload", choices=OFFLOAD, help="which parts may (default: auto)")
     inspection.set_defaults(run=_inspect_model)
     calibration = questions.add_parser(
         "calibrate", help="measure what step caches need to know, beside the model", allow_abbrev=False
@@ -49,9 +55,10 @@ def _list_models(options: argparse.Namespace, settings: Settings) -> int:
 def _inspect_model(options: argparse.Namespace, settings: Settings) -> int:
     from .registry import inspect_model
 
+    rows = _fit_rows(options, settings)
     report = inspect_model(options.model, cache_dir=settings.cache_dir)
     if options.json:
-        print(json.dumps(asdict(report), default=str))
+        print(json.dumps(asdict(report) | ({} if rows is None else {"fit": rows}), default=str))
         return 0
     print(f"{report.name}  ({report.folder})\n")
     _print_table(
@@ -73,7 +80,55 @@ def _inspect_model(options: argparse.Namespace, settings: Settings) -> int:
     ]
     print(f"weights   {', '.join(weights)}")
     print(f"sampling  {defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}")
+    if rows is not None:
+        print()
+        print_fit(rows)
     return 0
+
+
+def _fit_rows(options: argparse.Namespace, settings: Settings) -> list[dict[str, Any]] | None:
+    """What fits, where a memory was named."""
+    if options.device_memory is None:
+        if options.host_memory is not None or options.offload is not None:
+            raise ValueError("--host-memory and --offload need --device-memory: the memory of the GPU, in GB")
+        return None
+    from .fit_report import precisions, rows_of
+    from .registry import describe
+
+    folder = describe(options.model, settings.cache_dir)
+    memories = options.device_memory, options.host_memory, options.offload or settings.offload
+    return [row for precision in precisions(folder) for row in rows_of(precision, *memories)]
+
+
+def print_fit(rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of `fit_report.rows_of` as a table."""
+    _print_table(
+        ("size", "weights", "fits", "text", "encode", "step", "decode", "of", "moved", "how, or what would fit"),
+        [
+            (
+                f"{row['width']}x{row['height']}x{row['num_frames']}",
+                "+".join(filter(None, (row["dtype"], row["quantize"]))),
+                f"up to {row['max_frames']} frames" if row["fits"] else f"no: {row['blocked_by']}",
+                *(f"{row['peak_bytes'][stage] / 1e9:.1f}" for stage in ("text", "encode", "step", "decode")),
+                f"{row['budget_bytes'] / 1e9:.1f} GB",
+                ", ".join(row["moved"]) or "nothing",
+                _how(row),
+            )
+            for row in rows
+        ],
+    )
+
+
+def _how(row: dict[str, Any]) -> str:
+    if not row["fits"]:
+        enough = max(row["peak_bytes"][stage] for stage in row["stages"]) / (row["budget_bytes"] / row["device_bytes"])
+        others = f", or {' or '.join(row['nearest'])}" if row["nearest"] else ""
+        return f"a GPU of {enough / 1e9:.0f} GB{others}"
+    frames = "1 latent frame" if row["decode_chunk"] == 1 else f"{row['decode_chunk']} latent frames"
+    ways = [f"decoded {frames} at a time"]
+    ways += ["guidance branches apart"] if row["guidance"] == "apart" else []
+    ways += [f"in tiles of {row['tiles']}"] if row["tiles"] else []
+    return ", ".join(ways)
 
 
 def _calibrate(options: argparse.Namespace, settings: Settings) -> int:
@@ -86,6 +141,7 @@ def _calibrate(options: argparse.Namespace, settings: Settings) -> int:
         dtype=options.dtype,
         cache_dir=settings.cache_dir,
         quantize=options.quantize,
+        offload=options.offload,
     )
     request = VideoRequest(prompt="calibration", image=options.image, **sampling(options))
     path = calibrate(

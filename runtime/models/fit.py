@@ -93,6 +93,7 @@ class Fit:
     always_bytes: int
     brought_bytes: Mapping[str, int]
     work_bytes: Mapping[str, int]
+    kept_bytes: int  # between two chunks, by what encodes or decodes: other requests' work finds them there
     blocked_by: str | None  # the stage that needs most of what is too little, or "host"
 
     @property
@@ -161,6 +162,7 @@ class Fitter:
             always_bytes=always,
             brought_bytes=self._brought_bytes(needs, way),
             work_bytes=self._work_bytes(needs, way),
+            kept_bytes=self._kept_bytes(needs, way),
             blocked_by=None,
         )
         peaks = fit.peak_bytes
@@ -197,6 +199,10 @@ class Fitter:
         curve = peaks.apart if way.guidance == "apart" else peaks.step
         step = curve.at(needs.num_tokens * needs.num_branches)
         return {"text": peaks.text, "encode": max(peaks.image, encode), "step": step, "decode": decode}
+
+    def _kept_bytes(self, needs: Needs, way: Way) -> int:
+        size, halves = needs.size, (self.peaks.decode, *([self.peaks.encode] if needs.encodes else []))
+        return max(half.kept(size.height, size.width, way.tiling, self.factor) for half in halves)
 
     @cached_property
     def _ways(self) -> list[Way]:

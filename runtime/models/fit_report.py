@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..config import Settings
+from ..device import HOST_SHARE, SHARE, cache_bytes
 from .configs import parse_config
 from .fit import Fitter, Needs, Size, longest_of, nearest_of
 from .needs import needs_of
@@ -16,8 +18,7 @@ from .registry import ModelFolder
 from .sizes import part_bytes
 from .wan import WanConfig
 
-DEVICE_SHARE = 0.92  # of a device's memory: the rest is the CUDA context, libraries' workspaces and fragments
-HOST_SHARE = 0.9  # of the machine's memory that may be pinned
+DEVICE_SHARE = SHARE["cuda"]  # the rest is the CUDA context, libraries' workspaces and fragments
 DTYPE, DECODER_DTYPE = torch.bfloat16, torch.bfloat16
 
 
@@ -39,6 +40,7 @@ class Precision:
             parts=self.parts,
             budget_bytes=int(DEVICE_SHARE * device_bytes),
             factor=self.folder.vae.get("scale_factor_spatial", 8),
+            fixed_bytes=cache_bytes(torch.device("cuda"), Settings(memory_bytes=int(DEVICE_SHARE * device_bytes))),
             host_bytes=None if host_bytes is None else int(HOST_SHARE * host_bytes),
             offload=offload,
         )
@@ -81,8 +83,10 @@ def _row(precision: Precision, fitter: Fitter, size: Size) -> dict[str, Any]:
         "dtype": "bf16",
         "quantize": precision.quantize,
         "fits": fit.fits,
+        "device_bytes": round(fit.budget_bytes / DEVICE_SHARE),
         "budget_bytes": fit.budget_bytes,
         "host_bytes": fit.host_bytes,
+        "stages": fit.needs.stages,
         "peak_bytes": fit.peak_bytes,
         "resident": [part for part in precision.parts if part not in fit.way.moved],
         "moved": list(fit.way.moved),

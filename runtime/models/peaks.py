@@ -84,9 +84,16 @@ class Coding:
         peak = self._of(chunk).at(tile)
         if tile == height * width:
             return peak
-        num_tiles = len(tiling.spans(h, factor)) * len(tiling.spans(w, factor))
-        states = self.state_bytes * tile * (num_tiles - 1)
-        return round(peak + states + 2 * self.output_bytes * chunk * height * width)
+        others = self.kept(height, width, tiling, factor) - self.state_bytes * tile
+        return round(peak + others + 2 * self.output_bytes * chunk * height * width)
+
+    def kept(self, height: int, width: int, tiling: Tiling, factor: int) -> int:
+        """From one chunk to the next: every tile's states."""
+        h, w = height // factor, width // factor
+        tile_h, tile_w = tiling.size(h, w, factor)
+        whole = (tile_h, tile_w) == (h, w)
+        num_tiles = 1 if whole else len(tiling.spans(h, factor)) * len(tiling.spans(w, factor))
+        return round(self.state_bytes * tile_h * tile_w * factor**2 * num_tiles)
 
     def _of(self, chunk: int) -> Curve:
         return self.chunks[max((known for known in self.chunks if known <= chunk), default=min(self.chunks))]
@@ -173,6 +180,13 @@ def coding_bytes(
     return live.peak_bytes
 
 
+def _kept_bytes(module: WanEncoder | WanDecoder, x: Tensor) -> int:
+    """Of what the first chunk of all leaves behind for good: upsampling kernels, beside the weights."""
+    with torch.no_grad(), LiveBytes() as live:
+        module(x, None)
+    return live.live_bytes
+
+
 def _coding_of(
     module: WanEncoder | WanDecoder, device: str, sides: Sequence[tuple[int, int]], counts: Sequence[int]
 ) -> Coding:
@@ -181,12 +195,13 @@ def _coding_of(
     factor, frames = config.scale_factor_spatial, config.scale_factor_temporal
     like = torch.zeros(1, dtype=next(module.parameters()).dtype, device=device)
     channels, scale, per_latent = (config.z_dim, 1, 1) if decodes else (3, factor, frames)
+    kept = _kept_bytes(module, like.new_zeros(1, channels, 1, scale * sides[0][0], scale * sides[0][1]))
     chunks = {}
     for chunk in counts:
         points = []
         for h, w in sides:
             shapes = [(1, channels, n, scale * h, scale * w) for n in (1, chunk * per_latent, chunk * per_latent)]
-            points.append((float(h * w * factor**2), float(coding_bytes(module, shapes, like))))
+            points.append((float(h * w * factor**2), float(kept + coding_bytes(module, shapes, like))))
         chunks[chunk] = Curve(tuple(points))
     h, w = sides[-1]
     with torch.no_grad():

@@ -12,7 +12,7 @@ import torch
 
 from ...kernels.toolchain import capability
 from ..config import Settings
-from ..device import host_bytes, memory_bytes, text_cache_bytes
+from ..device import cache_bytes, host_bytes, memory_bytes
 from ..vae.tiling import Tiling
 from .fit import Fitter
 from .fit_report import config_of, sizes_of
@@ -45,7 +45,7 @@ def place(
         parts=part_bytes(folder, dtype, quantize, decoder_dtype),
         budget_bytes=memory_bytes(device, settings),
         factor=folder.vae.get("scale_factor_spatial", 8),
-        fixed_bytes=text_cache_bytes(device, settings),
+        fixed_bytes=cache_bytes(device, settings),
         host_bytes=host_bytes(),
         offload=settings.offload,
         chunks=chunks_of(settings),

@@ -38,7 +38,7 @@ class ComponentReport:
     name: str
     kind: str
     num_parameters: int
-    num_bytes: int
+    num_bytes: int | None  # of its files; None where they are not here
     dtypes: tuple[str, ...]
 
 
@@ -235,20 +235,42 @@ def _cached_models(cache_dir: Path | None) -> Iterator[ModelEntry]:
                 break
 
 
-def inspect_model(name: str, cache_dir: Path | None = None) -> ModelReport:
-    """What a model consists of, takes and can do, from its JSON files and its safetensors files' headers."""
-    from .sizes import loaded_bytes  # it builds denoisers, whose configs are read with this module's help
+def describe(name: str, cache_dir: Path | None = None) -> ModelFolder:
+    """A model's configs, from the disk where it is there, from this package where it is published, else downloaded."""
+    if name != "demo" and not (name and Path(name).is_dir()) and (known := published_folder(name)) is not None:
+        return known if (path := _cached(name, cache_dir)) is None else read_folder(path, name)
+    return read_folder(resolve_folder(name, cache_dir), name)
 
-    folder = read_folder(resolve_folder(name, cache_dir))
-    components = [
-        _inspect_component(folder.path, part, "diffusion_pytorch_model") for part in (*folder.transformers, "vae")
-    ]
-    for part in ("text_encoder", "image_encoder"):
-        if (folder.path / part).is_dir():
-            components.append(_inspect_component(folder.path, part, "model"))
+
+def _cached(name: str, cache_dir: Path | None) -> Path | None:
+    """The folder of a hub id that was downloaded whole."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        path = Path(snapshot_download(name, cache_dir=cache_dir, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return path if any(path.glob("transformer/*.safetensors")) else None
+
+
+def inspect_model(name: str, cache_dir: Path | None = None) -> ModelReport:
+    """What a model consists of, takes and can do, from its JSON files and its safetensors files' headers.
+
+    Of a published checkpoint that is not there, from its configs in this package.
+    """
+    from .sizes import loaded_bytes, reports_of  # they build denoisers, whose configs are read with this module's help
+
+    folder = describe(name, cache_dir)
+    if folder.path.is_dir():
+        parts = [(part, "diffusion_pytorch_model") for part in (*folder.transformers, "vae")]
+        parts += [(part, "model") for part in folder.encoders]
+        components = [_inspect_component(folder.path, part, stem) for part, stem in parts]
+    else:
+        components = reports_of(folder)
     return ModelReport(
         name=name,
-        folder=str(folder.path),
+        folder=str(folder.path) if folder.path.is_dir() else "not downloaded",
         components=components,
         tasks=folder.tasks,
         native_sizes=folder.native_sizes,

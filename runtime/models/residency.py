@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -154,10 +154,11 @@ class Residency:
             wanted = [self._parts[name] for name in names if name in self._parts]
             for part in wanted:
                 part.used = self._clock
-            for part in wanted:
-                self._bring(part, wanted)
-                assert part.copy is not None
-                part.copy.arrive()
+            coming = [part for part in wanted if part.copy is None]
+            self._make_room(sum(part.num_bytes for part in coming), wanted)  # what is reserved may have grown
+            for part in coming:
+                self._bring(part)
+            self._arrive(wanted)
 
     def prefetch(self, name: str) -> bool:
         """Begin to bring a part, if there is room beside what is there; whether it is there or on its way."""
@@ -167,7 +168,8 @@ class Residency:
                 return True
             if self.on_device_bytes + part.num_bytes + self.reserved_bytes > self.budget_bytes:
                 return False
-            self._bring(part, [part])
+            part.used = self._clock  # as one that is used now: it is not the first to leave again
+            self._bring(part)
             return True
 
     def is_on_device(self, name: str) -> bool:
@@ -179,6 +181,7 @@ class Residency:
     def still(self) -> Iterator[None]:
         """Nothing moves meanwhile: for another thread that reads weights wherever they are."""
         with self._lock:
+            self._arrive(self._parts.values())
             yield
 
     @property
@@ -195,27 +198,29 @@ class Residency:
         on_device = tuple(name for name, part in self._parts.items() if part.copy is not None)
         return ResidencyReport(self.offload, self.moved, on_device, self._num_moves, self._moved_bytes)
 
-    def _bring(self, part: _Part, wanted: Sequence[_Part]) -> None:
-        if part.copy is not None:
-            return
+    def _bring(self, part: _Part) -> None:
         assert self.mover is not None
-        leaving = self._leaving(part.num_bytes, wanted)
-        if leaving:
-            self.mover.settle()
-            for other in leaving:
-                other.leave()
         part.enter(self.mover.bring(part.held))
         self._num_moves += 1
         self._moved_bytes += part.num_bytes
 
-    def _leaving(self, num_bytes: int, wanted: Sequence[_Part]) -> list[_Part]:
-        """The least recently used, until so many bytes more fit; all that is not wanted where they never do."""
+    @staticmethod
+    def _arrive(parts: Iterable[_Part]) -> None:
+        for part in parts:
+            if part.copy is not None:
+                part.copy.arrive()
+
+    def _make_room(self, num_bytes: int, wanted: Sequence[_Part]) -> None:
+        """For so many bytes more: the least recently used leave first, and all that is not wanted where they never fit."""
         over = self.on_device_bytes + num_bytes + self.reserved_bytes - self.budget_bytes
-        leaving = []
         others = [part for part in self._parts.values() if part.copy is not None and part not in wanted]
+        leaving = []
         for part in sorted(others, key=lambda part: part.used):
             if over <= 0:
                 break
             leaving.append(part)
             over -= part.num_bytes
-        return leaving
+        if leaving and self.mover is not None:
+            self.mover.settle()
+        for part in leaving:
+            part.leave()

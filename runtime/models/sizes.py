@@ -13,7 +13,7 @@ from ...kernels.weight_formats import words
 from ..vae.wan import WanVAE, WanVAEConfig
 from .configs import parse_config
 from .quantization import quantized_weights
-from .registry import ComponentReport, ModelFolder
+from .registry import TRANSFORMER_CLASS, VAE_CLASS, ComponentReport, ModelFolder
 from .wan import WanConfig, WanDenoiser
 
 FP32_COMPONENTS = ("vae", "image_encoder")  # whatever the engine's dtype is
@@ -42,6 +42,21 @@ def part_bytes(
     for name, modules in halves.items():
         found[name] = itemsizes[name] * sum(p.numel() for module in modules for p in module.parameters())
     return found
+
+
+def reports_of(folder: ModelFolder) -> list[ComponentReport]:
+    """The components of a checkpoint whose weights are not here."""
+    with torch.device("meta"):
+        modules = [
+            (name, WanDenoiser(parse_config(WanConfig, config, name))) for name, config in folder.transformers.items()
+        ]
+        vae = WanVAE(parse_config(WanVAEConfig, folder.vae, "vae"))
+    kinds = [*((name, TRANSFORMER_CLASS, module) for name, module in modules), ("vae", VAE_CLASS, vae)]
+    counts = [(name, kind, sum(p.numel() for p in module.parameters())) for name, kind, module in kinds]
+    counts += [
+        (name, config["architectures"][0], _num_parameters(name, config)) for name, config in folder.encoders.items()
+    ]
+    return [ComponentReport(name, kind, count, None, ()) for name, kind, count in counts]
 
 
 @cache

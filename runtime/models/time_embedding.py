@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.tables import send
+from ..device import TIME_EMBEDDING_BYTES
 from .model import Model
-
-# 14 (dim) bytes a timestep in bf16, 72 kB of A14B's: 234 timesteps, each of both experts' in 40 steps five times over.
-BUDGET_BYTES = 16 * 2**20
 
 
 class TimeEmbeddings:
@@ -21,7 +19,7 @@ class TimeEmbeddings:
     They are plain tensors on the device: they hold no weights, and stay right while an expert's weights are elsewhere.
     """
 
-    def __init__(self, model: Model, budget_bytes: int = BUDGET_BYTES) -> None:
+    def __init__(self, model: Model, budget_bytes: int = TIME_EMBEDDING_BYTES) -> None:
         self.model, self.budget_bytes = model, budget_bytes
         self.num_bytes = 0
         self._kept: OrderedDict[tuple[int, torch.dtype, tuple[float, ...]], tuple[Tensor, Tensor]] = OrderedDict()

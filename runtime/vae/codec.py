@@ -80,6 +80,12 @@ class VideoCodec:
         self.mean = torch.tensor(list(config.latents_mean), dtype=torch.float32, device=device).view(shape)
         self.std = torch.tensor(list(config.latents_std), dtype=torch.float32, device=device).view(shape)
 
+    def by(self, chunk: int, tiling: Tiling) -> VideoCodec:
+        """The same codec with these for its own."""
+        other = copy.copy(self)
+        other.chunk, other.tiling = chunk, tiling
+        return other
+
     def eagerly(self) -> VideoCodec:
         """The same weights, coded with by torch alone whatever has been chosen here."""
         other = copy.copy(self)
@@ -110,6 +116,7 @@ class VideoCodec:
         height, width = self._sides(frames)
         if height % factor or width % factor:
             raise ValueError(f"frames' sides must be multiples of {factor} to be encoded, got {height} x {width}")
+        self.require("encoder")  # the choice may compare a compiled one with it
         run = self.choose_encoder(*tiles.size(height // factor, width // factor, factor))
 
         def encode(start: int, stop: int, states: TileStates | None) -> tuple[Tensor, TileStates]:
@@ -156,6 +163,7 @@ class VideoCodec:
         tiles = tiling or self.tiling
         with torch.inference_mode():
             z = (latents.to(self.device, torch.float32)[None] * self.std + self.mean).to(self.decoder_dtype)
+        self.require("decoder")  # the choice may compare a compiled one with it
         run = self.choose_decoder(*tiles.size(z.shape[-2], z.shape[-1], self.spatial_factor))
 
         def decode(start: int, stop: int, states: TileStates | None) -> tuple[Tensor, TileStates]:

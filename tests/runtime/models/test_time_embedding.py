@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from skylapse import Engine
+from skylapse.runtime.device import TIME_EMBEDDING_BYTES
 from skylapse.runtime.models.model import Model
-from skylapse.runtime.models.time_embedding import BUDGET_BYTES, TimeEmbeddings
+from skylapse.runtime.models.time_embedding import TimeEmbeddings
 from skylapse.runtime.models.wan import WanConfig
 
 
@@ -48,4 +49,4 @@ def test_the_least_recently_used_leave_when_the_budget_is_spent(model: Model) ->
 
 def test_the_budget_holds_two_experts_schedules_of_the_largest_model_twice_over() -> None:
     bytes_a_timestep = 7 * WanConfig().dim * 2
-    assert bytes_a_timestep * 2 * 2 * 50 < BUDGET_BYTES
+    assert bytes_a_timestep * 2 * 2 * 50 < TIME_EMBEDDING_BYTES

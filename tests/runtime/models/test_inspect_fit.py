@@ -1,0 +1,79 @@
+"""`skylapse models inspect --device-memory`: what fits, from configs alone, and what is said of bad numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from skylapse.cli import main
+from skylapse.runtime.models.published import published
+from skylapse.runtime.models.registry import describe, inspect_model
+
+SMALLEST = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+KEYS = {
+    *("width", "height", "num_frames", "dtype", "quantize", "fits", "budget_bytes", "host_bytes", "peak_bytes"),
+    *("resident", "moved", "guidance", "decode_chunk", "tiles", "blocked_by", "nearest"),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SKYLAPSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("SKYLAPSE_PROFILE_DIR", str(tmp_path / "profiles"))
+
+
+def test_rows_have_the_keys_that_others_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "inspect", "demo", "--device-memory", "16", "--host-memory", "32", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["fit"]
+    sizes = {(row["width"], row["height"]) for row in rows}
+    assert sizes == set(describe("demo").native_sizes) and {row["quantize"] for row in rows} == {None, "fp8"}
+    for row in rows:
+        assert row.keys() >= KEYS and set(row["peak_bytes"]) == {"text", "encode", "step", "decode"}
+        assert row["fits"] and row["blocked_by"] is None and row["nearest"] == [] and row["moved"] == []
+        assert row["budget_bytes"] == int(0.92 * 16e9) and row["host_bytes"] == 0
+
+
+def test_a_published_checkpoint_is_described_without_its_weights(tmp_path: Path) -> None:
+    for name in published():
+        folder = describe(name, tmp_path)
+        assert not folder.path.exists() and folder.native_sizes and folder.defaults.num_frames in (81, 121)
+    report = inspect_model(SMALLEST, tmp_path)
+    counts = {part.name: part.num_parameters for part in report.components}
+    assert report.folder == "not downloaded" and all(part.num_bytes is None for part in report.components)
+    assert counts["transformer"] == 1_418_996_800 and round(counts["text_encoder"] / 1e9, 2) == 5.68
+    assert report.tasks == ["text-to-video", "video-to-video"]
+
+
+def test_a_size_that_does_not_fit_says_which_gpu_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "inspect", "demo", "--device-memory", "0.01"]) == 0
+    shown = capsys.readouterr().out
+    assert "no: step" in shown or "no: decode" in shown or "no: text" in shown
+    assert "a GPU of " in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device-memory", "0"], "argument --device-memory: must be a number of GB above 0, got '0'"),
+        (["--device-memory", "nan"], "argument --device-memory: must be a number of GB above 0, got 'nan'"),
+        (["--device-memory", "80GB"], "argument --device-memory: must be a number of GB above 0, got '80GB'"),
+        (["--device-memory", "80", "--host-memory", "-1"], "argument --host-memory: must be a number of GB above 0"),
+        (["--device-memory", "80", "--offload", "some"], "argument --offload: invalid choice: 'some'"),
+        (["--host-memory", "64"], "--host-memory and --offload need --device-memory"),
+    ],
+)
+def test_bad_numbers_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "inspect", "demo", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"skylapse: error: {message}") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("word", ["some", "ALL", "1"])
+def test_offload_words_that_do_not_exist_are_one_line(
+    word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SKYLAPSE_OFFLOAD", word)
+    assert main(["models", "list"]) == 2
+    assert capsys.readouterr().err == f"skylapse: error: SKYLAPSE_OFFLOAD must be auto or none or all, got '{word}'\n"

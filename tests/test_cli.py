@@ -29,7 +29,7 @@ def test_prompt_becomes_out_mp4(command: Command) -> None:
     result = command("generate", "a red circle")
     assert (result.status, result.stdout, result.files) == (0, "out.mp4\n", ["out.mp4"])
     assert command.engine.loaded == [
-        {"name": "demo", "device": None, "dtype": None, "cache_dir": None, "quantize": None}
+        {"name": "demo", "device": None, "dtype": None, "cache_dir": None, "quantize": None, "offload": None}
     ]
     assert command.engine.requests[0].size == (64, 48, 9)
 
@@ -42,11 +42,12 @@ def test_every_option_reaches_the_engine(command: Command) -> None:
         *("--frames", "13", "--fps", "10", "--steps", "5", "--guidance", "3.5", "--guidance-2", "2", "--seed", "7"),
         *("--negative", "blur", "--solver", "euler", "--shift", "5", "--image", "first.png"),
         *("--device", "cpu", "--dtype", "bf16", "--cache", "easy:0.1", "--last-image", "first.png"),
-        *("--video", "in.mp4", "--strength", "0.6", "--quantize", "int8"),
+        *("--video", "in.mp4", "--strength", "0.6", "--quantize", "int8", "--offload", "none"),
     )
     assert (result.status, result.stdout) == (0, "a.webp\nb.png\n")
     assert result.files == ["a.webp", "b.png", "first.png", "in.mp4"]
     loaded = {"name": "org/model", "device": "cpu", "dtype": "bf16", "cache_dir": None, "quantize": "int8"}
+    loaded["offload"] = "none"
     assert command.engine.loaded == [loaded]
     assert command.engine.requests == [
         VideoRequest(

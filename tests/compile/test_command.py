@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from fake_backend import Fake
+from torch import Tensor
 
 from skylapse.cli import main
 from skylapse.compile import footprint
 from skylapse.compile.select import Selector
-from skylapse.compile.stream import Plan
+from skylapse.compile.stream import Coder, Plan, States
+from skylapse.compile.stream import Run as CoderRun
 from skylapse.runtime import decoders
 
 Run = Callable[..., tuple[int, str, str]]
@@ -119,7 +121,15 @@ def test_verify_fails_where_something_built_is_wrong(run: Run, fakes: list[Fake]
     assert run("compile", "demo")[0] == 0
     status, out, _ = run("compile", "demo", "--verify")
     assert status == 0 and "onnxruntime" in out
-    fakes[0].load = lambda coder, plan, folder: lambda x, states: (coder(x, states)[0] + 1, coder(x, states)[1])
+
+    def load(coder: Coder, plan: Plan, folder: Path) -> CoderRun:
+        def wrong(x: Tensor, states: States | None) -> tuple[Tensor, States]:
+            y, new = coder(x, states)
+            return y + 1, new
+
+        return wrong
+
+    fakes[0].load = load  # type: ignore[method-assign]
     status, out, _ = run("compile", "demo", "--verify")
     assert status == 1 and "demoted" in out and "differs from eager by 1" in out
 

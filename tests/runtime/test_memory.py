@@ -254,3 +254,21 @@ def test_sizes_that_a_refusal_names_are_taken_by_the_engine(folder: Path, tmp_pa
     assert sizes
     for width, height, num_frames in (map(int, size) for size in sizes):
         engine.abort(engine.submit(dataclasses.replace(asked, width=width, height=height, num_frames=num_frames)))
+
+
+def test_a_pack_leaves_what_a_clip_under_way_keeps_from_chunk_to_chunk(demo: Engine) -> None:
+    memory = budget(1_000_000, state=50.0)
+    batch = Batch(
+        demo.model, Scheduler(SchedulerConfig(max_batch_tokens=10**6)), lambda: memory, lambda: demo.previewer
+    )
+    request = VideoRequest(
+        prompt="a star", width=32, height=32, num_frames=5, num_inference_steps=1, guidance_scale=1.0
+    )
+    t = Trajectory(0, demo.model, request.resolved(demo.defaults, demo.limits), TextCache(0))
+    t.__dict__["needs"] = dataclasses.replace(t.needs, held_bytes=1000)
+    batch.active[0] = t
+    t.conditioning, t.latents = Conditioning((False,) * t.shape[1]), torch.zeros(t.shape)
+    t.branch_encoder.rows = dict.fromkeys(t.branch_encoder._experts, torch.zeros(1))
+    assert t.stage == "denoise" and batch._room() == (1_000_000 - 1000) // 100
+    t.advance([torch.zeros(t.shape)])
+    assert t.stage == "decode" and batch._room() == (1_000_000 - 1000 - 50 * 32 * 32) // 100

@@ -24,6 +24,8 @@ from skylapse.runtime.models import placement
 from skylapse.runtime.models.model import load_model
 from skylapse.runtime.models.registry import EXPERTS
 from skylapse.runtime.models.residency import Residency
+from skylapse.runtime.preview import Previewer, fit
+from skylapse.runtime.vae.codec import VideoCodec
 from skylapse.runtime.vae.tiling import Chunk
 
 SMALL = dict(width=64, height=64, num_frames=5, num_inference_steps=6)
@@ -277,3 +279,20 @@ def test_threads_may_submit_with_previews_while_another_one_steps(tmp_path: Path
 def test_all_is_refused_where_nothing_can_be_moved(folders: Folders) -> None:
     with pytest.raises(ValueError, match="offload all needs a CUDA device, and this is cpu"):
         engine_of(folders("wan2.1-t2v"), None, offload="all")
+
+
+def test_nothing_moves_while_a_preview_map_is_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(save_checkpoint("wan2.1-t2v", tmp_path / "model"), CountingMover())
+    stepped = threading.Event()
+    residency = engine.model.residency
+    thread = threading.Thread(target=lambda: (residency.require("transformer"), stepped.set()))
+
+    def watched(codec: VideoCodec) -> Previewer:
+        thread.start()
+        assert not stepped.wait(0.1)
+        return fit(codec)
+
+    monkeypatch.setattr("skylapse.runtime.preview.fit", watched)
+    assert engine.previewer
+    thread.join()
+    assert stepped.is_set()

@@ -1,8 +1,8 @@
 """Fake CUDA tensors on any machine: shapes, strides, dtypes and bytes of what would run on a GPU, without one.
 
 torch's FakeTensorMode does it, but for three things that a CPU build lacks: some of Python's bindings ask the CUDA
-runtime for a device guard (`UNGUARDED` goes around them), an operation with a kernel for CUDA alone is taken apart by
-such bindings (`Whole` answers for it), and there are no streams and events (`STREAMS` are such that never wait).
+runtime for a device guard (`UNGUARDED` goes around them), an operation with a kernel for CUDA alone is taken apart
+(`_rms_norm` and `Whole` answer for it), and there are no streams and events (`STREAMS` are such that never wait).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,20 +33,30 @@ def fake_cuda(capability: int) -> Iterator[FakeTensorMode]:
     Use `torch.no_grad` with it rather than inference mode, which hides what composite operations allocate. Tensors made
     outside are errors inside, but for those that `FakeTensorMode.from_tensor` was given. One thread at a time.
     """
-    streams = patch.multiple(torch.cuda, **STREAMS)
-    with _patching, _unguarded(), streams, told_capability(capability), FakeTensorMode() as mode, Whole():
+    streams, norm = patch.multiple(torch.cuda, **STREAMS), patch.object(F, "rms_norm", _rms_norm)
+    with _patching, _unguarded(), streams, norm, told_capability(capability), FakeTensorMode() as mode, Whole():
         yield mode
 
 
+def _rms_norm(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """One kernel on CUDA, which writes the result and a scale a row; in a CPU build autograd's dispatch takes it apart.
+
+    A copy of rows that do not lie behind each other is not counted: of cuDNN's channels-last convolutions they do, but
+    fake convolutions of a CPU build lose that order.
+    """
+    made = x.new_empty(x.shape)
+    x.new_empty(x.shape[: -len(normalized_shape)], dtype=torch.float32)
+    return made
+
+
 class Whole(TorchDispatchMode):
-    """Operations that are one kernel on CUDA and several in FakeTensorMode."""
+    """Operations that are one call on CUDA and several in FakeTensorMode."""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is aten._fused_rms_norm.default:
-            x, normalized_shape = args[:2]
-            return torch.empty_like(x), x.new_empty(x.shape[: -len(normalized_shape)], dtype=torch.float32)
         if func is aten.empty.memory_format and kwargs and kwargs.get("pin_memory"):
             return _pinned(func(*args, **{**kwargs, "pin_memory": False}))
         return func(*args, **(kwargs or {}))

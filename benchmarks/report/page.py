@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
+from ..fits.markdown import cells_of
+from ..fits.table import CARDS
 from ..record import KernelResult
 from ..track.compare import Figure, figures, reasons
 from .charts import Chart, Section
@@ -17,16 +19,18 @@ NOTHING = "connect-src 'none'; default-src 'none'; style-src 'unsafe-inline'; im
 
 def page(found: Found, sections: list[Section]) -> str:
     links = "".join(f'<a href="#{section.key}">{escape(section.title)}</a>' for section in sections)
+    fits = '<a href="#fits">What fits</a>' if found.fits else ""
     body = [
         "<h1>skylapse benchmarks</h1>",
         f'<p class="muted">Results: {len(found.reports)}, histories: {len(found.histories)}.'
         " Every figure is a median with its interval of 95 %.</p>",
-        f'<nav><a href="#runs">Runs</a>{links}<a href="#figures">All figures</a></nav>',
+        f'<nav><a href="#runs">Runs</a>{links}{fits}<a href="#figures">All figures</a></nav>',
         _refused(found),
         _runs(found),
         '<div class="sections">',
         *(_section(section) for section in sections),
         "</div>",
+        _fits(found),
         '<h2 id="figures">All figures</h2>',
         *(_figures(path, report) for path, report in found.reports.items()),
     ]
@@ -47,6 +51,20 @@ def _refused(found: Found) -> str:
     return (
         '<h2 class="bad">Files that could not be read</h2>'
         f'<div class="card scroll"><table><tr><th>file</th><th>why</th></tr>{rows}</table></div>'
+    )
+
+
+def _fits(found: Found) -> str:
+    if not found.fits:
+        return ""
+    names = ("model", "clip", "weights", *(f"{card} GB" for card in CARDS))
+    head = "".join(f"<th>{name}</th>" for name in names)
+    lines = (line for table in found.fits.values() for line in cells_of(table))
+    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
+    return (
+        '<h2 id="fits">What fits on which card</h2>'
+        '<p class="muted">Guided clips of native size, predicted from shapes: nothing of it was measured on a GPU.</p>'
+        f'<div class="card scroll"><table><tr>{head}</tr>{rows}</table></div>'
     )
 
 

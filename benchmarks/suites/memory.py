@@ -18,6 +18,7 @@ from ..peak import held_bytes, peak_while
 from ..sheet import Labels, Sheet, suite_parser
 from .apart import Died, run_apart
 from .clips import Size, clip_request, size_of, words_of
+from .real_width import GIVES_BACK, real_width
 
 SIZES: tuple[Size, ...] = ((64, 64, 1), (64, 64, 17), (64, 64, 65), (96, 64, 17), (128, 96, 29), (128, 128, 17))
 QUICK_SIZES: tuple[Size, ...] = ((64, 64, 17), (128, 96, 29))
@@ -30,6 +31,13 @@ def memory(arguments: Sequence[str]) -> int:
     if options.rounds is not None and options.rounds < 1:
         raise ValueError(f"--rounds must be 1 or more, got {options.rounds}")
     rounds = options.rounds or (1 if options.quick else 3)
+    if options.real_width:
+        if options.size or options.model != "demo":
+            raise ValueError("--real-width must stand without --size and --model: its cases are published checkpoints'")
+        options.model = "random weights"
+        sheet = Sheet("memory_real_width", options, {"rounds": rounds, "threads": 1, "malloc": GIVES_BACK})
+        real_width(sheet, rounds)
+        return sheet.status
     sizes: Sequence[Size] = options.size or (QUICK_SIZES if options.quick else SIZES)
     kinds = ("tensors",) if torch.cuda.is_available() else ("tensors", "resident")
     sheet = Sheet("memory", options, {"rounds": rounds, "steps": STEPS})
@@ -45,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     option = parser.add_argument
     option("--size", type=size_of, action="append", metavar="WxHxF", help="pixels and frames; may be given again")
     option("--rounds", type=int, metavar="N", help="of fresh processes; default: 3, quick 1")
+    option("--real-width", action="store_true", help="parts of published checkpoints with random weights, on the CPU")
     return parser
 
 

@@ -137,6 +137,16 @@ def _coding(found: dict[str, Any]) -> Coding:
 
 def step_bytes(denoiser: WanDenoiser, num_sequences: int, num_tokens: int, device: str, apart: bool = False) -> int:
     """Peak of a step of S sequences of n tokens each: embedding, two blocks, head."""
+    run = step_of(denoiser, num_sequences, num_tokens, device, apart)
+    with torch.no_grad(), LiveBytes() as live:
+        run()
+    return live.peak_bytes
+
+
+def step_of(
+    denoiser: WanDenoiser, num_sequences: int, num_tokens: int, device: str, apart: bool = False
+) -> Callable[[], None]:
+    """That step, with all that it is given made already."""
     config, dtype = denoiser.config, denoiser.dtype
     total, rows = num_sequences * num_tokens, num_sequences * TEXT_ROWS
     p, q, r = config.patch_size
@@ -156,7 +166,8 @@ def step_bytes(denoiser: WanDenoiser, num_sequences: int, num_tokens: int, devic
     )
     latents = [torch.zeros(config.in_channels, p, q, r * num_tokens, device=device)] * num_sequences
     timesteps = torch.zeros(1, device=device)
-    with torch.no_grad(), LiveBytes() as live:
+
+    def run() -> None:
         tokens = [denoiser.embed(latents)]
         embedding, modulation = denoiser.condition_embedder.embed_time(timesteps, dtype)
         if apart:
@@ -164,20 +175,33 @@ def step_bytes(denoiser: WanDenoiser, num_sequences: int, num_tokens: int, devic
         else:
             tokens.append(denoiser.trunk(tokens.pop(), modulation, pack, BLOCKS))
         denoiser.head(tokens.pop(), embedding, pack)
-    return live.peak_bytes
+
+    return run
 
 
 def coding_bytes(
     run: Callable[[Tensor, Any], tuple[Tensor, Any]], shapes: Iterable[tuple[int, ...]], like: Tensor
 ) -> int:
-    """Peak of coding a clip chunk by chunk, with what is made of each chunk given away before the next one."""
+    """Peak of `code`."""
     with torch.no_grad(), LiveBytes() as live:
-        states = None
-        for shape in shapes:
-            made, states = run(like.new_zeros(shape), states)
-            made.float()
-            del made
+        code(run, shapes, like)
     return live.peak_bytes
+
+
+def code(run: Callable[[Tensor, Any], tuple[Tensor, Any]], shapes: Iterable[tuple[int, ...]], like: Tensor) -> None:
+    """A clip chunk by chunk, with what is made of each chunk given away before the next one."""
+    states = None
+    for shape in shapes:
+        made, states = run(like.new_zeros(shape), states)
+        made.float()
+        del made
+
+
+def chunk_shapes(config: WanVAEConfig, decodes: bool, h: int, w: int, chunk: int) -> list[tuple[int, ...]]:
+    """Of the first chunk, which is one latent frame or frame, and two that have a past."""
+    factor, frames = config.scale_factor_spatial, config.scale_factor_temporal
+    channels, scale, per_latent = (config.z_dim, 1, 1) if decodes else (3, factor, frames)
+    return [(1, channels, n, scale * h, scale * w) for n in (1, chunk * per_latent, chunk * per_latent)]
 
 
 def _kept_bytes(module: WanEncoder | WanDecoder, x: Tensor) -> int:
@@ -194,18 +218,17 @@ def _coding_of(
     config, decodes = module.config, isinstance(module, WanDecoder)
     factor, frames = config.scale_factor_spatial, config.scale_factor_temporal
     like = torch.zeros(1, dtype=next(module.parameters()).dtype, device=device)
-    channels, scale, per_latent = (config.z_dim, 1, 1) if decodes else (3, factor, frames)
-    kept = _kept_bytes(module, like.new_zeros(1, channels, 1, scale * sides[0][0], scale * sides[0][1]))
+    kept = _kept_bytes(module, like.new_zeros(chunk_shapes(config, decodes, *sides[0], 1)[0]))
     chunks = {}
     for chunk in counts:
         points = []
         for h, w in sides:
-            shapes = [(1, channels, n, scale * h, scale * w) for n in (1, chunk * per_latent, chunk * per_latent)]
+            shapes = chunk_shapes(config, decodes, h, w, chunk)
             points.append((float(h * w * factor**2), float(kept + coding_bytes(module, shapes, like))))
         chunks[chunk] = Curve(tuple(points))
     h, w = sides[-1]
     with torch.no_grad():
-        _, states = module(like.new_zeros(1, channels, 1, scale * h, scale * w), None)
+        _, states = module(like.new_zeros(chunk_shapes(config, decodes, h, w, 1)[0]), None)
     held = sum(state.nbytes for state in states)
     output = 4.0 * (3 * frames if decodes else config.z_dim / factor**2)
     return Coding(chunks, held / (h * w * factor**2), output)

@@ -14,6 +14,7 @@ from skylapse.kernels import toolchain
 from skylapse.kernels.adaln import adaln
 from skylapse.kernels.backends import Backends
 from skylapse.kernels.fake_cuda import UNGUARDED, fake_cuda
+from skylapse.kernels.live_bytes import LiveBytes
 
 
 @pytest.fixture
@@ -53,9 +54,12 @@ def test_moving_tells_the_device_and_pinned_memory_is_known() -> None:
 
 
 @pytest.mark.usefixtures("cuda")
-def test_a_norm_is_one_kernel_whatever_its_dtype() -> None:
+def test_a_norm_is_one_kernel_whatever_its_dtype_and_makes_no_copies() -> None:
     x = torch.empty(2, 8, device="cuda", dtype=torch.bfloat16)
-    assert F.rms_norm(x, (8,)).dtype == torch.bfloat16
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode, LiveBytes() as live:
+            assert F.rms_norm(x, (8,), x[0], 1e-6).dtype == torch.bfloat16
+        assert live.peak_bytes == 2 * 8 * 2 + 2 * 4  # the result, and a scale a row in fp32
 
 
 @pytest.mark.usefixtures("cuda")

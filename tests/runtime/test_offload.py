@@ -285,7 +285,12 @@ def test_nothing_moves_while_a_preview_map_is_fitted(tmp_path: Path, monkeypatch
     engine = engine_of(save_checkpoint("wan2.1-t2v", tmp_path / "model"), CountingMover())
     stepped = threading.Event()
     residency = engine.model.residency
-    thread = threading.Thread(target=lambda: (residency.require("transformer"), stepped.set()))
+
+    def step() -> None:
+        residency.require("transformer")
+        stepped.set()
+
+    thread = threading.Thread(target=step)
 
     def watched(codec: VideoCodec) -> Previewer:
         thread.start()

@@ -274,6 +274,7 @@ class Engine:
         """Final normalised latents [C, T, H, W] fp32 of a request, undecoded; outside the queue."""
         t, layouts = self.prepare(request, latents), Layouts(self.model)
         with self._stepping, self.backends.active(), torch.inference_mode():
+            self.model.residency.reserve(self.model.residency.budget_bytes)  # nobody has counted what this takes
             while t.stage == "encode":
                 t.work()
             while t.stage == "denoise":

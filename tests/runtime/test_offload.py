@@ -18,11 +18,15 @@ from skylapse import Engine, VideoRequest
 from skylapse.runtime import batch as batch_module
 from skylapse.runtime.cache.calibrate import calibrate
 from skylapse.runtime.config import load_settings
+from skylapse.runtime.denoise import evaluate
 from skylapse.runtime.events import Checkpointed, Event, Failed, Finished, Preview, Progress
 from skylapse.runtime.models import placement
 from skylapse.runtime.models.model import load_model
 from skylapse.runtime.models.registry import EXPERTS
 from skylapse.runtime.models.residency import Residency
+from skylapse.runtime.preview import Previewer, fit
+from skylapse.runtime.vae.codec import VideoCodec
+from skylapse.runtime.vae.tiling import Chunk
 
 SMALL = dict(width=64, height=64, num_frames=5, num_inference_steps=6)
 PICTURE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -153,7 +157,6 @@ def test_the_second_expert_is_on_its_way_before_its_first_step_where_there_is_ro
     engine = engine_of(folder, mover)
     engine.memory = with_room(engine.memory, engine.memory.available_bytes + engine.model.part_bytes["transformer_2"])
     seen: list[tuple[int, bool]] = []
-    evaluate = vars(batch_module)["evaluate"]
 
     def watched(model: object, members: list, *rest: object) -> object:
         seen.append((members[0].plan.expert, engine.model.residency.is_on_device("transformer_2")))
@@ -180,6 +183,34 @@ def test_a_request_goes_on_from_a_checkpoint(folders: Folders, tmp_path: Path) -
     other.resume(tmp_path / "state")
     (finished,) = [event for event in run(other) if isinstance(event, Finished)]
     assert np.array_equal(finished.video.frames, expected)
+
+
+def test_coders_are_there_when_it_is_chosen_who_codes(folders: Folders) -> None:
+    """A choice may compare compiled coders with them."""
+    engine = engine_of(folders("wan2.1-i2v"), CountingMover())
+    codec, seen = engine.model.codec, []
+
+    def chosen(part: str) -> Callable[[int, int], Chunk]:
+        def choose(height: int, width: int) -> Chunk:
+            seen.append((part, engine.model.residency.is_on_device(part)))
+            return getattr(codec, part)
+
+        return choose
+
+    codec.choose_encoder, codec.choose_decoder = chosen("encoder"), chosen("decoder")
+    engine.generate(of(folders("wan2.1-i2v")))
+    assert seen == [("encoder", True), ("decoder", True)]
+
+
+def test_latents_outside_the_queue_find_room(folders: Folders) -> None:
+    """What they take nobody has counted: no part stays beside the ones that they need."""
+    folder = folders("wan2.1-t2v")
+    engine = engine_of(folder, CountingMover())
+    engine.memory = with_room(engine.memory, 10 * engine.memory.available_bytes)
+    engine.generate(of(folder))
+    latents = engine.generate_latents(of(folder))
+    assert engine.model.residency.report.on_device == ("transformer",)
+    assert torch.equal(latents, engine_of(folder).generate_latents(of(folder)))
 
 
 @pytest.mark.parametrize("cache", ["teacache:0.3", "magcache", "first_block:threshold=0.5"])
@@ -248,3 +279,25 @@ def test_threads_may_submit_with_previews_while_another_one_steps(tmp_path: Path
 def test_all_is_refused_where_nothing_can_be_moved(folders: Folders) -> None:
     with pytest.raises(ValueError, match="offload all needs a CUDA device, and this is cpu"):
         engine_of(folders("wan2.1-t2v"), None, offload="all")
+
+
+def test_nothing_moves_while_a_preview_map_is_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(save_checkpoint("wan2.1-t2v", tmp_path / "model"), CountingMover())
+    stepped = threading.Event()
+    residency = engine.model.residency
+
+    def step() -> None:
+        residency.require("transformer")
+        stepped.set()
+
+    thread = threading.Thread(target=step)
+
+    def watched(codec: VideoCodec) -> Previewer:
+        thread.start()
+        assert not stepped.wait(0.1)
+        return fit(codec)
+
+    monkeypatch.setattr("skylapse.runtime.preview.fit", watched)
+    assert engine.previewer
+    thread.join()
+    assert stepped.is_set()

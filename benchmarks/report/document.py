@@ -25,6 +25,7 @@ PAGE = Path("docs/benchmarks.md")
 FILLED = ("README.md", "CONTRIBUTING.md", "docs/*.md")  # but the page itself, which is written as a whole
 TITLE = {
     "gate_proof": "The gate on trial",
+    "memory_real_width": "How a process grows by a pixel or a token at published widths",
     "goodput": "Our service and a plain Ray Serve + diffusers one",
     "peers": "Whole requests beside diffusers",
 }

@@ -18,7 +18,7 @@ from ..peak import held_bytes, peak_while
 from ..sheet import Labels, Sheet, suite_parser
 from .apart import Died, run_apart
 from .clips import Size, clip_request, size_of, words_of
-from .real_width import GIVES_BACK, real_width
+from .real_width import CASES, GIVES_BACK, real_width
 
 SIZES: tuple[Size, ...] = ((64, 64, 1), (64, 64, 17), (64, 64, 65), (96, 64, 17), (128, 96, 29), (128, 128, 17))
 QUICK_SIZES: tuple[Size, ...] = ((64, 64, 17), (128, 96, 29))
@@ -38,6 +38,8 @@ def memory(arguments: Sequence[str]) -> int:
         sheet = Sheet("memory_real_width", options, {"rounds": rounds, "threads": 1, "malloc": GIVES_BACK})
         real_width(sheet, rounds)
         return sheet.status
+    if options.case:
+        raise ValueError("--case must stand with --real-width")
     sizes: Sequence[Size] = options.size or (QUICK_SIZES if options.quick else SIZES)
     kinds = ("tensors",) if torch.cuda.is_available() else ("tensors", "resident")
     sheet = Sheet("memory", options, {"rounds": rounds, "steps": STEPS})
@@ -54,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     option("--size", type=size_of, action="append", metavar="WxHxF", help="pixels and frames; may be given again")
     option("--rounds", type=int, metavar="N", help="of fresh processes; default: 3, quick 1")
     option("--real-width", action="store_true", help="parts of published checkpoints with random weights, on the CPU")
+    names = [case.name for case in CASES]
+    option("--case", choices=names, action="append", help="one of --real-width; may be given again; default: all")
     return parser
 
 

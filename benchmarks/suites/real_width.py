@@ -62,18 +62,19 @@ class Case:
 
 
 CASES = (
-    Case("wan2.1/decode", SMALL, "decode", (8, 16)),
-    Case("wan2.1/encode", SMALL, "encode", (8, 16)),
+    Case("wan2.1/decode", SMALL, "decode", (8, 12)),
+    Case("wan2.1/encode", SMALL, "encode", (8, 12)),
     Case("1.3b/step", SMALL, "together", (512, 1536)),
     Case("1.3b/step-apart", SMALL, "apart", (512, 1536)),
     Case("wan2.2/decode", LARGE, "decode", (8, 12)),
 )
-QUICK_CASES = (CASES[1], CASES[3])
+QUICK = ("wan2.1/encode", "1.3b/step-apart")
 
 
 def real_width(sheet: Sheet, rounds: int) -> None:
     """Each case in as many fresh processes as there are rounds, and in one with malloc as it is by itself."""
-    cases = QUICK_CASES if sheet.options.quick else CASES
+    names = sheet.options.case or (QUICK if sheet.options.quick else [case.name for case in CASES])
+    cases = [case for case in CASES if case.name in names]
     with sheet.running(cases=len(cases)):
         for case in cases:
             name = f"memory/{case.name}"

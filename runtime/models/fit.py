@@ -140,15 +140,19 @@ class Fitter:
     tilings: Sequence[Tiling] = (Tiling(), Tiling(threshold=0))
 
     def best(self, needs: Needs) -> Fit:
-        """The cheapest way that fits; where none does, the one that comes closest."""
+        """The cheapest way that fits; where none does, one that the host lacks memory for, or the closest."""
         tried = []
         for way in sorted(self._ways, key=lambda way: self._price(needs, way)):
             fit = self.of(needs, way)
             if fit.fits:
                 return fit
             tried.append(fit)
-        allowed = [fit for fit in tried if fit.blocked_by != "host"] or tried
-        return min(allowed, key=lambda fit: fit.always_bytes + fit.most_bytes)
+        return next((fit for fit in tried if fit.blocked_by == "host"), None) or _closest(tried)
+
+    def closest(self, needs: Needs) -> Fit:
+        """The way that takes least of the device, of those that the host has the memory for."""
+        fits = [self.of(needs, way) for way in self._ways]
+        return _closest([fit for fit in fits if self.host_bytes is None or fit.host_bytes <= self.host_bytes] or fits)
 
     def of(self, needs: Needs, way: Way) -> Fit:
         """One way of running a request."""
@@ -235,6 +239,10 @@ class Fitter:
         decoding = DECODE_S_A_PIXEL * needs.size.volume
         slower = CHUNK_1_PRICE * (way.chunk == 1) + TILES_PRICE * (way.tile(needs.size) is not None)
         return copied + APART_S * (way.guidance == "apart") + slower * decoding
+
+
+def _closest(fits: Sequence[Fit]) -> Fit:
+    return min(fits, key=lambda fit: fit.always_bytes + fit.most_bytes)
 
 
 def longest_of(fits: Callable[[Size], bool], size: Size, limits: ModelLimits) -> Size | None:

@@ -53,8 +53,9 @@ def place(
     )
     config = config_of(folder)
     sizes = sorted(sizes_of(folder), key=lambda size: -size.volume)
-    fits = [fitter.best(needs_of(folder, config, size, dtype)) for size in sizes]
-    chosen = next((fit for fit in fits if fit.fits), fits[-1])
+    needs = [needs_of(folder, config, size, dtype) for size in sizes]
+    fits = (fitter.best(one) for one in needs)
+    chosen = next((fit for fit in fits if fit.fits), None) or fitter.closest(needs[-1])
     if chosen.way.moved:
         names = ", ".join(chosen.way.moved)
         logger.info("%s leave the device while nothing needs them, so that %s fits", names, chosen.needs.size)

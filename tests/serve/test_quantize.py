@@ -34,15 +34,15 @@ def test_option_goes_before_the_file_and_the_file_before_the_environment(tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Ray's, when it is imported
-@pytest.mark.parametrize("quantize", [None, "int8"])
-def test_replica_loads_its_engine_so(quantize: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("quantize", "offload"), [(None, None), ("int8", "none")])
+def test_replica_loads_its_engine_so(quantize: Any, offload: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from skylapse.serve.replica import EngineReplica
 
     def from_pretrained(*arguments: Any, **options: Any) -> Engine:
         raise Loaded(arguments, options)
 
     monkeypatch.setattr(Engine, "from_pretrained", from_pretrained)
-    replica = SimpleNamespace(config=ServeConfig(quantize=quantize, threads=1))
+    replica = SimpleNamespace(config=ServeConfig(quantize=quantize, offload=offload, threads=1))
     with pytest.raises(Loaded) as loaded:
         EngineReplica.load(replica)
-    assert loaded.value.args == (("demo", None, None), {"quantize": quantize})
+    assert loaded.value.args == (("demo", None, None), {"quantize": quantize, "offload": offload})

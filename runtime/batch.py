@@ -142,7 +142,8 @@ class Batch:
             return []
         t = self.active[self.scheduler.rank([_work(t) for t in there])[0].ticket]
         fit = self._fit(t)
-        self._reserve(max(fit.work_bytes[part] for part in (("text", "encode") if stage == "encode" else ("decode",))))
+        part = "text" if t.branch_encoder.needs_text else stage
+        self._reserve(fit.work_bytes[part] - (0 if part == "text" else fit.kept_bytes))  # these are among what is held
         try:
             t.work()
         except Exception as error:  # a request that fails, fails alone; the caller is told by event
@@ -166,7 +167,7 @@ class Batch:
             works = {t.ticket: _work(t) for t in ready}
             chosen = self.scheduler.pick(list(works.values()), self._room())
             members = [self.active[ticket] for ticket in chosen]
-            chunks = [fit.work_bytes["decode"] for fit in self.memory().beside(self._decoding)]
+            chunks = [fit.work_bytes["decode"] - fit.kept_bytes for fit in self.memory().beside(self._decoding)]
             self._reserve(self._step_bytes(members) + max(chunks, default=0))
             for t, outcome in self._evaluate(members):
                 if isinstance(outcome, Exception):

@@ -64,8 +64,8 @@ class MemoryBudget:
         """
         most = max((fit.most_bytes - fit.kept_bytes for fit in fits), default=0)
         if beside := self.beside(fits):
-            chunk = max(fit.brought_bytes["decode"] + fit.work_bytes["decode"] - fit.kept_bytes for fit in beside)
-            most = max(most, chunk + _most(fits, "step"))
+            step = max(fit.brought_bytes["step"] + fit.work_bytes["step"] for fit in fits)
+            most = max(most, step + _most_decoding(beside))
         return most + sum(fit.kept_bytes for fit in fits) + self.coders_bytes(fits)
 
     def coders_bytes(self, fits: Sequence[Fit]) -> int:
@@ -77,9 +77,12 @@ class MemoryBudget:
         return [fit for fit in fits if self.parallel and fit.overlaps]
 
     def pack_tokens(self, held_bytes: int, decoding: Sequence[Fit]) -> int:
-        """Tokens of a pack whose step fits beside what is held, and beside a chunk of one of these if they overlap."""
+        """Tokens of a pack whose step fits beside what is held, and beside a chunk of one of these if they overlap.
+
+        held_bytes: with what is kept from chunk to chunk.
+        """
         left = self.available_bytes - held_bytes - self.fitter.brought_bytes(self.fitter.moved or (), *EXPERTS)
-        left -= _most(self.beside(decoding), "decode")
+        left -= _most_decoding(self.beside(decoding))
         return self.fitter.peaks.step.most(left)
 
 
@@ -99,8 +102,9 @@ def load_budget(model: Model, settings: Settings, compiled: Footprint = lambda w
     return MemoryBudget(fitter, codec.lane is not None, compiled)
 
 
-def _most(fits: Sequence[Fit], stage: str) -> int:
-    return max((fit.brought_bytes[stage] + fit.work_bytes[stage] for fit in fits), default=0)
+def _most_decoding(fits: Sequence[Fit]) -> int:
+    """Of one chunk, beside what is kept between two."""
+    return max((fit.brought_bytes["decode"] + fit.work_bytes["decode"] - fit.kept_bytes for fit in fits), default=0)
 
 
 def _refusal(fit: Fit, nearest: Sequence[Size]) -> str:

@@ -1,4 +1,4 @@
-"""A mover whose device is the CPU: it counts what is there, and shows NaN to who reads weights too early or too late."""
+"""A mover whose device is the CPU: it counts what is there, and who reads weights too early or too late gets NaN."""
 
 from __future__ import annotations
 

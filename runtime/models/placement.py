@@ -75,12 +75,13 @@ def tilings_of(settings: Settings) -> tuple[Tiling, ...]:
 def peaks_of(model: Model, settings: Settings) -> Peaks:
     """Of a loaded model: predicted for CUDA, with the workspaces that are measured there, and measured on a CPU."""
     device, codec, chunks = model.device, model.codec, chunks_of(settings)
+    kept_in = "-".join(map(str, (model.fingerprint[:16], model.precision, codec.decoder_dtype, *chunks)))
     if device.type != "cuda":
-        name = f"{model.fingerprint[:16]}-cpu-{model.precision}-{'-'.join(map(str, chunks))}"
+        name = f"{kept_in}-cpu"
         measure = lambda: measure_peaks(model.folder, model.experts[0], codec, chunks)  # noqa: E731
         return stored_peaks(settings.profile_dir, name, measure)
     peaks = _predicted(model.folder, device, model.dtype, model.quantize, codec.decoder_dtype, settings)
-    name = f"{model.fingerprint[:16]}-{torch.cuda.get_device_name(device)}-{model.precision}-workspace"
+    name = f"{kept_in}-{torch.cuda.get_device_name(device)}"
 
     def workspace() -> Peaks:
         model.residency.require("transformer", "decoder")

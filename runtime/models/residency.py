@@ -211,7 +211,7 @@ class Residency:
                 part.copy.arrive()
 
     def _make_room(self, num_bytes: int, wanted: Sequence[_Part]) -> None:
-        """For so many bytes more: the least recently used leave first, and all that is not wanted where they never fit."""
+        """For so many bytes more. The least recently used leave first, and all that is not wanted if nothing helps."""
         over = self.on_device_bytes + num_bytes + self.reserved_bytes - self.budget_bytes
         others = [part for part in self._parts.values() if part.copy is not None and part not in wanted]
         leaving = []

@@ -48,9 +48,9 @@ def test_a_request_that_can_never_fit_is_refused_with_the_reason(folder: Path) -
 def test_requests_wait_for_memory_and_all_finish(folder: Path) -> None:
     roomy = engine_of(folder)
     trajectory = roomy.prepare(VideoRequest(prompt="a star", **SMALL))
-    alone = roomy.memory.work_bytes([roomy.memory.fit(trajectory.needs)]) + trajectory.resident_bytes
+    two = roomy.memory.work_bytes([roomy.memory.fit(trajectory.needs)] * 2) + 2 * trajectory.resident_bytes
     engine = engine_of(folder)
-    engine.memory = with_room(engine.memory, alone + trajectory.resident_bytes + 1)  # room for two
+    engine.memory = with_room(engine.memory, two)
     tickets = [engine.submit(VideoRequest(prompt="a star", seed=k, **SMALL)) for k in range(5)]
     finished, most = set(), 0
     while engine.has_work():

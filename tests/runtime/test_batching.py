@@ -140,12 +140,12 @@ def test_experts_never_share_a_pack_or_a_cache(folders: dict[str, Path], monkeyp
     whole = denoise.evaluate
     seen: list[set[int]] = []
 
-    def watched(model, members, layouts):  # type: ignore[no-untyped-def]
+    def watched(model, members, layouts, apart=False):  # type: ignore[no-untyped-def]
         seen.append({t.plan.expert for t in members})
         for t in members:
             if t.steps_done and t.plan.expert != t.plans[t.steps_done - 1].expert:
                 assert t.cache.must_compute() and t.cache.state is None
-        return whole(model, members, layouts)
+        return whole(model, members, layouts, apart)
 
     monkeypatch.setattr("skylapse.runtime.batch.evaluate", watched)
     together = Recorder(engine_of(folders["wan2.2-t2v-a14b"]))

@@ -53,13 +53,13 @@ def test_an_empty_variable_says_nothing() -> None:
 def test_an_engine_sets_it_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
 
-    def prepare(where: torch.device) -> None:
+    def prepare(own: backends.Backends, where: torch.device) -> None:
         called.append("prepare")
         raise RuntimeError("no device")
 
     monkeypatch.setattr(engine, "parse_device", lambda name: CUDA)
     monkeypatch.setattr(engine, "expand_segments", lambda where: called.append(f"expand on {where}"))
-    monkeypatch.setattr(backends, "prepare", prepare)
+    monkeypatch.setattr(backends.Backends, "prepare", prepare)
     with pytest.raises(RuntimeError, match="no device"):
         engine.Engine.from_pretrained("demo")
     assert called == ["expand on cuda", "prepare"] and device.expand_segments is expand_segments

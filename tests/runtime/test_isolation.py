@@ -73,11 +73,11 @@ def test_out_of_memory_splits_the_pack_and_everyone_finishes(
     whole = denoise.evaluate
     refused = []
 
-    def small_device(model, members, layouts):  # type: ignore[no-untyped-def]
+    def small_device(model, members, layouts, apart=False):  # type: ignore[no-untyped-def]
         if len(members) > 2:
             refused.append(len(members))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return whole(model, members, layouts)
+        return whole(model, members, layouts, apart)
 
     monkeypatch.setattr("skylapse.runtime.batch.evaluate", small_device)
     together = Recorder(engine_of(folders["wan2.1-t2v"]))
@@ -96,10 +96,10 @@ def test_who_does_not_fit_alone_fails_alone_with_a_typed_error(
 ) -> None:
     whole = denoise.evaluate
 
-    def tiny_device(model, members, layouts):  # type: ignore[no-untyped-def]
+    def tiny_device(model, members, layouts, apart=False):  # type: ignore[no-untyped-def]
         if any(t.request.prompt == "a box" for t in members):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return whole(model, members, layouts)
+        return whole(model, members, layouts, apart)
 
     monkeypatch.setattr("skylapse.runtime.batch.evaluate", tiny_device)
     together = Recorder(engine_of(folders["wan2.1-t2v"]))

@@ -57,6 +57,8 @@ def engine_of(folder: Path, mover: CountingMover | None = None, clips: int = 3, 
     if mover is not None:
         parts = engine.model.part_bytes
         assert set(engine.model.residency.moved) == set(parts)
+        fitter = dataclasses.replace(engine.memory.fitter, peaks=made_up())  # work that is small beside tiny weights
+        engine.memory = dataclasses.replace(engine.memory, fitter=fitter)
         request = engine.prepare(of(folder))
         fits = [engine.memory.fit(request.needs)] * clips
         needs = request.resident_bytes * clips + engine.memory.work_bytes(fits)
@@ -151,7 +153,7 @@ def test_the_second_expert_is_on_its_way_before_its_first_step_where_there_is_ro
     engine = engine_of(folder, mover)
     engine.memory = with_room(engine.memory, engine.memory.available_bytes + engine.model.part_bytes["transformer_2"])
     seen: list[tuple[int, bool]] = []
-    evaluate = batch_module.evaluate
+    evaluate = vars(batch_module)["evaluate"]
 
     def watched(model: object, members: list, *rest: object) -> object:
         seen.append((members[0].plan.expert, engine.model.residency.is_on_device("transformer_2")))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import subprocess
 import sys
 
 import pytest
 
-from skylapse.runtime.scheduler import Scheduler, SchedulerConfig, Work
+from skylapse.runtime.scheduler import SWITCHES_EARN, Scheduler, SchedulerConfig, Work
 
 
 def work(ticket: int, tokens: int = 10, steps: int = 10, **fields: object) -> Work:
@@ -148,3 +150,55 @@ def test_the_scheduler_and_the_policies_names_need_no_torch() -> None:
         "s.choose('high', 30, s.WAN_PRESETS, False); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def two_experts(switch_tokens: int, steps: int = 400) -> tuple[list[str], dict[int, int]]:
+    """The weights of each pack, and steps by ticket, of two endless requests in each of two experts."""
+    s = Scheduler(SchedulerConfig(max_batch_tokens=10, switch_tokens=switch_tokens))
+    works = [work(ticket, 10, 1000, weights=f"expert {ticket % 2}") for ticket in range(1, 5)]
+    packs, counts = [], dict.fromkeys(range(1, 5), 0)
+    for _ in range(steps):
+        (ticket,) = s.pick(works)
+        counts[ticket] += 1
+        packs.append(f"expert {ticket % 2}")
+        s.served([w for w in works if w.ticket == ticket])
+        works = [  # who has been served has a smaller claim from now on
+            dataclasses.replace(w, arrived=s.clock) if w.ticket == ticket else w for w in works
+        ]
+    return packs, counts
+
+
+def test_weights_that_are_there_are_used_until_they_have_earned_a_switch() -> None:
+    packs, counts = two_experts(switch_tokens=30)
+    turns = [len(list(turn)) for _, turn in itertools.groupby(packs)]
+    assert min(turns[:-1]) >= SWITCHES_EARN * 30 // 10 and max(turns) <= SWITCHES_EARN * 30 // 10 + 1
+    assert len(turns) > 20 and min(counts.values()) > 80  # nobody starves
+
+
+def test_switches_that_cost_nothing_change_nothing() -> None:
+    packs, _ = two_experts(switch_tokens=0)
+    turns = [len(list(turn)) for _, turn in itertools.groupby(packs)]
+    assert max(turns) <= 2
+    s = Scheduler(SchedulerConfig(max_batch_tokens=10))
+    works = [work(1, weights="expert 0"), work(2, weights="expert 1")]
+    s.served([works[1]])
+    assert s.pick(works) == [1]
+
+
+def test_other_weights_come_at_once_where_nothing_else_waits_for_those_that_are_there() -> None:
+    s = Scheduler(SchedulerConfig(max_batch_tokens=10, switch_tokens=10**6))
+    works = [work(1, weights="expert 0"), work(2, weights="expert 1")]
+    s.served(works[:1])
+    assert s.pick(works) == [1] and s.pick(works[1:]) == [2]
+
+
+def test_ranks_hold_among_those_whose_weights_are_there() -> None:
+    s = Scheduler(SchedulerConfig(policy="fifo", max_batch_tokens=20, switch_tokens=100))
+    works = [
+        work(1, weights="expert 1", arrived=0),
+        work(2, weights="expert 0", arrived=2),
+        work(3, weights="expert 0", arrived=1),
+        work(4, weights="expert 0", arrived=3),
+    ]
+    s.served([works[1]])
+    assert s.pick(works) == [3, 2]

@@ -87,7 +87,7 @@ def test_copies_of_experts_cost_more_than_guidance_apart_and_than_chunks_of_one(
             "tiles": Way((), "together", 4, TILES, 8),
         }.items()
     }
-    assert sorted(prices, key=prices.__getitem__) == ["all", "apart", "chunk 1", "text", "experts", "tiles"]
+    assert sorted(prices, key=prices.__getitem__) == ["all", "apart", "text", "chunk 1", "experts", "tiles"]
 
 
 def test_chunks_of_one_are_for_who_has_no_room_for_four() -> None:

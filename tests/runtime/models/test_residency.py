@@ -99,7 +99,7 @@ def test_a_prefetched_part_does_not_leave_before_an_older_one() -> None:
 
 def test_weights_are_what_they_were_wherever_they_have_been() -> None:
     module = nn.Sequential(linear(1), nn.BatchNorm1d(1)).eval().requires_grad_(False)
-    module[1].running_mean.fill_(0.25)
+    module.get_buffer("1.running_mean").fill_(0.25)
     x = torch.ones(2, BYTES // 4)
     expected = module(x)
     found = Residency("auto", CountingMover(), 1000 * BYTES)

@@ -33,7 +33,7 @@ def changes(old: ModelTable, new: ModelTable) -> Iterator[Change]:
     for part, names in NAMES.items():
         before, after = _keyed(getattr(old, part), names), _keyed(getattr(new, part), names)
         yield from _missing(new.model, part, before, after)
-        for key in before.keys() & after.keys():
+        for key in (key for key in after if key in before):
             place = f"{new.model} {_words(key)}"
             for name, count in _numbers(after[key]):
                 was = dict(_numbers(before[key])).get(name, 0)
@@ -43,7 +43,7 @@ def changes(old: ModelTable, new: ModelTable) -> Iterator[Change]:
                     yield Change(told, worse=count > was)
     before, after = _keyed(old.rows, ROW), _keyed(new.rows, ROW)
     yield from _missing(new.model, "rows", before, after)
-    for key in before.keys() & after.keys():
+    for key in (key for key in after if key in before):
         yield from _of_row(f"{new.model} {_words(key)}", before[key], after[key])
 
 
@@ -57,9 +57,9 @@ def _of_row(place: str, old: Record, new: Record) -> Iterator[Change]:
 
 
 def _missing(model: str, part: str, old: dict[Any, Record], new: dict[Any, Record]) -> Iterator[Change]:
-    for key in new.keys() - old.keys():
+    for key in (key for key in new if key not in old):
         yield Change(f"{model} {_words(key)}: not in the table's {part}", worse=False)
-    for key in old.keys() - new.keys():
+    for key in (key for key in old if key not in new):
         yield Change(f"{model} {_words(key)}: in the table's {part}, and made no more", worse=True)
 
 

@@ -119,6 +119,8 @@ def _parts(found: Found) -> Iterator[str]:
         yield "Nothing yet."
     if not any(report.machine.get("device") != "cpu" for report in found.reports.values()):
         yield "\nNothing was measured on a GPU yet, and nothing is claimed for one."
+    if found.fits:
+        yield "\nWhat fits on which card, by arithmetic: [memory](../benchmarks/results/memory/README.md)."
     if found.refused:
         yield "\nOlder files are not of this schema, and so not on this page: "
         yield ", ".join(_link(path) for path in found.refused) + "."

@@ -12,6 +12,9 @@ import made_up
 import pytest
 from made_up import around, comparison, measurement, report
 
+from skylapse.benchmarks.fits.command import FOLDER
+from skylapse.benchmarks.fits.table import read as read_table
+from skylapse.benchmarks.fits.table import write as write_table
 from skylapse.benchmarks.record import Curve, write
 from skylapse.benchmarks.report.charts import MOST_SERIES, Chart, Series, cdf, sections
 from skylapse.benchmarks.report.load import collect
@@ -111,6 +114,14 @@ def test_memory_is_measured_over_predicted(results: Path) -> None:
     (chart,) = charts(results)["memory"]
     (series,) = chart.series
     assert series.points == [(frames * 1.2e6 / 2**20, frames * 1.1e6 / 2**20) for frames in (5, 9, 17, 33)]
+
+
+def test_tables_of_what_fits_are_shown(tmp_path: Path) -> None:
+    write_table(next(read_table(path) for path in sorted(FOLDER.glob("*14b*.json"))), tmp_path / "memory")
+    found = collect(tmp_path)
+    assert not found.refused and not found.reports
+    text = page(found, sections(found))
+    assert "What fits on which card" in text and "<td>moves all; apart</td>" in text
 
 
 def test_history_is_of_publishable_runs_and_relative_to_the_first(results: Path) -> None:

@@ -97,7 +97,7 @@ def launched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     arch, keys = getattr(request, "param", 90), set[Key]()
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: divmod(arch, 10))
-    monkeypatch.setattr(attention, "_backend", lambda *tensors: "triton")
+    monkeypatch.setattr(attention, "_backend", lambda *tensors, **_: "triton")
     monkeypatch.setattr(launches, "arch_of", lambda device: arch)
     for where in (*MODULES, attention_kernels, linear_quantized_kernels):
         for name in [name for name in vars(where) if name.endswith("_kernel")]:

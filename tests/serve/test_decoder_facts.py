@@ -1,4 +1,4 @@
-"""What decodes is told by /healthz and /metrics, with what has been demoted."""
+"""What decodes, and what leaves the GPU, is told by /healthz and /metrics, with what has been demoted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from fastapi.testclient import TestClient
 
 from skylapse.runtime.decoders import DecoderReport
+from skylapse.runtime.models.residency import ResidencyReport
 from skylapse.serve.api import create_app
 from skylapse.serve.context import open_context
 from skylapse.serve.store.processes import ENGINE
@@ -28,3 +29,14 @@ def test_decoders_and_their_demotions_are_told(tmp_path: Path) -> None:
     assert 'skylapse_engine_decoder{backend="onnxruntime",engine="a"} 1.0' in lines
     assert 'skylapse_engine_decoder{backend="eager",engine="b"} 1.0' in lines
     assert 'skylapse_engine_decoder_demotions{engine="b"} 1.0' in lines
+
+
+def test_what_leaves_an_engines_gpu_is_told(tmp_path: Path) -> None:
+    context = open_context({"data": str(tmp_path)})
+    report = ResidencyReport("auto", ("text_encoder", "transformer"), ("transformer",), num_moves=3, moved_bytes=7)
+    context.processes.beat("a", ENGINE, {"model": "demo", **report.facts})
+    with TestClient(create_app(context)) as client:
+        (engine,) = client.get("/healthz").json()["engines"]
+    context.database.close()
+    assert engine["offload"] == "auto" and engine["moved"] == ["text_encoder", "transformer"]
+    assert (engine["on_device"], engine["num_moves"], engine["moved_bytes"]) == (["transformer"], 3, 7)

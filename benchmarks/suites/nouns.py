@@ -24,6 +24,7 @@ from ...runtime.layout import Layouts
 from ...runtime.models import wan
 from ...runtime.models.linear import Linear
 from ...runtime.models.text_encoder import TextEncoder
+from ...runtime.models.time_embedding import TimeEmbeddings
 from ...runtime.pack import Context, Pack
 from ...runtime.trajectory import Trajectory
 from ...runtime.vae import codec
@@ -173,7 +174,7 @@ NOUNS = (
     Noun("text keys and values", wan.WanDenoiser, "encode_text"),
     Noun("packing", Layouts, "get"),
     Noun("patch embed", wan.WanDenoiser, "embed", _patch_embed),
-    Noun("timestep embedding", wan.ConditionEmbedder, "embed_time"),
+    Noun("timestep embedding", TimeEmbeddings, "get"),
     Noun("modulation table", wan.WanBlock, "forward", holds=True),  # what no other noun takes of a block
     Noun("adaln", wan, "adaln", _adaln),
     Noun("linear", Linear, "forward", _linear),

@@ -23,8 +23,11 @@ def test_engines_have_a_gpu_each(tmp_path: Path) -> None:
         )
         assert sorted(engine["gpus"] for engine in engines) == [[0], [1]]
         assert all(engine["ready_s"] >= engine["load_s"] > 0 for engine in engines)
-        assert all(engine["warm_up_s"] < 0.1 for engine in engines), "on a CPU there is none"
-        assert "engine ready in" in (service.data / "driver.log").read_text()
+        assert all(engine["warm_up_s"] < 1.0 for engine in engines), "on a CPU there is none"
+        log = service.data / "driver.log"
+        assert wait_for(
+            lambda: "engine ready in" in log.read_text() or None, 20.0, "the line that tells how long it took"
+        )
         assert "skylapse_engine_ready_seconds{" in service.client.get("/metrics").text
     finally:
         service.stop()

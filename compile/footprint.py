@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 from torch.func import functional_call
 
+from ..kernels.fake_cuda import fake_cuda
 from ..kernels.live_bytes import LiveBytes
 from .stream import FIRST, NEXT, Coder, States
 
 PROC = Path("/proc/self")
+CAPABILITY = 90  # of the fake device: no coder's kernels differ by architecture
 GIB = 2**30
 # Of a process that uses CUDA: its context, and what cuBLAS and cuDNN keep. An estimate.
 CONTEXT_BYTES = GIB // 2
@@ -75,16 +77,18 @@ def taken_bytes(device: torch.device) -> int:
 def clip_bytes(coder: Coder, size: tuple[int, int], chunk: int, dtype: torch.dtype) -> int:
     """Most bytes of tensors at once of a clip of latents of `size` by eager, `chunk` latent frames at a time.
 
-    The module itself is run, without memory; what convolutions take beside their tensors is not counted.
+    The module itself is run on fake CUDA tensors; what convolutions take beside their tensors is not counted.
     """
-    state = {name: torch.empty_like(p, device="meta", dtype=dtype) for name, p in coder.module.named_parameters()}
-    state |= {name: torch.empty_like(b, device="meta", dtype=dtype) for name, b in coder.module.named_buffers()}
+    weights = (*coder.module.named_parameters(), *coder.module.named_buffers())
+    shapes = {name: weight.shape for name, weight in weights}
     states: States | None = None
-    with torch.no_grad(), LiveBytes() as live:
-        for graph in (FIRST, NEXT, NEXT):  # by the third chunk everything that stays is there
-            x = torch.empty(coder.input_shape(chunk, *size, graph), dtype=dtype, device="meta")
-            y, states = functional_call(coder.module, state, (x, states))
-            del x, y
+    with torch.no_grad(), fake_cuda(CAPABILITY):
+        state = {name: torch.empty(shape, device="cuda", dtype=dtype) for name, shape in shapes.items()}
+        with LiveBytes() as live:
+            for graph in (FIRST, NEXT, NEXT):  # by the third chunk everything that stays is there
+                x = torch.empty(coder.input_shape(chunk, *size, graph), dtype=dtype, device="cuda")
+                y, states = functional_call(coder.module, state, (x, states))
+                del x, y
     return live.peak_bytes
 
 

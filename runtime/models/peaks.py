@@ -9,6 +9,7 @@ Shape letters: N tokens of a pack, S sequences, n tokens of one; C channels, T l
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,11 +33,13 @@ from ..vae.tiling import Tiling
 from ..vae.wan import WanVAE, WanVAEConfig
 from .checkpoint import allocate
 from .configs import parse_config
+from .empty_encoders import empty_encoder
 from .quantization import quantized_weights
 from .registry import ModelFolder
 from .wan import WanConfig, WanDenoiser
 
 logger = logging.getLogger(__name__)
+Half = TypeVar("Half", WanEncoder, WanDecoder)
 CHUNKS = (4, 1)  # latent frames that are coded at a time: fewer calls, or less memory
 TEXT_ROWS = 100  # of a prompt in the packs that are measured: their keys are counted with each request
 BLOCKS = slice(0, 2)  # all blocks are alike, and the second one runs while the first one's result is there
@@ -257,18 +260,8 @@ def predict_peaks(
 @cache
 def _step_curves(config: WanConfig, dtype: torch.dtype, quantize: str | None, capability: int) -> tuple[Curve, Curve]:
     """Of sequences together, and apart."""
-    device = torch.device("cuda")
     with fake_cuda(capability):
-        with torch.device("meta"):
-            denoiser = WanDenoiser(replace(config, num_layers=BLOCKS.stop))
-        allocate(
-            denoiser,
-            device=device,
-            dtype=dtype,
-            fp32_parameters=WanDenoiser.fp32_parameters,
-            quantized=quantized_weights(denoiser, quantize),
-        )
-        denoiser.requires_grad_(False).eval()
+        denoiser = fake_denoiser(config, dtype, quantize)
         pairs = [(2 * (tokens // 2), tokens // 2) for tokens in STEP_TOKENS]
         step, apart = (
             Curve(tuple((float(total), float(step_bytes(denoiser, 2, n, "cuda", how))) for total, n in pairs))
@@ -282,16 +275,31 @@ def _coding_curves(
     config: WanVAEConfig, decoder_dtype: torch.dtype, capability: int, chunks: Sequence[int]
 ) -> tuple[Coding, Coding]:
     """Of encoding, and of decoding."""
-    device = torch.device("cuda")
     with fake_cuda(capability):
-        with torch.device("meta"):
-            vae = WanVAE(config)
-            encoder, decoder = WanEncoder(vae), WanDecoder(vae)
-        allocate(encoder, device=device, dtype=torch.float32)
-        allocate(decoder, device=device, dtype=decoder_dtype)
-        for module in (encoder, decoder):
-            module.requires_grad_(False).eval()
+        encoder, decoder = fake_coder(config, WanEncoder, torch.float32), fake_coder(config, WanDecoder, decoder_dtype)
         return _coding_of(encoder, "cuda", SIDES, chunks), _coding_of(decoder, "cuda", SIDES, chunks)
+
+
+def fake_denoiser(config: WanConfig, dtype: torch.dtype, quantize: str | None = None) -> WanDenoiser:
+    """The blocks that `step_of` runs, and all around them, on the fake CUDA device that is in force."""
+    with torch.device("meta"):
+        denoiser = WanDenoiser(replace(config, num_layers=BLOCKS.stop))
+    allocate(
+        denoiser,
+        device=torch.device("cuda"),
+        dtype=dtype,
+        fp32_parameters=WanDenoiser.fp32_parameters,
+        quantized=quantized_weights(denoiser, quantize),
+    )
+    return denoiser.requires_grad_(False).eval()
+
+
+def fake_coder(config: WanVAEConfig, half: type[Half], dtype: torch.dtype) -> Half:
+    """Half of a VAE on the fake CUDA device that is in force."""
+    with torch.device("meta"):
+        module = half(WanVAE(config))
+    allocate(module, device=torch.device("cuda"), dtype=dtype)
+    return module.requires_grad_(False).eval()
 
 
 def measure_peaks(
@@ -358,39 +366,25 @@ def _code_digest() -> str:
 
 
 def _encoders(folder: ModelFolder, dtype: torch.dtype) -> dict[str, int]:
-    """Peaks of the longest prompt and of two images, by transformers' modules without memory."""
-    text, image = (json.dumps(folder.encoders.get(part), sort_keys=True) for part in ("text_encoder", "image_encoder"))
-    return {"text": _text_bytes(text, folder.limits.max_prompt_tokens, dtype), "image": _image_bytes(image)}
+    """Peaks of the longest prompt and of two images."""
+    text, image = (empty_encoder(folder, part) for part in ("text_encoder", "image_encoder"))
+    return {
+        "text": 0 if text is None else _text_bytes(text, folder.limits.max_prompt_tokens, dtype),
+        "image": 0 if image is None else _image_bytes(image),
+    }
 
 
 @cache
-def _text_bytes(config: str, num_tokens: int, dtype: torch.dtype) -> int:
-    """config: JSON; "null" where there is no encoder."""
-    import transformers
-
-    if (fields := json.loads(config)) is None:
-        return 0
-    module = _meta(getattr(transformers, fields["architectures"][0]), fields).to(dtype)
-    ids = torch.zeros(1, num_tokens, dtype=torch.int64, device="meta")
+def _text_bytes(module: Any, num_tokens: int, dtype: torch.dtype) -> int:
+    own = copy.deepcopy(module).to(dtype)
     with torch.no_grad(), LiveBytes() as live:
-        module(ids)
+        own(torch.zeros(1, num_tokens, dtype=torch.int64, device="meta"))
     return live.peak_bytes
 
 
 @cache
-def _image_bytes(config: str) -> int:
-    """config: JSON; "null" where there is no encoder."""
-    import transformers
-
-    if (fields := json.loads(config)) is None:
-        return 0
-    module = _meta(transformers.CLIPVisionModel, fields)
+def _image_bytes(module: Any) -> int:
     side = module.config.image_size
     with torch.no_grad(), LiveBytes() as live:
         module(torch.zeros(2, 3, side, side, device="meta"), output_hidden_states=True)
     return live.peak_bytes
-
-
-def _meta(module_class: Any, fields: dict[str, Any]) -> Any:
-    with torch.device("meta"):
-        return module_class(module_class.config_class.from_dict(fields)).eval()

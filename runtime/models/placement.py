@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,9 +79,8 @@ def peaks_of(model: Model, settings: Settings) -> Peaks:
     device, codec, chunks = model.device, model.codec, chunks_of(settings)
     kept_in = "-".join(map(str, (model.fingerprint[:16], model.precision, codec.decoder_dtype, *chunks)))
     if device.type != "cuda":
-        name = f"{kept_in}-cpu"
-        measure = lambda: measure_peaks(model.folder, model.experts[0], codec, chunks)  # noqa: E731
-        return stored_peaks(settings.profile_dir, name, measure)
+        measure = partial(measure_peaks, model.folder, model.experts[0], codec, chunks)
+        return stored_peaks(settings.profile_dir, f"{kept_in}-cpu", measure)
     peaks = _predicted(model.folder, device, model.dtype, model.quantize, codec.decoder_dtype, settings)
     name = f"{kept_in}-{torch.cuda.get_device_name(device)}"
 

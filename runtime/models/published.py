@@ -11,18 +11,28 @@ FILE = Path(__file__).parent / "published.json"
 
 
 @cache
+def _file() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+    return found
+
+
+def component(name: str) -> dict[str, Any]:
+    """The config.json of a published component: wan-1.3b, wan2.1-vae, umt5-xxl, ..."""
+    config: dict[str, Any] = _file()["components"][name]
+    return config
+
+
+@cache
 def published() -> dict[str, dict[str, Any]]:
     """Hub id -> its folder's JSON files as `ModelFolder` has them: index, transformers, vae, encoders, extra."""
-    found = json.loads(FILE.read_text(encoding="utf-8"))
-    components: dict[str, dict[str, Any]] = found["components"]
     models = {}
-    for name, entry in found["models"].items():
+    for name, entry in _file()["models"].items():
         experts = ("transformer", "transformer_2")[: entry["experts"]]
-        encoders = {part: components[entry[part]] for part in ("text_encoder", "image_encoder") if entry[part]}
+        encoders = {part: component(entry[part]) for part in ("text_encoder", "image_encoder") if entry[part]}
         models[name] = {
             "index": entry["index"],
-            "transformers": {expert: components[entry["transformer"]] for expert in experts},
-            "vae": components[entry["vae"]],
+            "transformers": {expert: component(entry["transformer"]) for expert in experts},
+            "vae": component(entry["vae"]),
             "encoders": encoders,
             "extra": {"native_sizes": entry["native_sizes"], "defaults": entry["defaults"]},
         }

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import torch
 
 from ...kernels.weight_formats import words
 from ..vae.wan import WanVAE, WanVAEConfig
 from .configs import parse_config
+from .empty_encoders import empty_encoder
 from .quantization import quantized_weights
 from .registry import TRANSFORMER_CLASS, VAE_CLASS, ComponentReport, ModelFolder
 from .wan import WanConfig, WanDenoiser
@@ -32,7 +30,7 @@ def part_bytes(
     folder: ModelFolder, dtype: torch.dtype, quantize: str | None, decoder_dtype: torch.dtype
 ) -> dict[str, int]:
     """On a device, of each part that can be there by itself: encoders, experts, and the halves of the VAE."""
-    parts = {name: _num_parameters(name, config) for name, config in folder.encoders.items()}
+    parts = _encoder_parameters(folder)
     found = {name: num * (torch.float32 if name in FP32_COMPONENTS else dtype).itemsize for name, num in parts.items()}
     found |= {name: _expert_bytes(config, name, dtype, quantize) for name, config in folder.transformers.items()}
     with torch.device("meta"):
@@ -53,27 +51,15 @@ def reports_of(folder: ModelFolder) -> list[ComponentReport]:
         vae = WanVAE(parse_config(WanVAEConfig, folder.vae, "vae"))
     kinds = [*((name, TRANSFORMER_CLASS, module) for name, module in modules), ("vae", VAE_CLASS, vae)]
     counts = [(name, kind, sum(p.numel() for p in module.parameters())) for name, kind, module in kinds]
-    counts += [
-        (name, config["architectures"][0], _num_parameters(name, config)) for name, config in folder.encoders.items()
-    ]
+    for name, num_parameters in _encoder_parameters(folder).items():
+        counts.append((name, type(empty_encoder(folder, name)).__name__, num_parameters))
     return [ComponentReport(name, kind, count, None, ()) for name, kind, count in counts]
 
 
-@cache
-def _parameters_of(name: str, config: str) -> int:
-    import transformers
-
-    fields = json.loads(config)
-    kind = "CLIPVisionModel" if name == "image_encoder" else fields["architectures"][0]
-    module_class: Any = getattr(transformers, kind)
-    with torch.device("meta"):
-        module = module_class(module_class.config_class.from_dict(fields))
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _num_parameters(name: str, config: dict[str, Any]) -> int:
-    """Of an encoder, by transformers' module without memory."""
-    return _parameters_of(name, json.dumps(config, sort_keys=True))
+def _encoder_parameters(folder: ModelFolder) -> dict[str, int]:
+    """Encoder -> number of its parameters."""
+    modules = {part: empty_encoder(folder, part) for part in folder.encoders}
+    return {part: sum(p.numel() for p in module.parameters()) for part, module in modules.items()}
 
 
 def _bytes(folder: ModelFolder, components: Sequence[ComponentReport], dtype: torch.dtype, quantize: str | None) -> int:

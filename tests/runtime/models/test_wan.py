@@ -13,6 +13,8 @@ from tiny import BASE, CLIP_ROWS, IMAGE, draw_weights
 from torch import nn
 
 from skylapse.runtime.models.checkpoint import check_keys, load_weights, slots
+from skylapse.runtime.models.configs import parse_config
+from skylapse.runtime.models.published import component
 from skylapse.runtime.models.wan import WanConfig, WanDenoiser
 from skylapse.runtime.pack import Sequence, build_pack
 from skylapse.runtime.vae.wan import WanVAE, WanVAEConfig, checkpoint_name
@@ -139,33 +141,8 @@ def test_dropping_the_folded_padding_would_be_seen(tmp_path: Path) -> None:
     assert relative_l2(ours, expected) > 1e-2
 
 
-WAN_14B = dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40)
-PUBLISHED_TRANSFORMERS = {
-    "Wan2.1-T2V-1.3B": dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30),
-    "Wan2.1-T2V-14B, Wan2.2-T2V-A14B": WAN_14B,
-    "Wan2.1-I2V-14B": WAN_14B | dict(in_channels=36, out_channels=16, image_dim=1280, added_kv_proj_dim=5120),
-    "Wan2.1-FLF2V-14B": WAN_14B
-    | dict(in_channels=36, out_channels=16, image_dim=1280, added_kv_proj_dim=5120, pos_embed_seq_len=514),
-    "Wan2.2-I2V-A14B": WAN_14B | dict(in_channels=36, out_channels=16),
-    "Wan2.2-TI2V-5B": dict(
-        num_attention_heads=24, attention_head_dim=128, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48
-    ),
-}
-PUBLISHED_VAES = {
-    "Wan2.1": dict(),
-    "Wan2.2-TI2V-5B": dict(
-        base_dim=160,
-        decoder_base_dim=256,
-        z_dim=48,
-        is_residual=True,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        scale_factor_spatial=16,
-        latents_mean=[0.0] * 48,
-        latents_std=[1.0] * 48,
-    ),
-}
+PUBLISHED_TRANSFORMERS = ("wan-1.3b", "wan-14b", "wan-14b-i2v", "wan-14b-flf2v", "wan-a14b-i2v", "wan-5b")
+PUBLISHED_VAES = ("wan2.1-vae", "wan2.2-vae")
 
 
 def published_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -174,10 +151,10 @@ def published_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("name", PUBLISHED_TRANSFORMERS)
 def test_published_transformers_map_every_key(name: str) -> None:
-    config = PUBLISHED_TRANSFORMERS[name]
+    config = component(name)
     with torch.device("meta"):
         shapes = published_shapes(WanTransformer3DModel(**config))
-        places = slots(WanDenoiser(WanConfig(**config)))
+        places = slots(WanDenoiser(parse_config(WanConfig, config, "transformer")))
     check_keys(places, shapes, Path(name), ())
     with pytest.raises(ValueError, match=r"unexpected: blocks\.0\.attn2\.norm_added_q\.weight"):
         check_keys(places, shapes | {"blocks.0.attn2.norm_added_q.weight": (1,)}, Path(name), ())
@@ -186,8 +163,8 @@ def test_published_transformers_map_every_key(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED_VAES)
 def test_published_vaes_map_every_key(name: str) -> None:
-    config = PUBLISHED_VAES[name]
+    config = component(name)
     with torch.device("meta"):
         shapes = published_shapes(AutoencoderKLWan(**config))
-        places = slots(WanVAE(WanVAEConfig(**config)), checkpoint_name)
+        places = slots(WanVAE(parse_config(WanVAEConfig, config, "vae")), checkpoint_name)
     check_keys(places, shapes, Path(name), ())

@@ -11,23 +11,13 @@ from torch import Tensor
 import skylapse.runtime.vae.codec as codec_module
 from skylapse.kernels.fake_cuda import fake_cuda
 from skylapse.kernels.live_bytes import LiveBytes
+from skylapse.runtime.models.configs import parse_config
+from skylapse.runtime.models.published import component
 from skylapse.runtime.vae.codec import VideoCodec
 from skylapse.runtime.vae.wan import WanVAE, WanVAEConfig
 
 GIB = 2**30
-WAN_21 = WanVAEConfig(latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
-WAN_22 = WanVAEConfig(
-    base_dim=160,
-    decoder_base_dim=256,
-    z_dim=48,
-    is_residual=True,
-    in_channels=12,
-    out_channels=12,
-    patch_size=2,
-    scale_factor_spatial=16,
-    latents_mean=(0.0,) * 48,
-    latents_std=(1.0,) * 48,
-)
+WAN_21, WAN_22 = (parse_config(WanVAEConfig, component(name), "vae") for name in ("wan2.1-vae", "wan2.2-vae"))
 CUDA = torch.device("cuda")
 
 

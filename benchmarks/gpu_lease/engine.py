@@ -18,6 +18,8 @@ import torch
 
 from ...runtime.engine import Engine
 from ...runtime.events import Event, Failed, Finished, Progress, RequestTooLarge
+from ...runtime.models.configs import parse_config
+from ...runtime.models.published import component
 from ...runtime.models.wan import WanConfig
 from ...runtime.request import VideoRequest
 from ...runtime.vae.wan import WanVAEConfig
@@ -30,7 +32,7 @@ from .random_weights import VAE_21, write_checkpoint
 from .streams import overlap_of
 from .vae import NARROW_21
 
-CONFIG = WanConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30)
+CONFIG = parse_config(WanConfig, component("wan-1.3b"), "transformer")
 TEXT = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64, "num_layers": 2}
 TINY_CONFIG = WanConfig(
     num_attention_heads=2,

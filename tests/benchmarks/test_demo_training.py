@@ -9,8 +9,8 @@ import torch
 from tiny import VAE_22
 from torch import nn
 
+from skylapse.benchmarks.checkpoint_folder import checkpoint_tensors
 from skylapse.benchmarks.demo_model.data import draw_caption, draw_given
-from skylapse.benchmarks.demo_model.export import checkpoint_tensors
 from skylapse.benchmarks.demo_model.scenes import DIRECTIONS, draw_scenes, render
 from skylapse.benchmarks.demo_model.text import build_tokenizer
 from skylapse.benchmarks.demo_model.training import Average, MatrixViews, restore_state, save_state

@@ -2,6 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .runtime.core import openmp as _openmp
+
+_openmp.prepare()  # before torch is imported
 __version__ = "0.1.0"
 __all__ = ["Engine", "Video", "VideoRequest", "__version__"]
 

@@ -16,6 +16,7 @@ BENCHMARKS = {
     "engine": ("suites.engine", "mixed traffic through one engine, by scheduling policy"),
     "quality": ("suites.quality", "how far caches, quantised weights and fewer steps move a clip"),
     "startup": ("suites.startup", "from a cold process to the first step"),
+    "neighbours": ("suites.neighbours", "requests on a CPU that others use too, by number of threads"),
     "memory": ("suites.memory", "peak bytes by size and length, beside what was predicted"),
     "fits": ("fits.command", "which published model fits at which size on which card, from shapes alone; needs no GPU"),
     "peers": ("peers.command", "whole requests beside diffusers and its caches, pair by pair"),

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from .denoise import Outcome, Taken, evaluate, skip_ahead, take
+from .core.threads import CpuThreads
+from .denoise import Outcome, Taken, evaluate, measured_step, pack_tokens, skip_ahead, take
 from .device import reset_peak
 from .events import (
     Checkpointed,
@@ -48,8 +49,9 @@ class Batch:
         scheduler: Scheduler,
         memory: Callable[[], MemoryBudget],
         previewer: Callable[[], AnyPreviewer],
+        threads: CpuThreads | None = None,
     ) -> None:
-        self.model, self.scheduler = model, scheduler
+        self.model, self.scheduler, self.threads = model, scheduler, threads
         self.memory, self.previewer = memory, previewer
         self.waiting: dict[Ticket, Trajectory] = {}  # hold no memory yet
         self.active: dict[Ticket, Trajectory] = {}
@@ -189,14 +191,15 @@ class Batch:
         alone, fit = len(members) == 1, self._fit(members[0])
         apart = alone and fit.way.guidance == "apart"
         try:
-            outcomes = evaluate(self.model, members, self.layouts, apart)
+            with measured_step(self.threads, members, is_first=not any(t.steps_done for t in self.active.values())):
+                outcomes = evaluate(self.model, members, self.layouts, apart)
         except Exception as error:
             if is_device_lost(error):
                 raise
             failure = _typed(error)
         else:
             self.num_packs += 1
-            self.num_pack_tokens += sum(t.num_tokens * t.plan.num_branches for t in members)
+            self.num_pack_tokens += pack_tokens(members)
             return list(zip(members, outcomes, strict=True))
         splits = alone and not apart and isinstance(failure, OutOfMemory) and members[0].plan.num_branches > 1
         if alone and not splits:
@@ -239,8 +242,7 @@ class Batch:
         """Of the step that these take together."""
         if len(members) == 1:
             return self._fit(members[0]).work_bytes["step"]
-        tokens = sum(t.num_tokens * t.plan.num_branches for t in members)
-        return self.memory().fitter.peaks.step.at(tokens)
+        return self.memory().fitter.peaks.step.at(pack_tokens(members))
 
     def _reserve(self, num_bytes: int) -> None:
         """Let parts of the model take no more than what requests and the next piece of work leave."""

@@ -6,6 +6,7 @@ Shape letters: N tokens of a pack's sequences behind each other; latents and vel
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .cache.first_block import FirstBlockCache
 from .cache.policy import State
+from .core.threads import CpuThreads
 from .layout import Layouts, Place
 from .models.model import Model
 from .models.registry import EXPERTS
@@ -63,6 +65,18 @@ def skip_ahead(trajectories: Sequence[Trajectory]) -> tuple[list[Taken], dict[in
                 failed[t.ticket] = error
         candidates = [t for t in candidates if t.ticket not in failed and t.stage == "denoise" and not t.is_due]
     return stepped, failed
+
+
+def pack_tokens(members: Sequence[Trajectory]) -> int:
+    """Return the tokens of the next step of these requests, all branches."""
+    return sum(t.num_tokens * t.plan.num_branches for t in members)
+
+
+def measured_step(
+    threads: CpuThreads | None, members: Sequence[Trajectory], is_first: bool
+) -> AbstractContextManager[None]:
+    """Return a context in which the next step of these requests runs with the best number of CPU threads."""
+    return nullcontext() if threads is None else threads.step(pack_tokens(members), is_first)
 
 
 def evaluate(model: Model, members: Sequence[Trajectory], layouts: Layouts, apart: bool = False) -> list[Outcome]:

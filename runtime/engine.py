@@ -7,7 +7,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +22,9 @@ from ..kernels.backends import Backends
 from .admission import check_supported
 from .batch import Batch
 from .config import OFFLOAD, Settings, load_settings
+from .core.threads import choose_threads
 from .decoders import Decoders
-from .denoise import evaluate, skip_ahead, take
+from .denoise import evaluate, measured_step, skip_ahead, take
 from .device import expand_segments, text_cache_bytes
 from .events import DeviceLost, EngineFull, Event, Failed, Finished, Ticket, is_device_lost
 from .layout import Layouts
@@ -65,7 +66,8 @@ class Engine:
             tenant_weights=settings.tenant_weights,
             switch_tokens=SWITCH_TOKENS if set(EXPERTS) <= set(model.residency.moved) else 0,
         )
-        self._batch = Batch(model, Scheduler(config), lambda: self.memory, lambda: self.previewer)
+        self.threads = choose_threads(model.device, model.dtype, model.quantize)
+        self._batch = Batch(model, Scheduler(config), lambda: self.memory, lambda: self.previewer, self.threads)
         self._tickets = itertools.count(1)
         self._joining: deque[Trajectory] = deque()  # submitted, not yet seen by a step
         self._aborted: deque[Ticket] = deque()
@@ -212,7 +214,7 @@ class Engine:
 
     def advance(self) -> None:
         """A step whose events the next `step` returns, where no listener takes them."""
-        with self._stepping, self.backends.active(), torch.inference_mode():
+        with self._stepping, self._running():
             if self._lost is not None:
                 raise self._lost
             self._update()
@@ -273,7 +275,7 @@ class Engine:
     def generate_latents(self, request: VideoRequest, latents: Tensor | None = None) -> Tensor:
         """Final normalised latents [C, T, H, W] fp32 of a request, undecoded; outside the queue."""
         t, layouts = self.prepare(request, latents), Layouts(self.model)
-        with self._stepping, self.backends.active(), torch.inference_mode():
+        with self._stepping, self._running():
             self.model.residency.reserve(self.model.residency.budget_bytes)  # nobody has counted what this takes
             while t.stage == "encode":
                 t.work()
@@ -282,7 +284,9 @@ class Engine:
                 if failed:
                     raise failed[t.ticket]
                 if not stepped:
-                    take(t, evaluate(self.model, [t], layouts)[0])
+                    with measured_step(self.threads, [t], is_first=not t.steps_done):
+                        outcomes = evaluate(self.model, [t], layouts)
+                    take(t, outcomes[0])
             return t.final_latents()
 
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
@@ -298,6 +302,13 @@ class Engine:
         return self.model.codec.encode(frames)
 
     # --- what they use --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """What work on requests runs under."""
+        threads = self.threads.in_use() if self.threads else nullcontext()
+        with self.backends.active(), torch.inference_mode(), threads:
+            yield
 
     @cached_property
     def _loop(self) -> StepLoop:

@@ -16,6 +16,7 @@ import torch
 from ray import serve
 from sqlalchemy.exc import SQLAlchemyError
 
+from ..runtime.core.threads import usable_cores
 from ..runtime.engine import Engine
 from ..runtime.warm_up import warm_up
 from .context import open_context
@@ -70,7 +71,7 @@ class EngineReplica:
     def load(self) -> Engine:
         """The engine, and what its first request would otherwise wait for."""
         began_s = time.perf_counter()
-        torch.set_num_threads(self.config.threads or os.cpu_count() or 1)  # Ray has set one for a fraction of a core
+        torch.set_num_threads(self.config.threads or usable_cores())  # Ray has set one for a fraction of a core
         config = self.config
         engine = Engine.from_pretrained(
             config.model, config.device, config.dtype, quantize=config.quantize, offload=config.offload

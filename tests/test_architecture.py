@@ -36,6 +36,8 @@ NEVER = {
     "serve": {"diffusers"},
     "cli.py": {"diffusers"},
 }
+# runtime/core/openmp.py is run before torch is imported, and so before the settings are read.
+READS_ENVIRONMENT = {Path("runtime/config.py"), Path("runtime/core/openmp.py")}
 MAX_LINES = 400
 
 
@@ -111,7 +113,7 @@ def offences_against_the_field(path: Path) -> Iterator[str]:
 
 
 def offences_against_config(path: Path) -> Iterator[str]:
-    if path == Path("runtime/config.py"):
+    if path in READS_ENVIRONMENT:
         return
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
@@ -133,7 +135,7 @@ RULES = {
     "imports_follow_the_directions": offences_against_the_directions,
     "imports_inside_the_package_are_relative": offences_against_relative_imports,
     "third_party_imports_are_those_of_the_field": offences_against_the_field,
-    "environment_is_read_in_config_alone": offences_against_config,
+    "environment_is_read_in_two_files": offences_against_config,
     "first_line_says_the_files_job": offences_against_first_lines,
 }
 

@@ -1,0 +1,1 @@
+"""Parts of the runtime that every other part may use."""

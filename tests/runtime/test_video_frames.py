@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from skylapse.runtime import video_file
-from skylapse.runtime.video_file import Frames, count_frames, read_frames, read_image, read_video, write_video
+from skylapse.runtime.media.clips import Frames, count_frames, read_frames, read_video
+from skylapse.runtime.media.pictures import read_image
+from skylapse.runtime.video_file import write_video
 
 
 @pytest.fixture

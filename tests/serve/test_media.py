@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from skylapse.runtime.video_file import read_image, read_video
+from skylapse.runtime.media.clips import read_video
+from skylapse.runtime.media.pictures import read_image
 from skylapse.serve import media as decoders
 from skylapse.serve.errors import ApiError
-from skylapse.serve.media import decode_image, decode_video, sniff
+from skylapse.serve.media import decode_image, decode_video
 
 from .bad_media import encoded, media, picture
 

@@ -1,215 +1,165 @@
-"""Clips as people send them: each kind that the books of ISO media and Matroska know, and how it is shown or refused."""
+"""Clips as people send them: kinds that the books of ISO media and Matroska know, and how each is shown or refused."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from io import BytesIO
-from typing import Any
 
-import av
 import numpy as np
-from sent_pictures import CORNERS, Bytes, Sent, card, clear_left
-
-Setup = Callable[[Any], None]
-X264 = {"crf": "1"}
-BT709 = {"colorspace": 1, "color_primaries": 1, "color_trc": 1, "color_range": 1}
-
-
-def clip(
-    codec: str = "libx264",
-    kind: str = "mp4",
-    pix_fmt: str = "yuv444p",
-    times: Sequence[int] = range(5),
-    *,
-    rate: int = 8,
-    time_base: Fraction | None = None,
-    size: tuple[int, int] = (64, 48),
-    tags: dict[str, int] = BT709,
-    options: dict[str, str] | None = None,
-    muxer: dict[str, str] | None = None,
-    setup: Setup = lambda stream: None,
-    frames: Sequence[av.VideoFrame] | None = None,
-    cover: str = "",
-) -> bytes:
-    """A clip of the card, shown at these times in units of `time_base` (1/rate)."""
-    file = BytesIO()
-    file.name = f"clip.{kind}"
-    with av.open(file, "w", format=kind, options=muxer or {}) as container:
-        covers = [cover_of(container)] if cover == "first" else []
-        stream = container.add_stream(codec, rate=rate)
-        stream.width, stream.height = size
-        stream.pix_fmt = pix_fmt
-        context = stream.codec_context
-        context.time_base = time_base or Fraction(1, rate)
-        context.options = options if options is not None else (X264 if codec == "libx264" else {})
-        for name, value in tags.items():
-            setattr(context, name, value)
-        setup(stream)
-        covers += [cover_of(container)] if cover == "last" else []
-        frames = frames or [frame_of(card(*size), pix_fmt, tags)] * len(times)
-        for frame, time in zip(frames, times, strict=True):
-            frame.pts, frame.time_base = time, context.time_base
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-        for one in covers:
-            container.mux(one.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 128, np.uint8))))
-            container.mux(one.encode())
-    return file.getvalue()
+from clip_maker import (
+    BT709,
+    ENTRY,
+    X264,
+    clap,
+    clip,
+    dolby_vision,
+    edited,
+    from_the_second_key_on,
+    in_hdr,
+    matrix,
+    patched,
+    resized,
+    shaped,
+    sound,
+    two_tracks,
+    with_box,
+    with_brand,
+    without_ftyp,
+)
+from sent_pictures import CORNERS, GREYS, LEFT_IS_BLACK, OF_P3, Sent, clear_left, grey_card, turned
 
 
-def frame_of(pixels: Bytes, pix_fmt: str, tags: dict[str, int] = BT709) -> av.VideoFrame:
-    """By formulas of our own (ITU-T H.273, 8.3), so that the reader's are not judged by themselves."""
-    if pixels.shape[2] == 4 or not pix_fmt.startswith(("yuv444", "gray")):
-        from av.video.reformatter import ColorRange, Colorspace
+@dataclass(frozen=True)
+class SentClip(Sent):
+    """A clip, and which of its frames are shown at which rate."""
 
-        spaces = {1: Colorspace.ITU709, 9: Colorspace.BT2020}
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgba" if pixels.shape[2] == 4 else "rgb24")
-        space, wide = spaces.get(tags.get("colorspace", 2), Colorspace.ITU601), tags.get("color_range") == 2
-        target = ColorRange.JPEG if wide else ColorRange.MPEG
-        return frame.reformat(format=pix_fmt, dst_colorspace=space, dst_color_range=target)
-    kr, kb = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 7: (0.212, 0.087), 9: (0.2627, 0.0593)}.get(
-        tags.get("colorspace", 2), (0.299, 0.114)
-    )
-    r, g, b = np.moveaxis(pixels / 255.0, -1, 0)
-    luma = kr * r + (1 - kr - kb) * g + kb * b
-    blue, red = (b - luma) / (2 * (1 - kb)), (r - luma) / (2 * (1 - kr))
-    bits = 10 if "10" in pix_fmt else 8
-    top, step = 2**bits - 1, 2 ** (bits - 8)
-    if tags.get("color_range") == 2:
-        planes = [top * luma, top * blue + 128 * step, top * red + 128 * step]
-    else:
-        planes = [step * (219 * luma + 16), step * (224 * blue + 128), step * (224 * red + 128)]
-    frame = av.VideoFrame(pixels.shape[1], pixels.shape[0], pix_fmt)
-    for plane, values in zip(frame.planes, planes, strict=False):
-        whole = np.clip(values.round(), 0, top).astype("<u2" if bits == 10 else np.uint8)
-        lines = np.zeros((plane.height, plane.line_size), np.uint8)
-        lines[:, : whole.view(np.uint8).shape[1]] = whole.view(np.uint8)
-        plane.update(lines)
-    return frame
+    tolerance: int = 2
+    order: tuple[int, ...] = (0, 1, 2, 3, 4)
+    fps: float = 8.0
 
 
-def cover_of(container: Any) -> Any:
-    """A stream for a picture that is no clip, of another size and colour."""
-    stream = container.add_stream("mjpeg", rate=1)
-    stream.width, stream.height, stream.pix_fmt = 32, 32, "yuvj420p"
-    stream.codec_context.time_base = Fraction(1, 1)
-    stream.disposition = av.stream.Disposition.attached_pic
-    return stream
+def tagged(**tags: int) -> dict[str, int]:
+    return BT709 | tags
 
 
-def sound(covered: bool) -> bytes:
-    """A file without a clip, with cover art or none."""
-    file = BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=8000)
-        cover = cover_of(container) if covered else None
-        tone = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        tone.sample_rate, tone.pts = 8000, 0
-        container.mux([*stream.encode(tone), *stream.encode()])
-        if cover:
-            picture = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 128, np.uint8))
-            container.mux([*cover.encode(picture), *cover.encode()])
-    return file.getvalue()
+half_clear = np.array(clear_left("RGBA"))
+grey_rgb = np.repeat(grey_card()[..., None], 3, 2)
+FRAGMENTED = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+ENCRYPTED = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "00" * 16, "encryption_kid": "01" * 16}
+TICKS = 2048  # of the medium, between two frames of 8 a second
+VPX = {"crf": "4", "b": "0"}
+X265 = {"x265-params": "log-level=0:qp=4"}
+A, B, C, D = CORNERS
 
 
-# ------------------------------------------------------------------------------------------------------------- boxes
-
-HEADERS = {b"stsd": 16, b"avc1": 86, b"hev1": 86, b"dref": 16}
-CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts")
+def in_brand(major: bytes, *compatible: bytes) -> SentClip:
+    return SentClip(lambda: with_brand(major, *compatible))
 
 
-def boxes(data: bytes, path: Sequence[bytes], start: int = 0, end: int | None = None) -> list[tuple[int, int]]:
-    """(start, size) of each box on the way to the first one of that path."""
-    end = len(data) if end is None else end
-    while start < end:
-        size, name = struct.unpack_from(">I4s", data, start)
-        if name == path[0]:
-            inner = start + HEADERS.get(name, 8)
-            return [(start, size)] + (boxes(data, path[1:], inner, start + size) if len(path) > 1 else [])
-        start += size
-    raise KeyError(path)
+def in_matrix(number: int) -> SentClip:
+    return SentClip(lambda: clip(tags=tagged(colorspace=number)))
 
 
-ENTRY = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1")
-
-
-def with_box(data: bytes, path: Sequence[bytes], box: bytes) -> bytes:
-    """The index stands at the end of these files, so that no offset changes."""
-    way = boxes(data, path)
-    at = sum(way[-1])
-    changed = bytearray(data[:at] + box + data[at:])
-    for start, size in way:
-        struct.pack_into(">I", changed, start, size + len(box))
-    return bytes(changed)
-
-
-def patched(data: bytes, path: Sequence[bytes], offset: int, value: bytes) -> bytes:
-    """With bytes of a box's content changed."""
-    at = boxes(data, path)[-1][0] + 8 + offset
-    return data[:at] + value + data[at + len(value) :]
-
-
-def edited(*edits: tuple[int, int, int], **options: Any) -> bytes:
-    """(duration in ms, first time of the medium or -1, rate in 1/65536) in place of the file's own edit list."""
-    data = clip(options={**X264, "bf": "0"}, **options)
-    start, size = boxes(data, (b"moov", b"trak", b"edts"))[-1]
-    data = data[: start + 4] + b"free" + data[start + 8 :]
-    content = struct.pack(">II", 0, len(edits)) + b"".join(struct.pack(">IiI", *edit) for edit in edits)
-    elst = struct.pack(">I4s", 8 + len(content), b"elst") + content
-    return with_box(data, (b"moov", b"trak"), struct.pack(">I4s", 8 + len(elst), b"edts") + elst)
-
-
-def clap(width: int, height: int, x: int, y: int) -> bytes:
-    return struct.pack(">I4s4I4i", 40, b"clap", width, 1, height, 1, x, 1, y, 1)
-
-
-def with_brand(major: bytes, *compatible: bytes) -> bytes:
-    box = struct.pack(">I4s4sI", 16 + 4 * len(compatible), b"ftyp", major, 512) + b"".join(compatible)
-    data = clip(muxer={"movflags": "frag_keyframe+empty_moov+default_base_moof"})  # whose offsets are relative
-    return box + data[int.from_bytes(data[:4]) :]
-
-
-def turned(*matrix: float) -> Setup:
-    values = [round(value * 65536) for value in matrix]
-    return lambda stream: stream.set_display_matrix([values[0], values[1], 0, values[2], values[3], 0, 0, 0, 2**30])
-
-
-def shaped(width: int, height: int) -> Setup:
-    return lambda stream: setattr(stream.codec_context, "sample_aspect_ratio", Fraction(width, height))
-
-
-def two_tracks(default: int) -> bytes:
-    """Two clips in a file, of which one is switched on: the first is dark."""
-    file = BytesIO()
-    with av.open(file, "w", format="mov") as container:
-        streams = [container.add_stream("libx264", rate=8) for _ in range(2)]
-        for index, stream in enumerate(streams):
-            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv444p"
-            stream.codec_context.options = X264
-            stream.disposition = av.stream.Disposition.default if index == default else av.stream.Disposition(0)
-        for index, stream in enumerate(streams):
-            pixels = card() if index == default else np.zeros((48, 64, 3), np.uint8)
-            for time in range(5):
-                frame = frame_of(pixels, "yuv444p")
-                frame.pts, frame.time_base = time, Fraction(1, 8)
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
-    return file.getvalue()
-
-
-def resized() -> bytes:
-    """A clip whose frames grow."""
-    file = BytesIO()
-    with av.open(file, "w", format="webm") as copy:
-        stream, time = None, 0
-        for size in ((64, 48), (96, 64)):
-            with av.open(BytesIO(clip("libvpx", "webm", "yuv420p", size=size))) as source:
-                stream = stream or copy.add_stream_from_template(source.streams.video[0])
-                for packet in source.demux(video=0):
-                    if packet.size:
-                        packet.stream, packet.pts, packet.dts = stream, time, time
-                        time += 125
-                        copy.mux(packet)
-    return file.getvalue()
+CLIPS: dict[str, SentClip] = {
+    # how a frame is shown
+    "plain": SentClip(clip),
+    "turned_90": SentClip(lambda: clip(setup=matrix(0, 1, -1, 0)), *turned(6)),
+    "turned_180": SentClip(lambda: clip(setup=matrix(-1, 0, 0, -1)), *turned(3)),
+    "turned_270": SentClip(lambda: clip(setup=matrix(0, -1, 1, 0)), *turned(8)),
+    "mirrored": SentClip(lambda: clip(setup=matrix(-1, 0, 0, 1)), *turned(2)),
+    "mirrored_down": SentClip(lambda: clip(setup=matrix(1, 0, 0, -1)), *turned(4)),
+    "mirrored_and_turned": SentClip(lambda: clip(setup=matrix(0, 1, 1, 0)), *turned(5)),
+    "turned_45": SentClip(lambda: clip(setup=matrix(0.7, 0.7, -0.7, 0.7)), refused="turned", got="45 degrees"),
+    "wide_pixels": SentClip(lambda: clip(setup=shaped(2, 1)), (128, 48)),
+    "high_pixels": SentClip(lambda: clip(setup=shaped(1, 2)), (64, 96)),
+    "wide_pixels_turned": SentClip(
+        lambda: clip(setup=lambda stream: (shaped(2, 1)(stream), matrix(0, 1, -1, 0)(stream))), (48, 128), (C, A, D, B)
+    ),
+    "pixels_of_nothing": SentClip(lambda: clip(setup=shaped(9, 1)), refused="aspect", got="9:1"),
+    "track_wider_than_stored": SentClip(
+        lambda: patched(clip(), (b"moov", b"trak", b"tkhd"), 76, struct.pack(">II", 128 << 16, 48 << 16)), (128, 48)
+    ),
+    "aperture": SentClip(lambda: with_box(clip(), ENTRY, clap(32, 24, 0, 0)), (32, 24)),
+    "aperture_off_the_middle": SentClip(
+        lambda: with_box(clip(), ENTRY, clap(32, 24, -16, -12)), (32, 24), (A,) * 4, order=()
+    ),
+    "odd_size": SentClip(lambda: clip(size=(65, 49)), (65, 49)),
+    "grows": SentClip(resized, refused="resized", got="96x64"),
+    # which stream
+    "cover_first": SentClip(lambda: clip(cover="first")),
+    "cover_last": SentClip(lambda: clip(cover="last")),
+    "first_of_two_tracks": SentClip(lambda: two_tracks(0)),
+    "second_of_two_tracks": SentClip(lambda: two_tracks(1)),
+    "sound": SentClip(lambda: sound(covered=False), refused="picture"),
+    "sound_with_cover": SentClip(lambda: sound(covered=True), refused="picture"),
+    # when a frame is shown
+    "gap": SentClip(lambda: clip(times=[0, 1, 2, 5, 6]), order=(0, 1, 2, 2, 2, 3, 4)),
+    "one_frame_dropped": SentClip(lambda: clip(times=[0, 1, 2, 3, 5, 6]), order=(0, 1, 2, 3, 3, 4, 5)),
+    "jitter": SentClip(lambda: clip(times=[0, 9, 21, 29, 40], time_base=Fraction(1, 80)), fps=8.0),
+    "milliseconds": SentClip(
+        lambda: clip(kind="matroska", times=[0, 42, 83, 125, 167], time_base=Fraction(1, 1000), rate=24), fps=24.0
+    ),
+    "one_frame": SentClip(lambda: clip(times=[0]), order=(0,)),
+    "fragments": SentClip(lambda: clip(muxer=FRAGMENTED)),
+    "trimmed_at_the_start": SentClip(
+        lambda: edited((375, 2 * TICKS, 1 << 16)), corners=(A, B, C, (180,) * 3), order=(2, 3, 4)
+    ),
+    "trimmed_at_the_end": SentClip(lambda: edited((375, 0, 1 << 16)), order=(0, 1, 2)),
+    "starts_late": SentClip(lambda: edited((500, -1, 1 << 16), (625, 0, 1 << 16))),
+    "shown_twice": SentClip(lambda: edited((625, 0, 1 << 16), (625, 0, 1 << 16)), order=(0, 1, 2, 3, 4) * 2),
+    "held_by_an_edit": SentClip(lambda: edited((500, 0, 0), (625, 0, 1 << 16)), refused="speed"),
+    "slowed_by_an_edit": SentClip(lambda: edited((1250, 0, 1 << 15)), refused="speed"),
+    "cut_between_keys": SentClip(
+        from_the_second_key_on, corners=(A, B, C, (140,) * 3), order=(4, 5, 6, 7, 8), tolerance=3
+    ),
+    # colours
+    "full_range": SentClip(lambda: clip(tags=tagged(color_range=2))),
+    **{f"matrix_{number}": in_matrix(number) for number in (1, 4, 5, 6, 7, 9)},
+    "untagged_sd": SentClip(lambda: clip(tags={})),
+    "untagged_hd": SentClip(lambda: clip(times=[0], size=(1280, 720), tags={}, coded=BT709), (1280, 720), order=(0,)),
+    "matrix_ycgco": SentClip(lambda: clip(tags=tagged(colorspace=8)), refused="matrix", got="YCgCo"),
+    "rgb": SentClip(lambda: clip("libx264rgb", pix_fmt="rgb24", tags={"colorspace": 0}, options=X264)),
+    "grey": SentClip(lambda: clip(pix_fmt="gray", tags={}, cards=[grey_rgb] * 5), corners=GREYS, order=()),
+    "ten_bits": SentClip(lambda: clip("libx265", pix_fmt="yuv444p10le", options=X265)),
+    "p3": SentClip(lambda: clip(tags=tagged(color_primaries=12)), corners=OF_P3, order=()),
+    "pq": SentClip(lambda: in_hdr(16), corners=((200,) * 3,) * 4, order=()),
+    "hlg": SentClip(lambda: in_hdr(18), corners=((200,) * 3,) * 4, order=()),
+    "pq_white_at_203": SentClip(lambda: in_hdr(16, 203), corners=((227,) * 3,) * 4, order=()),
+    "linear_light": SentClip(lambda: clip(tags=tagged(color_trc=8)), refused="transfer", got="linear light"),
+    "alpha_vp9": SentClip(
+        lambda: clip("libvpx-vp9", "webm", "yuva420p", cards=[half_clear] * 5), corners=LEFT_IS_BLACK, order=()
+    ),
+    "alpha_prores": SentClip(
+        lambda: clip("prores_ks", "mov", "yuva444p10le", cards=[half_clear] * 5), corners=LEFT_IS_BLACK, order=()
+    ),
+    # codecs and containers
+    "hevc": SentClip(lambda: clip("libx265", pix_fmt="yuv420p", options=X265)),
+    "vp8_webm": SentClip(
+        lambda: clip("libvpx", "webm", "yuv420p", tags={}, options={"crf": "4", "b": "4M"}), tolerance=4
+    ),
+    "vp9_webm": SentClip(lambda: clip("libvpx-vp9", "webm", "yuv420p", options=VPX)),
+    "vp9_mp4": SentClip(lambda: clip("libvpx-vp9", "mp4", "yuv420p", options=VPX)),
+    "mpeg4": SentClip(lambda: clip("mpeg4", "mp4", "yuv420p", options={"q": "2"}), tolerance=6),
+    "prores": SentClip(lambda: clip("prores_ks", "mov", "yuv422p10le")),
+    "mkv": SentClip(lambda: clip(kind="matroska")),
+    "mov": SentClip(lambda: clip(kind="mov")),
+    "quicktime_without_ftyp": SentClip(without_ftyp),
+    "motion_jpeg": SentClip(lambda: clip("mjpeg", "mov", "yuvj420p"), refused="codec", got="mjpeg"),
+    "encrypted": SentClip(lambda: clip(muxer=ENCRYPTED), refused="encrypted"),
+    "dolby_vision_alone": SentClip(dolby_vision, refused="transfer", got="Dolby Vision"),
+    # brands
+    "brand_xavc": in_brand(b"XAVC", b"XAVC", b"mp42", b"iso2"),
+    "brand_msnv": in_brand(b"MSNV", b"MSNV", b"mp42", b"isom"),
+    "brand_f4v": in_brand(b"f4v ", b"isom", b"mp42", b"m4v "),
+    "brand_m4vh": in_brand(b"M4VH", b"M4V ", b"M4A ", b"mp42", b"isom"),
+    "brand_cmfc": in_brand(b"cmfc", b"iso6", b"cmfc"),
+    "brand_msdh": in_brand(b"msdh", b"msdh", b"msix"),
+    "brand_3gp": in_brand(b"3gp5", b"isom", b"3gp4"),
+    "brand_unknown_beside_isom": in_brand(b"zzzz", b"isom"),
+    "brand_unknown": SentClip(lambda: with_brand(b"zzzz", b"yyyy"), refused="kind"),
+    "brand_heic": SentClip(lambda: with_brand(b"heic", b"mif1", b"heic"), refused="kind", got="HEIC"),
+    "brand_avif_animation": SentClip(
+        lambda: with_brand(b"avis", b"avis", b"msf1", b"iso8"), refused="kind", got="AVIF"
+    ),
+}

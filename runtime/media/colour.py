@@ -117,7 +117,7 @@ def _by_cicp(image: Image.Image, cicp: tuple[int, int, int, int], subject: Subje
 
 def by_numbers(image: Image.Image, gamma: float | None, chromaticities: tuple[float, ...]) -> Image.Image:
     """The colours of RGB pixels in sRGB. gamma: the exponent that light was raised to, None for sRGB's curve."""
-    matrix = _to_srgb_matrix(chromaticities)
+    matrix = to_srgb_matrix(chromaticities)
     is_srgbs = gamma is None or (matrix is None and abs(gamma - 1 / 2.2) < 0.01)  # 45455 stands for sRGB's curve
     has_own_gamma = not is_srgbs and gamma is not None and 0.01 < gamma < 10
     if not has_own_gamma and matrix is None:
@@ -140,7 +140,7 @@ def _srgb_of_light(light: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055).astype(np.float32)
 
 
-def _to_srgb_matrix(chromaticities: tuple[float, ...]) -> NDArray[np.float32] | None:
+def to_srgb_matrix(chromaticities: tuple[float, ...]) -> NDArray[np.float32] | None:
     """Linear RGB of these primaries to sRGB's, white to white; None where they are sRGB's, or nobody's."""
     if np.abs(np.subtract(chromaticities, SRGB)).max() < 0.005 or min(chromaticities[1::2]) <= 0:
         return None

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from . import colour
+from . import colour, hdr
 from .pictures import MAX_ASPECT, Pixels
 from .refusal import Subject
 
@@ -24,7 +24,7 @@ BT709, UNSPECIFIED, BT601, BT2020 = 1, 2, 6, 9
 WIDE_PRIMARIES = {BT2020: colour.BT2020, 11: colour.DISPLAY_P3, 12: colour.DISPLAY_P3}
 # Primaries of SD television are taken as BT.709's, and every transfer of SDR as sRGB's, as browsers do.
 SDR_TRANSFERS = (0, BT709, UNSPECIFIED, 4, 5, 6, 7, 11, 12, 13, 14, 15)
-HDR_TRANSFERS = (16, 18)  # PQ, HLG
+HDR_TRANSFERS: dict[int, hdr.Transfer] = {16: "PQ", 18: "HLG"}
 TRANSFERS = {8: "linear light", 9: "log", 10: "log", 17: "SMPTE 428"}
 MATRICES = (0, BT709, UNSPECIFIED, 3, 4, 5, 6, 7, BT2020)  # what swscale converts; it takes others as BT.601 silently
 MATRIX_NAMES = {8: "YCgCo", 10: "BT.2020 constant luminance", 14: "ICtCp", 15: "IPT-C2", 16: "YCgCo-R", 17: "YCgCo-R"}
@@ -45,9 +45,9 @@ class FrameReader:
 
         self.stored_size = first.width, first.height
         self._subject = subject
-        self._reformatter = VideoReformatter()  # one for the clip: its table for HDR takes 4 s to make
+        self._reformatter = VideoReformatter()
         self._matrix = self._matrix_of(first)
-        self._is_hdr = self._is_known_hdr(first)
+        self._to_sdr = self._to_sdr_of(first)
         self._has_alpha = any(component.is_alpha for component in first.format.components)
         self._aperture = self._aperture_of(aperture)
         self._turn = self._turn_of(first)
@@ -71,20 +71,17 @@ class FrameReader:
         return np.ascontiguousarray(pixels[:: -1 if flips_y else 1, :: -1 if flips_x else 1])
 
     def _rgb(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
-        from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc, Interpolation
+        from av.video.reformatter import ColorRange, Interpolation
 
         exact = Interpolation.LANCZOS | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
         frame.colorspace = self._matrix
         if frame.color_range == 0 and not frame.format.is_rgb and "yuvj" not in frame.format.name:
             frame.color_range = ColorRange.MPEG  # as the books say; swscale would take grey as full
-        to_sdr = {}
-        if self._is_hdr:  # 203 cd/m2 become white, brighter light is rolled off (ITU-R BT.2408)
-            if frame.color_primaries in (0, UNSPECIFIED):
-                frame.color_primaries = BT2020
-            to_sdr = {"dst_color_trc": ColorTrc.BT709, "dst_color_primaries": ColorPrimaries.BT709}
-        kind = "rgba" if self._has_alpha else "rgb24"
-        pixels = self._reformatter.reformat(frame, format=kind, interpolation=exact, threads=1, **to_sdr).to_ndarray()
-        if not self._is_hdr and (primaries := WIDE_PRIMARIES.get(int(frame.color_primaries))):
+        kind = "rgb48le" if self._to_sdr else "rgba" if self._has_alpha else "rgb24"
+        pixels = self._reformatter.reformat(frame, format=kind, interpolation=exact, threads=1).to_ndarray()
+        if self._to_sdr:
+            return self._to_sdr.pixels(pixels)
+        if primaries := WIDE_PRIMARIES.get(int(frame.color_primaries)):
             pixels[..., :3] = colour.by_numbers(Image.fromarray(pixels[..., :3]), None, primaries)
         if self._has_alpha:  # on black, as pictures are
             pixels = ((pixels[..., :3].astype(np.uint16) * pixels[..., 3:] + 127) // 255).astype(np.uint8)
@@ -98,11 +95,13 @@ class FrameReader:
             return BT709 if frame.width >= HD_WIDTH or frame.height >= HD_HEIGHT else BT601
         return matrix
 
-    def _is_known_hdr(self, frame: av.VideoFrame) -> bool:
+    def _to_sdr_of(self, frame: av.VideoFrame) -> hdr.ToSdr | None:
         transfer = int(frame.color_trc)
-        if transfer not in (*SDR_TRANSFERS, *HDR_TRANSFERS):
+        if transfer in HDR_TRANSFERS:
+            return hdr.ToSdr(HDR_TRANSFERS[transfer], frame.width, frame.height)
+        if transfer not in SDR_TRANSFERS:
             raise self._subject.refused("transfer", TRANSFERS.get(transfer, f"number {transfer}"))
-        return transfer in HDR_TRANSFERS
+        return None
 
     def _aperture_of(self, aperture: tuple[int, int, int, int] | None) -> tuple[int, int, int, int]:
         """(left, top, right, bottom); one that lies outside of the frame says nothing, as in QuickTime."""

@@ -79,7 +79,6 @@ def main() -> None:
 def load_all() -> None:
     for name in LAZY:
         importlib.import_module(name)
-    Image.init()
 
 
 def confine(task: Task) -> None:

@@ -80,7 +80,9 @@ def _generate(options: argparse.Namespace, settings: Settings) -> int:
         cache=options.cache,
         **sampling(options),
     )
-    from .runtime.video_file import SHEET_SUFFIXES, check_image, check_writable, count_frames, save_sheet
+    from .runtime.media.clips import count_frames
+    from .runtime.media.pictures import check_image
+    from .runtime.video_file import SHEET_SUFFIXES, check_writable, save_sheet
 
     output = check_writable(options.output)
     sheet = check_writable(options.sheet, SHEET_SUFFIXES, "sheet") if options.sheet is not None else None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 from .given import check_length, count_given, count_video
+from .media.pictures import check_image
 from .models.model import Model
 from .request import VideoRequest
-from .video_file import check_image
 
 
 def check_supported(model: Model, request: VideoRequest) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .video_file import Frames, PathLike, check_writable, replaced_when_complete, write_video
+from .media.clips import Frames
+from .media.pictures import PathLike
+from .video_file import check_writable, replaced_when_complete, write_video
 
 THUMBNAIL_SIDE = 512  # pixels of the longer side at most
 

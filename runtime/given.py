@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .media.clips import Frames, count_frames, read_frames
+from .media.pictures import read_image
 from .request import VideoRequest
-from .video_file import Frames, count_frames, read_frames, read_image
 
 FRAMES_AN_ITEM = 4  # of a video, read in one work item; one of 1080p takes 0.07 s on a busy CPU core
 

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from ..runtime.finish import Artifact, Finish, finish, fit
+from ..runtime.media.clips import Frames, read_video
 from ..runtime.request import Video, VideoRequest
-from ..runtime.video_file import Frames, read_video
 from .asking import EXTEND, IMAGE, SOURCE, video_request
 
 MAX_SOURCE_FRAMES, MAX_SOURCE_PIXELS = 4096, 4096 * 4096

@@ -55,7 +55,7 @@ class ServeConfig(BaseModel):
     creates_per_minute: Count = 600
     max_queued: Count = 5000  # unfinished jobs of all
     max_body_bytes: Count = 64 * MIB
-    max_media_pixels: Count = 4096 * 4096  # of one picture
+    max_media_pixels: Count = 40_000_000  # of one picture or frame; telephones make 24 million
     max_media_seconds: Positive = 120.0
 
     # answers

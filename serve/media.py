@@ -1,6 +1,7 @@
 """Pictures and clips that clients send: told by their bytes, decoded in a process of its own, refused in words of ours.
 
-Whatever happens in that process (a crash, no memory, an endless loop, nonsense as its answer) is an ApiError here.
+Whatever happens in that process (a crash, no memory, an endless loop, nonsense as its answer) is an ApiError here: 400
+where the file is at fault, 503 where we are, as when the process is killed or cannot start.
 """
 
 from __future__ import annotations
@@ -22,17 +23,26 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 from threading import BoundedSemaphore
-from typing import IO, Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import IO, Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from ..runtime.media.kinds import CLIPS, PICTURES, kind_of
+from ..runtime.media.refusal import (
+    MAX_FPS,
+    MAX_PIXELS,
+    MAX_SIDE,
+    OUT_OF_BOUNDS,
+    SENTENCES,
+    Bounds,
+    Medium,
+    sentence,
+)
 from .errors import ApiError
 
-Kind: TypeAlias = Literal["png", "jpeg", "webp", "mp4"]
 T = TypeVar("T")
 
-MAX_PIXELS = 4096 * 4096  # of a picture, if the caller has no bound of its own; sides are bounded in the worker
 MAX_SECONDS = 120.0
 # Of a decoder. Pictures of 4096x4096 took 0.9 s (JPEG), 2.4 s (WebP) and 560 MiB of addresses, 216 of them before the
 # file was opened; without the limit a PNG of 17 KB takes 704 MB.
@@ -41,25 +51,13 @@ WALL_PER_CPU = 3.0  # the cores are the engine's, too
 MEMORY_BYTES, MEMORY_BYTES_A_PIXEL = 384 * 2**20, 32
 MAX_ANSWER_BYTES = 1000
 NPY_HEADER_BYTES = 128
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)  # by what it read
 
 # Two at a time, since each may take a core and a gigabyte; threads of their own, so that nothing else waits for them.
 _decoders = ThreadPoolExecutor(2, thread_name_prefix="media")
 _places = BoundedSemaphore(18)  # decoding or waiting; beyond it clients are asked to come back
 _PYTHON = (sys.executable, "-I", "-m", f"{__package__}.media_worker")  # -I: no module from the folder or PYTHONPATH
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}  # no secret of ours; a thread a core would each reserve memory
-
-MP4_BRANDS = {*(b"iso%d" % version for version in range(2, 10)), b"isom", b"mp41", b"mp42", b"avc1", b"M4V ", b"dash"}
-
-REFUSALS = {
-    "broken": "must be an intact {what} file",
-    "codec": "must hold H.264, H.265, VP9, AV1 or MPEG-4 video",
-    "animated": "must be a still picture, not an animation",
-    "small": "must be at least 16x16 pixels",
-    "large": "must be at most 4096 pixels on a side and {max_pixels} pixels in all",
-    "long": "must last at most {max_seconds:g} seconds, at 120 frames a second at most",
-    "costly": "takes more time or memory to decode than is allowed",
-}
-TOO_LARGE = ("large", "long")
 
 logger = logging.getLogger(__name__)
 
@@ -69,18 +67,25 @@ class Found(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    width: Annotated[int, Field(ge=1, le=4096)]
-    height: Annotated[int, Field(ge=1, le=4096)]
-    frames: Annotated[int, Field(ge=1, lt=2**31)]
+    width: Annotated[int, Field(ge=1, le=MAX_SIDE)]  # as it is shown
+    height: Annotated[int, Field(ge=1, le=MAX_SIDE)]
+    frames: Annotated[int, Field(ge=1, lt=2**31)]  # at `fps`
     fps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+def _is_a_reason(word: str) -> str:
+    if word not in SENTENCES:
+        raise ValueError("no such reason")
+    return word
+
+
 class Refusal(BaseModel):
-    """A word of the table above."""
+    """A reason of `runtime.media.refusal`, and what was found: numbers or a name."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    refused: Literal["broken", "codec", "animated", "small", "large", "long", "costly"]
+    refused: Annotated[str, AfterValidator(_is_a_reason)]
+    got: Annotated[str, Field(pattern=r"^[A-Za-z0-9 .:/_-]{0,40}$")] = ""
 
 
 ANSWER: TypeAdapter[Found | Refusal] = TypeAdapter(Found | Refusal)
@@ -91,23 +96,52 @@ class DecodedVideo:
     """Frames for a model, and what they were taken from."""
 
     frames_path: Path  # .npy, uint8 [frames, height, width, 3], beside the upload and gone with it
-    source_width: int  # upright
+    source_width: int  # as it is shown
     source_height: int
-    source_frames: int
+    source_frames: int  # of the whole source, at `fps`
     fps: float
+
+
+@dataclass(frozen=True)
+class _Upload:
+    """A file to decode, and how its refusals call it."""
+
+    path: Path
+    param: str
+    medium: Medium
+    bounds: Bounds
+    task: dict[str, Any]  # of media_worker.Task, as far as it is known
+
+    def refusal(self, word: str, got: str = "") -> ApiError:
+        message = f"Invalid '{self.param}': {sentence(word, self.medium, self.bounds, got)}."
+        code = "invalid_image" if self.medium == "picture" else "invalid_video"
+        return ApiError(400, message, code="file_too_large" if word in OUT_OF_BOUNDS else code, param=self.param)
 
 
 async def decode_image(
     source: Path, width: int, height: int, *, max_pixels: int = MAX_PIXELS, param: str = "input_reference"
 ) -> bytes:
-    """A PNG of exactly `width` x `height` with the pixels that `runtime.video_file.read_image` makes of the file.
+    """A PNG of exactly `width` x `height` with the pixels that `runtime.media.pictures.read_image` makes of the file.
 
     ApiError 400 for what is no still PNG, JPEG or WebP within the bounds; 503 while too many wait for a decoder.
     """
-    task = {"kind": sniff(source), "width": width, "height": height, "max_pixels": max_pixels}
-    if task["kind"] not in ("png", "jpeg", "webp"):
-        raise _refusal("broken", param, task)
-    return await _in_a_thread(partial(_decode_image, source, task, param))
+    bounds = Bounds(max_pixels=max_pixels)
+    task = {"width": width, "height": height, "max_pixels": max_pixels, "max_cpu_s": IMAGE_CPU_S}
+    return await _in_a_thread(partial(_decode_image, _Upload(source, param, "picture", bounds, task)))
+
+
+async def measure_video(
+    source: Path,
+    *,
+    fps: float | None = None,
+    max_pixels: int = MAX_PIXELS,
+    max_seconds: float = MAX_SECONDS,
+    param: str = "video",
+) -> Found:
+    """The size of a clip as it is shown, and how many frames it has at `fps` (None: its own rate); errors as below."""
+    task = {"width": 1, "height": 1, "max_frames": 0, "fps": fps}
+    upload = _clip(source, param, max_pixels, max_seconds, task)
+    return await _in_a_thread(partial(_measure_video, upload))
 
 
 async def decode_video(
@@ -117,34 +151,24 @@ async def decode_video(
     *,
     max_frames: int,
     keep: Literal["first", "last"],
+    fps: float | None = None,
     max_pixels: int = MAX_PIXELS,
     max_seconds: float = MAX_SECONDS,
     param: str = "video",
 ) -> DecodedVideo:
-    """The first or the last `max_frames` frames of an mp4, each fitted to `width` x `height` as a picture is.
+    """The first or the last `max_frames` frames of a clip at `fps`, each fitted to `width` x `height` as a picture is.
 
-    ApiError 400 for what is no mp4 within the bounds; 503 while too many wait for a decoder.
+    ApiError 400 for what is no mp4, mov, mkv or webm within the bounds; 503 while too many wait for a decoder.
     """
-    task = {"kind": "mp4", "width": width, "height": height, "max_frames": max_frames, "keep": keep}
-    task |= {"max_pixels": max_pixels, "max_seconds": max_seconds}
-    if sniff(source) != "mp4":
-        raise _refusal("broken", param, task)
-    return await _in_a_thread(partial(_decode_video, source, task, param))
+    task = {"width": width, "height": height, "max_frames": max_frames, "keep": keep, "fps": fps}
+    upload = _clip(source, param, max_pixels, max_seconds, task)
+    return await _in_a_thread(partial(_decode_video, upload))
 
 
-def sniff(path: Path) -> Kind | None:
-    """What a file is by its first bytes; names and media types are the client's word."""
-    with path.open("rb") as file:
-        head = file.read(12)
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if head.startswith(b"\xff\xd8\xff"):
-        return "jpeg"
-    if head.startswith(b"RIFF") and head[8:] == b"WEBP":
-        return "webp"
-    if head[4:8] == b"ftyp" and head[8:] in MP4_BRANDS:  # `ftypheic`, say, is a picture that FFmpeg would open, too
-        return "mp4"
-    return None
+def _clip(source: Path, param: str, max_pixels: int, max_seconds: float, task: dict[str, Any]) -> _Upload:
+    bounds = Bounds(max_pixels=max_pixels, max_seconds=max_seconds, max_frames=int(max_seconds * MAX_FPS))
+    task |= {"max_pixels": max_pixels, "max_seconds": max_seconds, "max_source_frames": bounds.max_frames}
+    return _Upload(source, param, "clip", bounds, task | {"max_cpu_s": VIDEO_CPU_S})
 
 
 async def _in_a_thread(decode: Callable[[], T]) -> T:
@@ -160,9 +184,10 @@ async def _in_a_thread(decode: Callable[[], T]) -> T:
 # ------------------------------------------------------------------------------------------------- in the thread
 
 
-def _decode_image(source: Path, task: dict[str, Any], param: str) -> bytes:
+def _decode_image(upload: _Upload) -> bytes:
+    task = upload.task
     header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", task["width"], task["height"])
-    with _decoded(source, task | {"max_cpu_s": IMAGE_CPU_S}, param) as (output, _):
+    with _decoded(upload, PICTURES) as (output, _):
         png = output.read_bytes()
         if not png.startswith(header):
             raise ValueError("no PNG of that size")
@@ -170,9 +195,15 @@ def _decode_image(source: Path, task: dict[str, Any], param: str) -> bytes:
     return png
 
 
-def _decode_video(source: Path, task: dict[str, Any], param: str) -> DecodedVideo:
-    with _decoded(source, task | {"max_cpu_s": VIDEO_CPU_S}, param) as (output, found):
-        if not _holds_frames(output, task):
+def _measure_video(upload: _Upload) -> Found:
+    with _decoded(upload, CLIPS) as (output, found):
+        output.unlink()
+    return found
+
+
+def _decode_video(upload: _Upload) -> DecodedVideo:
+    with _decoded(upload, CLIPS) as (output, found):
+        if not _holds_frames(output, upload.task):
             raise ValueError("no frames of that size")
     return DecodedVideo(output, found.width, found.height, found.frames, found.fps)
 
@@ -192,32 +223,41 @@ def _holds_frames(npy: Path, task: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _decoded(source: Path, task: dict[str, Any], param: str) -> Iterator[tuple[Path, Found]]:
+def _decoded(upload: _Upload, kinds: tuple[str, ...]) -> Iterator[tuple[Path, Found]]:
     """The worker's output and what it says of the source; the output is removed where the block finds fault with it."""
-    output = source.with_name(f"{source.name}-{secrets.token_hex(4)}.{'npy' if 'keep' in task else 'png'}")
-    memory = MEMORY_BYTES + MEMORY_BYTES_A_PIXEL * task["max_pixels"] + source.stat().st_size
-    task = task | {"source": str(source), "output": str(output), "max_memory_bytes": memory}
+    source, bounds = upload.path, upload.bounds
+    with source.open("rb") as file:
+        if (kind := kind_of(file)) not in kinds:  # which the worker would say, too: a process less
+            raise upload.refusal("kind", kind)
+    output = source.with_name(f"{source.name}-{secrets.token_hex(4)}.{'png' if upload.medium == 'picture' else 'npy'}")
+    memory = MEMORY_BYTES + MEMORY_BYTES_A_PIXEL * bounds.max_pixels + 2 * source.stat().st_size
+    places = {"source": str(source), "output": str(output), "medium": upload.medium, "max_memory_bytes": memory}
     try:
-        answer = _answer_of_worker(task)
+        answer = _answer_of_worker(upload.task | places)
         if isinstance(answer, Refusal):
-            raise _refusal(answer.refused, param, task)
+            raise upload.refusal(answer.refused, answer.got)
         try:
             yield output, answer
         except (OSError, ValueError) as error:
-            logger.warning("a decoder left no output that could be read: %r", error)
-            raise _refusal("broken", param, task) from error
+            logger.error("a decoder left no output that could be read: %r", error)
+            raise _unavailable() from error
     except BaseException:
         output.unlink(missing_ok=True)
         raise
 
 
 def _answer_of_worker(task: dict[str, Any]) -> Found | Refusal:
-    """However it ends. Its answer goes to a file: a pipe would be read for as long as something writes to it."""
+    """However it ends. Its answer goes to a file: a pipe would be read for as long as something writes to it.
+
+    The file is at fault where the worker says so, crashes by what it reads, or uses up the time of a core that it has.
+    Anything else is ours: who kills it is the system, for want of memory, or an operator; time on the clock passes
+    because others have the cores.
+    """
     with tempfile.TemporaryFile() as answers, tempfile.TemporaryFile() as complaints:
         command = [*_PYTHON, json.dumps(task)]
         timeout_s = WALL_PER_CPU * task["max_cpu_s"]
         try:
-            code = subprocess.run(
+            code: int | None = subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=answers,
@@ -226,22 +266,28 @@ def _answer_of_worker(task: dict[str, Any]) -> Found | Refusal:
                 timeout=timeout_s,
             ).returncode
         except subprocess.TimeoutExpired:
-            code = -signal.SIGKILL
+            code = None
         ready, _, answer = _beginning(answers).partition(b"\n")
-        complaint = _beginning(complaints)
-    if ready != b"ready":  # it has not touched the file yet: the fault is ours
-        logger.error("a decoder did not start (status %d): %r", code, complaint)
-        message = "Uploads cannot be decoded at the moment."
-        raise ApiError(503, message, code="decoder_unavailable", type="server_error", retry_after_s=5)
-    if code in (-signal.SIGKILL, -signal.SIGXCPU):  # by the limit of time or, of memory, by the system
-        return Refusal(refused="costly")
-    try:
+        complaint = _ending(complaints)
+    if ready == b"ready":  # before, it has not touched the file yet
+        if code == -signal.SIGXCPU:
+            return Refusal(refused="costly")
+        if code is not None and -code in CRASHES:
+            logger.warning("a decoder crashed (status %d): %r", code, complaint)
+            return Refusal(refused="crash")
         if code == 0:
-            return ANSWER.validate_json(answer)
-    except ValidationError:
-        pass
-    logger.warning("a decoder ended without an answer (status %d): %r", code, complaint)
-    return Refusal(refused="broken")
+            try:
+                return ANSWER.validate_json(answer)
+            except ValidationError:
+                pass
+    outcome = f"took more than {timeout_s:g} s" if code is None else f"ended with status {code}"
+    logger.error("a decoder gave no answer: it %s: %r", outcome, complaint)
+    raise _unavailable()
+
+
+def _unavailable() -> ApiError:
+    message = "Uploads cannot be decoded at the moment."
+    return ApiError(503, message, code="decoder_unavailable", type="server_error", retry_after_s=5)
 
 
 def _beginning(file: IO[bytes]) -> bytes:
@@ -249,7 +295,7 @@ def _beginning(file: IO[bytes]) -> bytes:
     return file.read(MAX_ANSWER_BYTES)
 
 
-def _refusal(word: str, param: str, task: dict[str, Any]) -> ApiError:
-    what, kind = ("mp4", "video") if "keep" in task else ("PNG, JPEG or WebP", "image")
-    message = f"Invalid '{param}': {REFUSALS[word].format(what=what, **task)}."
-    return ApiError(400, message, code="file_too_large" if word in TOO_LARGE else f"invalid_{kind}", param=param)
+def _ending(file: IO[bytes]) -> bytes:
+    """Of a traceback, whose last line says most."""
+    file.seek(max(0, file.seek(0, 2) - MAX_ANSWER_BYTES))
+    return file.read(MAX_ANSWER_BYTES)

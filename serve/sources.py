@@ -16,7 +16,7 @@ from ..runtime.video_file import write_video
 from .catalog import ServedModel
 from .context import Context
 from .errors import ApiError
-from .media import decode_video
+from .media import decode_video, measure_video
 from .shape import Shape, nearest
 from .store.jobs import Job
 from .store.tables import COMPLETED
@@ -84,24 +84,20 @@ async def sent_source(context: Context, upload: Upload, model: ServedModel) -> S
     ApiError 400 for what is no clip within the bounds.
     """
     config, fps = context.config, model.defaults.fps
-    bounds: dict[str, Any] = dict(max_pixels=config.max_media_pixels, max_seconds=config.max_media_seconds)
-    width, height = model.native_sizes[0]
-    seen = await decode_video(upload.path, width, height, max_frames=1, keep="first", **bounds)
-    width, height = seen.source_width // 2 * 2, seen.source_height // 2 * 2  # H.264 has half as many colours a side
+    asked: dict[str, Any] = dict(fps=fps, max_pixels=config.max_media_pixels, max_seconds=config.max_media_seconds)
+    found = await measure_video(upload.path, **asked)
+    width, height = found.width // 2 * 2, found.height // 2 * 2  # H.264 has half as many colours a side
     max_frames = max(1, MAX_DECODED_BYTES // (3 * width * height))
-    decoded = await decode_video(upload.path, width, height, max_frames=max_frames, keep="first", **bounds)
-    if decoded.source_frames > max_frames:
-        message = f"Invalid 'video': at {width}x{height} it may have at most {max_frames} frames."
+    if found.frames > max_frames:
+        message = f"Invalid 'video': at {width}x{height} it may have at most {max_frames} frames, got {found.frames}."
         raise ApiError(400, message, code="file_too_large", param="video")
-    return await asyncio.to_thread(_written, decoded.frames_path, decoded.fps, fps, upload.sha256)
+    decoded = await decode_video(upload.path, width, height, max_frames=found.frames, keep="first", **asked)
+    return await asyncio.to_thread(_written, decoded.frames_path, fps, upload.sha256)
 
 
-def _written(frames_path: Path, source_fps: float, fps: int, sha256: str) -> Source:
+def _written(frames_path: Path, fps: int, sha256: str) -> Source:
     frames = np.load(frames_path, mmap_mode="r")
-    num_frames = max(1, round(len(frames) * fps / source_fps))
-    picks = np.minimum((np.arange(num_frames) * source_fps / fps).round().astype(int), len(frames) - 1)
     with tempfile.TemporaryDirectory(dir=frames_path.parent) as folder:
-        path = write_video(Path(folder) / "source.mp4", np.asarray(frames[picks]), fps)
-        data = path.read_bytes()
-    _, height, width, _ = frames.shape
+        data = write_video(Path(folder) / "source.mp4", frames, fps).read_bytes()
+    num_frames, height, width, _ = frames.shape
     return Source(data, sha256, width, height, num_frames, fps)

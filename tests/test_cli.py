@@ -169,7 +169,7 @@ BEFORE_LOADING = {
     "sheet is output": (["a", "-o", "a.png", "--sheet", "./a.png"], "sheet must not be the output itself"),
     "strength": (["a", "--strength", "0"], "strength must be above 0 and at most 1, got 0.0"),
     "video absent": (["a", "--video", "no.mp4"], "video must be an existing file, got 'no.mp4'"),
-    "video unreadable": (["a", "--video", "text.png"], "video 'text.png' must be an intact mp4, mov, mkv or webm file"),
+    "video unreadable": (["a", "--video", "text.png"], "video 'text.png' must be an mp4, mov, mkv or webm file"),
     "last image absent": (["a", "--last-image", "no.png"], "last_image must be an existing file, got 'no.png'"),
     "last image tiny": (["a", "--last-image", "tiny.png"], "last_image 'tiny.png' must be at least 16x16 pixels"),
     "image absent": (["a", "--image", "no.png"], "image must be an existing file, got 'no.png'"),

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from skylapse.runtime.finish import THUMBNAIL_SIDE, Finish, finish, fit
-from skylapse.runtime.video_file import read_video
+from skylapse.runtime.media.clips import read_video
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from skylapse import Engine, VideoRequest
 from skylapse.benchmarks.demo_model.judge import score
 from skylapse.benchmarks.demo_model.scenes import caption, draw_scenes, render
 from skylapse.runtime.events import Finished, Preview, Progress
+from skylapse.runtime.media.clips import read_video
 from skylapse.runtime.preview import SCALE
-from skylapse.runtime.video_file import read_video, write_video
+from skylapse.runtime.video_file import write_video
 
 SMALL = dict(prompt="a star", width=64, height=64, num_frames=13, num_inference_steps=3)
 CLIP = np.random.default_rng(0).integers(0, 256, (17, 64, 64, 3), dtype=np.uint8)

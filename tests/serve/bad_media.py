@@ -72,7 +72,7 @@ MAKERS: dict[str, Callable[[], bytes]] = {
     "mp4_head": lambda: clip()[:100],
     "mp4_noise": lambda: clip()[:40] + np.random.default_rng(0).bytes(5000),
     "mp4_long": lambda: clip(125, fps=1, width=16, height=16),
-    "mp4_wide": lambda: clip(2, width=4112, height=16),
+    "mp4_wide": lambda: clip(2, width=8208, height=16),
     "text": lambda: b"this is no picture",
     "nothing": lambda: b"",
     "gif": lambda: encoded("GIF"),
@@ -87,9 +87,10 @@ MAKERS: dict[str, Callable[[], bytes]] = {
     "webp_animation": lambda: animation("WEBP"),
     "pixel": lambda: encoded("PNG", Image.new("RGB", (1, 1))),
     "line": lambda: encoded("PNG", Image.new("RGB", (4000, 1))),
-    "wide": lambda: encoded("PNG", Image.new("1", (5000, 20))),
+    "wide": lambda: encoded("PNG", Image.new("1", (9000, 20))),
     "bomb": lambda: png_of_zeros(12000, 12000),
     "bigger_bomb": lambda: png_of_zeros(30000, 30000),
+    "profile_bomb": lambda: png_of_zeros(32, 32, png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(100 * 2**20), 9))),
     "text_bomb": lambda: png_of_zeros(32, 32, png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(100 * 2**20), 9))),
     "webp_bomb": lambda: (
         b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8L" + struct.pack("<IBI", 10, 0x2F, 2**28 - 1) + bytes(9)

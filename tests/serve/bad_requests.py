@@ -144,7 +144,7 @@ CASES: list[Case] = [
     as_form("video_for_a_create", MEDIA, lambda: [file("video", media("mp4"))], code="unknown_parameter"),
     # --------------------------------------------------------------------------------------------- decompression bombs
     *as_file(BOMBS, "bomb bigger_bomb webp_bomb wide", code="file_too_large", prefix="image"),
-    *as_file(BOMBS, "text_bomb", code="invalid_image", prefix="image"),
+    *as_file(BOMBS, "profile_bomb", code="file_too_large", prefix="image"),
     *as_file(BOMBS, "mp4_long mp4_wide", EDITS, "file_too_large"),
     as_form("bomb_in_a_url", BOMBS, data_url("bomb"), code="file_too_large"),
     Case(

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from selenium.webdriver.common.keys import Keys
 
-from skylapse.runtime.video_file import read_video
+from skylapse.runtime.media.clips import read_video
 
 from .browser import MISSING, Studio, chromium, problems
 from .service import SMALL, Service

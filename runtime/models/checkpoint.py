@@ -6,7 +6,6 @@ one tensor at a time goes from the file to its place, so no second copy of the w
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...kernels.weight_formats import WeightFormat
+from ..json_file import read_json
 from .linear import Linear
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -169,19 +169,6 @@ def tensor_headers(folder: Path, stem: str = WEIGHTS) -> Iterator[tuple[str, tup
             for key in file.keys():
                 header = file.get_slice(key)
                 yield key, tuple(header.get_shape()), str(header.get_dtype())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; ValueError naming the file where it is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path.parent.name}/{path.name} is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path.parent.name}/{path.name} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.parent.name}/{path.name} must hold a JSON object")
-    return value
 
 
 def _open(path: Path) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import load_weights, read_json, tensor_headers
+from ..json_file import read_json
+from .checkpoint import load_weights, tensor_headers
 
 STEM = "model"  # of its safetensors files
 ARCHITECTURES = ("UMT5EncoderModel", "T5EncoderModel")

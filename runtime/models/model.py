@@ -24,10 +24,11 @@ from ..vae.wan import WanVAE, WanVAEConfig, checkpoint_name
 from .checkpoint import load_weights
 from .configs import parse_config
 from .fingerprint import fingerprint
+from .hub import resolve_folder
 from .image_encoder import ImageEncoder
 from .placement import place
 from .quantization import quantized_weights
-from .registry import EXPERTS, ModelFolder, read_folder, resolve_folder
+from .registry import EXPERTS, ModelFolder, read_folder
 from .residency import CudaMover, Mover, Residency
 from .text_encoder import TextEncoder
 from .wan import WanConfig, WanDenoiser

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..json_file import within
+from ..json_file import shown, within
 
 MAX_LAYERS, MAX_WIDTH = 256, 2**17  # the largest published ones have 40 layers of 5,120; more is a slip of the pen
 QK_NORM = "rms_norm_across_heads"
@@ -33,6 +33,8 @@ class WanConfig:
 
     def __post_init__(self) -> None:
         within(self, 1, 16, "patch_size")
+        if self.patch_size[0] != 1:  # a clip has an odd number of latent frames, or any
+            raise ValueError(f"patch_size must begin with 1, got {shown(self.patch_size)}")
         within(self, 1, MAX_LAYERS, "num_layers")
         within(self, 1, 1024, "num_attention_heads")
         within(self, 2, 1024, "attention_head_dim", "freq_dim", even=True)  # pairs are rotated; cosines and sines

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
-from skylapse.runtime.models.text_encoder import EMBED_TOKENS, SHARED, TextEncoder, clean_prompt
+from skylapse.runtime.models.parts import EMBED_TOKENS, SHARED
+from skylapse.runtime.models.text_encoder import TextEncoder, clean_prompt
 
 CPU = torch.device("cpu")
 PROMPT = "a large red circle moving left at night"

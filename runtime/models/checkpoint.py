@@ -37,12 +37,16 @@ Header = tuple[tuple[int, ...], str]  # of a tensor: its shape, and its dtype as
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a checkpoint's tensor goes: rows of one parameter."""
+    """Where a checkpoint's tensor goes: rows of one parameter.
+
+    kernel: its shape in the file where it is a convolution's there, [out, C, p, q, r] for [out, C p q r].
+    """
 
     parameter: str
     rows: slice
     num_elements: int
     shape: tuple[int, ...]
+    kernel: tuple[int, ...] | None = None
 
 
 def slots(module: nn.Module, rename: Callable[[str], str] = lambda name: name) -> dict[str, Slot]:
@@ -62,7 +66,8 @@ def slots(module: nn.Module, rename: Callable[[str], str] = lambda name: name) -
         for source, num_rows in fused[owner].sources.items():
             key = ".".join(part for part in (parent, source, leaf) if part)
             shape = (num_rows, *parameter.shape[1:])
-            places[rename(key)] = Slot(name, slice(start, start + num_rows), math.prod(shape), shape)
+            kernel = (num_rows, *fused[owner].kernel) if fused[owner].kernel and leaf == "weight" else None
+            places[rename(key)] = Slot(name, slice(start, start + num_rows), math.prod(shape), shape, kernel)
             start += num_rows
     return places
 
@@ -77,22 +82,20 @@ def load_weights(
     fp32_parameters: Sequence[str] = (),
     unexpected_keys: Sequence[str] = (),
     rename: Callable[[str], str] = lambda name: name,
-    kernels: Mapping[str, tuple[int, ...]] = {},
     quantized: Mapping[str, WeightFormat] = {},
 ) -> None:
     """Fill a module that lies on `meta` from a folder's safetensors files.
 
     Parameters whose name contains one of `fp32_parameters` stay fp32. Those of `quantized`, weights of a `Linear`, are
     kept in that format, made from the file's own numbers on the device. Raises ValueError naming the file and the keys
-    that are missing, unexpected (but for those containing one of `unexpected_keys`) or wrongly shaped. kernels: shapes
-    in the file of weights that are matrices here.
+    that are missing, unexpected (but for those containing one of `unexpected_keys`) or wrongly shaped.
     """
     places = slots(module, rename)
     with ExitStack() as stack:
         files = [(path, stack.enter_context(_open(path))) for path in weight_files(folder, stem)]
         where = {key: (path, file) for path, file in files for key in file.keys()}
         headers = {key: _header(file, key) for key, (_, file) in where.items()}
-        check_keys(places, headers, folder, unexpected_keys, kernels)
+        check_keys(places, headers, folder, unexpected_keys)
         allocate(module, device=device, dtype=dtype, fp32_parameters=fp32_parameters, quantized=quantized)
         parameters = dict(module.named_parameters())
         for key, slot in places.items():
@@ -130,7 +133,6 @@ def check_keys(
     headers: Mapping[str, Header],
     folder: Path,
     unexpected_keys: Sequence[str],
-    kernels: Mapping[str, tuple[int, ...]] = {},
 ) -> None:
     """Raise one ValueError that names every key that is missing, left over, wrongly shaped or no float.
 
@@ -144,9 +146,8 @@ def check_keys(
         if key not in headers:
             continue
         shape, dtype = headers[key]
-        wanted = kernels.get(key, slot.shape)
-        if shape not in (wanted, slot.shape):
-            wrong.append(f"{key} {list(shape)}, expected {list(wanted)}")
+        if shape not in (slot.shape, slot.kernel):
+            wrong.append(f"{key} {list(shape)}, expected {list(slot.kernel or slot.shape)}")
         if dtype not in FLOATS:
             integers.append(f"{key} {dtype}")
     problems = [

@@ -77,13 +77,15 @@ def _inspect_model(options: argparse.Namespace, settings: Settings) -> int:
     print(f"\ncan do    {', '.join(report.tasks)}")
     print(f"sizes     {sizes}; multiples of {limits.size_multiple} up to {limits.max_pixels:,} pixels")
     print(f"frames    {defaults.num_frames} at {defaults.fps} fps; up to {limits.max_num_frames}")
-    weights = [
-        f"{_mebibytes(report.loaded_bytes[name])} in {name} "
-        f"({_mebibytes(report.loaded_bytes[f'{name}+int8'])} with --quantize)"
-        for name in ("bf16", "fp32")
-    ]
+    weights = []
+    for name in ("bf16", "fp32"):
+        quantized = report.loaded_bytes.get(f"{name}+int8")
+        told = "--quantize does not take its sides" if quantized is None else f"{_mebibytes(quantized)} with --quantize"
+        weights.append(f"{_mebibytes(report.loaded_bytes[name])} in {name} ({told})")
     print(f"weights   {', '.join(weights)}")
     print(f"sampling  {defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}")
+    for part, reason in report.ignored.items():
+        print(f"ignored   {part}: {reason}")
     if rows is not None:
         print()
         print_fit(rows)
@@ -113,7 +115,7 @@ def print_fit(rows: Sequence[dict[str, Any]]) -> None:
                 f"{row['width']}x{row['height']}x{row['num_frames']}",
                 "+".join(filter(None, (row["dtype"], row["quantize"]))),
                 f"up to {row['max_frames']} frames" if row["fits"] else f"no: {row['blocked_by']}",
-                *(f"{row['peak_bytes'][stage] / 1e9:.1f}" for stage in ("text", "encode", "step", "decode")),
+                *(_gigabytes(row["peak_bytes"][stage]) for stage in ("text", "encode", "step", "decode")),
                 f"{row['budget_bytes'] / 1e9:.1f} GB",
                 ", ".join(row["moved"]) or "nothing",
                 _how(row),
@@ -124,6 +126,8 @@ def print_fit(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _how(row: dict[str, Any]) -> str:
+    if "why" in row:
+        return str(row["why"])
     if not row["fits"]:
         enough = max(row["peak_bytes"][stage] for stage in row["stages"]) / (row["budget_bytes"] / row["device_bytes"])
         others = f", or {' or '.join(row['nearest'])}" if row["nearest"] else ""
@@ -181,6 +185,10 @@ def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_row(*row)
     width = None if sys.stdout.isatty() else 1000  # one line a row for whoever reads it through a pipe
     Console(width=width, markup=False, highlight=False).print(table)
+
+
+def _gigabytes(num_bytes: int | None) -> str:
+    return "" if num_bytes is None else f"{num_bytes / 1e9:.1f}"
 
 
 def _mebibytes(num_bytes: int | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ Rename = Callable[[str], str]  # our name of a parameter -> the checkpoint's
 class Part:
     """A part's module, on `meta`, and where its weights are.
 
-    rename_for: the names in the file -> how it calls our parameters. kernels: shapes there of what is a matrix here.
+    rename_for: the names in the file -> how it calls our parameters.
     """
 
     name: str
@@ -43,20 +43,17 @@ class Part:
     rename_for: Callable[[Collection[str]], Rename] = lambda names: lambda name: name
     fp32_parameters: Sequence[str] = ()
     unexpected_keys: Sequence[str] = ()
-    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def expert_part(name: str, fields: Mapping[str, Any]) -> Part:
     """A denoiser of these config fields."""
-    config = parse_config(WanConfig, fields, name)
     with torch.device("meta"):
-        module = WanDenoiser(config)
+        module = WanDenoiser(parse_config(WanConfig, fields, name))
     return Part(
         name=name,
         module=module,
         fp32_parameters=WanDenoiser.fp32_parameters,
         unexpected_keys=WanDenoiser.unexpected_keys,
-        kernels={"patch_embedding.weight": (config.dim, config.in_channels, *config.patch_size)},
     )
 
 
@@ -113,7 +110,7 @@ def check_weights(folder: ModelFolder) -> None:
         path = folder.path / part.name
         headers = tensor_headers(path, part.stem)
         places = slots(part.module, part.rename_for(headers))
-        check_keys(places, headers, path, part.unexpected_keys, part.kernels)
+        check_keys(places, headers, path, part.unexpected_keys)
 
 
 def holds_weights(folder: ModelFolder) -> bool:
@@ -135,7 +132,6 @@ def load_part(
         fp32_parameters=part.fp32_parameters,
         unexpected_keys=part.unexpected_keys,
         rename=part.rename_for(tensor_headers(path, part.stem)),
-        kernels=part.kernels,
         quantized=quantized_weights(module, quantize),
     )
     for owner in module.modules():

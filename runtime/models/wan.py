@@ -45,9 +45,8 @@ class WanDenoiser(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch_embedding = Linear(
-            config.in_channels * math.prod(config.patch_size), {"patch_embedding": config.dim}
-        )
+        kernel = config.in_channels, *config.patch_size
+        self.patch_embedding = Linear(math.prod(kernel), {"patch_embedding": config.dim}, kernel)
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.dim))

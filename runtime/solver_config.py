@@ -150,7 +150,7 @@ class SolverConfig:
             "disable_corrector": ("disable_corrector", Sequence[int]),
             **({"solver_type": ("solver_type", str)} if solver == "dpmpp" else {}),
         }
-        return cls(
-            solver=solver,
-            **{ours: typed_value(name, given[name], hint) for ours, (name, hint) in read.items() if name in given},
-        )
+        found = {ours: typed_value(name, given[name], hint) for ours, (name, hint) in read.items() if name in given}
+        if not found.get("shift", 1.0) > 0:  # told here, where it has the file's name
+            raise ValueError(f"{read['shift'][0]} must be above 0, got {shown(found['shift'])}")
+        return cls(solver=solver, **found)

@@ -40,7 +40,7 @@ class ModelIndex:
         """The transformers that diffusers would denoise with; ValueError where it would miss one."""
         there, ratio = [part for part in EXPERTS if part in self.classes], self.boundary_ratio
         if not there:
-            raise ValueError(f"{FILE} names no transformer")
+            raise ValueError(f"{FILE}: there is no transformer")
         if ratio is None or ratio == 0:
             wanted = ["transformer"]
         elif there == ["transformer_2"] and ratio == 1:
@@ -49,7 +49,8 @@ class ModelIndex:
             wanted = list(EXPERTS)
         for part in wanted:
             if part not in there:
-                raise ValueError(f"{FILE} names no {part}, and boundary_ratio = {shown(ratio)} needs one")
+                because = "" if ratio is None else f", and boundary_ratio = {shown(ratio)} needs one"
+                raise ValueError(f"{FILE}: there is no {part}{because}")
         return wanted
 
 
@@ -58,6 +59,7 @@ def read_index(folder: Path, name: str) -> ModelIndex:
 
     name: the folder's, in messages.
     """
+    name = name.rstrip("/") or name
     if not (folder / FILE).is_file():
         raise ValueError(_no_index(folder, name))
     fields = read_json(folder / FILE, f"{name}/{FILE}")

@@ -259,9 +259,13 @@ def _cached_models(cache_dir: Path | None) -> Iterator[ModelEntry]:
 
 def describe(name: str, cache_dir: Path | None = None) -> ModelFolder:
     """A model's configs, from the disk where it is there, from this package where it is published, else downloaded."""
-    if local_folder(name) is None and (known := published_folder(name)) is not None:
-        return known if (path := cached_folder(name, cache_dir, None)) is None else read_folder(path, name)
-    return read_folder(resolve_folder(name, cache_dir), name)
+    return known_folder(name, cache_dir) or read_folder(resolve_folder(name, cache_dir), name)
+
+
+def known_folder(name: str, cache_dir: Path | None = None) -> ModelFolder | None:
+    """A model's configs where they are on this machine: local, downloaded or published; None where a hub has them."""
+    path = local_folder(name) or cached_folder(name, cache_dir, None)
+    return published_folder(name) if path is None else read_folder(path, name)
 
 
 def inspect_model(name: str, cache_dir: Path | None = None) -> ModelReport:

@@ -1,0 +1,450 @@
+"""Model folders that people have: loaded rightly or refused in one line, by `models inspect` and `generate` alike."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_checkpoint
+
+from skylapse import Engine, VideoRequest
+from skylapse.cli import main
+from skylapse.runtime.models.registry import inspect_model, read_folder
+
+Change = Callable[[Path], object]
+IMAGES = ("tokenizer", "scheduler", "text_encoder", "vae", "transformer", "image_encoder", "image_processor")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan2.1 image-to-video checkpoint, which has every part that there is."""
+    return save_checkpoint("wan2.1-i2v", tmp_path_factory.mktemp("i2v") / "model")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of two experts."""
+    return save_checkpoint("wan2.2-t2v-a14b", tmp_path_factory.mktemp("a14b") / "model")
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+@pytest.fixture
+def two(pair: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pair, tmp_path / "two"))
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[[Path], str]:
+    """What both commands say of a folder, after the model's name: one line, the same, with exit code 2."""
+
+    def refusal_of(folder: Path) -> str:
+        lines = []
+        for command in (
+            ["models", "inspect", str(folder), "--device-memory", "80"],
+            ["generate", "a", "--model", str(folder), "-o", str(tmp_path / "out.mp4")],
+        ):
+            assert main(command) == 2, capsys.readouterr()
+            told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("skylapse: loading")]
+            assert len(told) == 1, told
+            lines.append(told[0])
+        assert lines[0] == lines[1]
+        assert not (tmp_path / "out.mp4").exists()
+        return lines[0].removeprefix(f"skylapse: error: model {str(folder)!r}: ")
+
+    return refusal_of
+
+
+def set_fields(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | fields))
+
+
+def frames_of(folder: Path) -> np.ndarray:
+    picture = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    request = VideoRequest(prompt="a star", width=32, height=32, num_frames=5, num_inference_steps=2, image=picture)
+    return Engine.from_pretrained(str(folder), device="cpu").generate(request).frames
+
+
+# ------------------------------------------------------------------------------------------------- fields of configs
+
+TRANSFORMER, VAE, SCHEDULER = "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"
+TEXT, IMAGE, INDEX, CARD = "text_encoder/config.json", "image_encoder/config.json", "model_index.json", "skylapse.json"
+WRONG: list[tuple[str, str, Any, str]] = [
+    (TRANSFORMER, "num_layers", "two", 'must be a whole number, got "two"'),
+    (TRANSFORMER, "num_layers", 10**9, "must be from 1 to 256, got 1000000000"),
+    (TRANSFORMER, "num_layers", True, "must be a whole number, got true"),
+    (TRANSFORMER, "num_attention_heads", 0, "must be from 1 to 1024, got 0"),
+    (TRANSFORMER, "ffn_dim", -3, "must be from 1 to 131072, got -3"),
+    (TRANSFORMER, "patch_size", [1, 0, 2], "must be from 1 to 16, got [1, 0, 2]"),
+    (TRANSFORMER, "patch_size", [2, 2, 1], "must begin with 1, got [2, 2, 1]"),
+    (TRANSFORMER, "patch_size", [1, 2], "must be 3 whole numbers, got [1, 2]"),
+    (TRANSFORMER, "attention_head_dim", 7, "must be even and from 2 to 1024, got 7"),
+    (TRANSFORMER, "eps", float("nan"), "must be a number, got NaN"),
+    (TRANSFORMER, "cross_attn_norm", "no", 'must be true or false, got "no"'),
+    (TRANSFORMER, "qk_norm", "layer_norm", 'must be "rms_norm_across_heads", got "layer_norm"'),
+    (TRANSFORMER, "text_dim", 48, "must be 64, the text encoder's d_model, got 48"),
+    (TRANSFORMER, "in_channels", 7, "must be 4, or 12 where an image is given in channels beside the latents, got 7"),
+    (TRANSFORMER, "out_channels", 12, "must be 4, the VAE's z_dim, got 12"),
+    (TRANSFORMER, "image_dim", 24, "must be 20, the image encoder's hidden_size, got 24"),
+    (TRANSFORMER, "added_kv_proj_dim", None, "must be 48 (heads times their size) beside image_dim, got null"),
+    (TRANSFORMER, "pos_embed_seq_len", 33, "must be 34, the image encoder's rows of two images, got 33"),
+    (TRANSFORMER, "_class_name", "WanVACETransformer3DModel", "must be WanTransformer3DModel, got WanVACE"),
+    (VAE, "base_dim", 0, "must be from 1 to 4096, got 0"),
+    (VAE, "dim_mult", [], "must be 1 to 8 numbers from 1 to 64, got []"),
+    (VAE, "dim_mult", [1, "2"], 'must be a list of whole numbers, got [1, "2"]'),
+    (VAE, "scale_factor_spatial", 0, "must be 8 with these dim_mult, temperal_downsample and patch_size, got 0"),
+    (VAE, "scale_factor_temporal", 8, "must be 4 with these dim_mult, temperal_downsample and patch_size, got 8"),
+    (VAE, "z_dim", "a", 'must be a whole number, got "a"'),
+    (VAE, "temperal_downsample", [True], "must have 3 values, one less than dim_mult, got [true]"),
+    (VAE, "latents_mean", [0.0], "must have z_dim = 4 values, got 1"),
+    (VAE, "latents_std", [1.0, 0.0, 1.0, 1.0], "must be above 0, got 0.0"),
+    (VAE, "in_channels", 12, "must be 3 with these"),
+    (VAE, "attn_scales", [0.5], "must be empty, got [0.5]"),
+    (SCHEDULER, "flow_shift", "x", 'must be a number, got "x"'),
+    (SCHEDULER, "flow_shift", -1, "must be a positive number, got -1"),
+    (SCHEDULER, "num_train_timesteps", 1000.5, "must be a whole number, got 1000.5"),
+    (SCHEDULER, "solver_order", 7, "must be 1, 2 or 3, got 7"),
+    (SCHEDULER, "lower_order_final", "yes", 'must be true or false, got "yes"'),
+    (SCHEDULER, "disable_corrector", 3, "must be a list of whole numbers, got 3"),
+    (SCHEDULER, "use_karras_sigmas", True, "is not supported, got true"),
+    (SCHEDULER, "_class_name", ["UniPCMultistepScheduler"], "must be UniPCMultistepScheduler or DPM"),
+    (SCHEDULER, "_class_name", "FlowMatchEulerDiscreteScheduler", "must be UniPCMultistepScheduler, as in model_index"),
+    (TEXT, "d_model", "wide", 'must be a whole number, got "wide"'),
+    (TEXT, "num_heads", 0, "must be from 1 to 1024, got 0"),
+    (TEXT, "num_layers", 10**9, "must be from 1 to 256, got 1000000000"),
+    (TEXT, "relative_attention_num_buckets", 2, "must be even and from 4 to 4096, got 2"),
+    (TEXT, "layer_norm_epsilon", 0, "must be above 0 and below 1, got 0"),
+    (TEXT, "feed_forward_proj", "gated-tanh", "must be relu or gelu or gelu_new or silu or gated-relu or"),
+    (TEXT, "dropout_rate", "some", 'must be a number, got "some"'),
+    (TEXT, "vocab_size", 10, "tokenizer must have ids below the text encoder's vocab_size = 10"),
+    (IMAGE, "hidden_size", [20], "must be a whole number, got [20]"),
+    (IMAGE, "num_attention_heads", 3, "must be a divisor of hidden_size = 20, got 3"),
+    (IMAGE, "patch_size", 64, "must be from 1 to 32, got 64"),
+    (IMAGE, "hidden_act", "tanh", "must be quick_gelu or gelu or gelu_new or relu or silu, got"),
+    (IMAGE, "num_channels", 4, "must be from 3 to 3, got 4"),
+    (INDEX, "transformer", "WanTransformer3DModel", "must be a pair of library and class"),
+    (INDEX, "vae", ["diffusers", "AutoencoderKL"], "must be AutoencoderKLWan, got AutoencoderKL"),
+    (INDEX, "text_encoder", ["transformers", "CLIPTextModel"], "must be UMT5EncoderModel or T5EncoderModel, got CLIP"),
+    (INDEX, "boundary_ratio", "half", 'must be a number, got "half"'),
+    (INDEX, "boundary_ratio", 1.5, "must be from 0 to 1, got 1.5"),
+    (INDEX, "boundary_ratio", 0.9, "= 0.9 needs one"),
+    (INDEX, "expand_timesteps", "no", 'must be true or false, got "no"'),
+    (INDEX, "expand_timesteps", True, "must be false with in_channels = 12, got true"),
+    (CARD, "defaults", {"width": 70}, "width must be a multiple of 8"),
+    (CARD, "defaults", {"width": 72, "height": 64}, "width must be a multiple of 16 for this model, got 72"),
+    (CARD, "defaults", {"fps": "fast"}, "fps must be a whole number, got 'fast'"),
+    (CARD, "defaults", {"colour": 1}, "unknown default 'colour' (known: width"),
+    (CARD, "defaults", [], "must be an object, got []"),
+    (CARD, "limits", {"max_pixels": "many"}, 'max_pixels must be a whole number, got "many"'),
+    (CARD, "native_sizes", 3, "must be a list of pairs [width, height], got 3"),
+    (CARD, "native_sizes", [["a", 64]], "width must be a whole number, got 'a'"),
+    (CARD, "native_sizes", [[72, 64]], "width must be a multiple of 16 for this model, got 72"),
+    (CARD, "cache", {"high": 3}, "cache.high must be a text, got 3"),
+    (CARD, "cache", {"higher": "easy"}, "unknown cache preset 'higher' (known: high, balanced, fast)"),
+    (CARD, "teacache", ["a"], 'must be a list of numbers, got ["a"]'),
+    (CARD, "distilled", "yes", 'must be true or false, got "yes"'),
+    (CARD, "native_size", [[64, 64]], "unknown field 'native_size' (known: defaults, native_sizes"),
+]
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value", "allowed"), WRONG, ids=lambda value: str(value).replace("/", " ")[:40]
+)
+def test_a_wrong_field_is_named_with_its_file_its_value_and_what_is_allowed(
+    file: str, field: str, value: Any, allowed: str, folder: Path, refusal: Callable[[Path], str]
+) -> None:
+    set_fields(folder / file, **{field: value})
+    told = refusal(folder)
+    assert allowed in told and len(told) < 400
+    if field != "vocab_size":  # it is the tokenizer that does not go with it
+        assert field in told and told.startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize("file", [TRANSFORMER, VAE, SCHEDULER, TEXT, IMAGE])
+def test_null_means_the_default(file: str, folder: Path) -> None:
+    """Of every field that has its default's value; some writers spell all of them out so."""
+    given = json.loads((folder / file).read_text())
+    before, changed = read_folder(folder), 0
+    for name in given:
+        set_fields(folder / file, **given | {name: None})
+        try:
+            after = read_folder(folder)
+        except ValueError:  # the default is another one, and does not go with the rest
+            continue
+        changed += 1
+        assert (after.limits, after.defaults, after.tasks) == (before.limits, before.defaults, before.tasks), name
+    assert changed >= 4
+
+
+def test_nulls_of_a_scheduler_are_its_defaults(folder: Path) -> None:
+    names = ("sigma_min", "sigma_max", "shift_terminal", "solver_order", "num_train_timesteps", "disable_corrector")
+    set_fields(folder / SCHEDULER, **dict.fromkeys((*names, "lower_order_final", "timestep_spacing")))
+    model = Engine.from_pretrained(str(folder), device="cpu").model
+    assert (model.solver.solver_order, model.solver.num_train_timesteps, model.solver.disable_corrector) == (
+        2,
+        1000,
+        (),
+    )
+    assert model.solver.shift == 5.0 and model.solver.lower_order_final
+
+
+# ----------------------------------------------------------------------------------------------- parts of the folder
+
+
+@pytest.mark.parametrize("part", IMAGES)
+def test_a_missing_part_is_named(part: str, folder: Path, refusal: Callable[[Path], str]) -> None:
+    shutil.rmtree(folder / part)
+    assert refusal(folder).startswith((f"{part} is missing", f"{part}/config.json is missing"))
+
+
+@pytest.mark.parametrize("part", IMAGES)
+def test_a_part_that_is_not_promised_is_named(part: str, folder: Path, refusal: Callable[[Path], str]) -> None:
+    set_fields(folder / INDEX, **{part: [None, None]})
+    assert f"model_index.json names no {part}" in refusal(folder)
+
+
+def test_a_second_expert_that_is_promised_and_missing_is_named(two: Path, refusal: Callable[[Path], str]) -> None:
+    shutil.rmtree(two / "transformer_2")
+    assert refusal(two) == "transformer_2/config.json is missing"
+
+
+def test_experts_of_two_kinds_are_named(two: Path, refusal: Callable[[Path], str]) -> None:
+    set_fields(two / "transformer_2" / "config.json", num_layers=1)
+    assert refusal(two) == "transformer_2/config.json: num_layers must be 2, as in transformer, got 1"
+
+
+def test_a_second_expert_that_diffusers_would_not_use_is_ignored_by_name(
+    two: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    set_fields(two / INDEX, boundary_ratio=None)
+    set_fields(two / "transformer_2" / "config.json", num_layers="broken")  # nobody looks
+    assert inspect_model(str(two)).ignored == {"transformer_2": "boundary_ratio is not set"}
+    assert len(Engine.from_pretrained(str(two), device="cpu").model.experts) == 1
+    assert "transformer_2 is ignored: boundary_ratio is not set" in caplog.text
+
+
+def test_parts_that_nothing_uses_are_ignored_by_name(
+    pair: Path, two: Path, folder: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("image_encoder", "image_processor"):
+        shutil.copytree(folder / part, two / part)
+    set_fields(two / INDEX, image_encoder=["transformers", "CLIPVisionModel"], safety_checker=["a", "B"])
+    report = inspect_model(str(two))
+    assert list(report.ignored) == ["image_encoder", "safety_checker"]
+    assert "image_encoder is ignored: the transformer has no image_dim" in caplog.text
+    assert report.components == inspect_model(str(pair)).components
+    engine = Engine.from_pretrained(str(two), device="cpu")
+    assert engine.model.image_encoder is None and set(engine.model.folder.encoders) == {"text_encoder"}
+    capsys.readouterr()
+    assert main(["models", "inspect", str(two)]) == 0
+    assert "ignored   safety_checker: a Wan model has no such part" in capsys.readouterr().out
+
+
+def test_a_pipeline_that_we_do_not_know_is_told(two: Path, caplog: pytest.LogCaptureFixture) -> None:
+    set_fields(two / INDEX, _class_name="WanDMDPipeline")
+    read_folder(two)
+    assert 'names "WanDMDPipeline", and is run as WanPipeline would' in caplog.text
+
+
+def test_weights_beside_the_vision_tower_change_no_frame(
+    whole: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As CLIPVisionModelWithProjection and CLIPModel save them: a projection, a text model, other names of the tower."""
+    path = folder / "image_encoder" / "model.safetensors"
+    tower = {f"vision_model.{name}": tensor for name, tensor in load_file(path).items()}
+    rest = {"visual_projection.weight": torch.ones(8, 20), "logit_scale": torch.ones(())}
+    rest |= {
+        "text_model.final_layer_norm.bias": torch.ones(4),
+        "vision_model.embeddings.position_ids": torch.arange(17),
+    }
+    save_file(tower | rest, path, {"format": "pt"})
+    fields = json.loads((folder / IMAGE).read_text())
+    set_fields(folder / IMAGE, architectures=["CLIPVisionModelWithProjection"], projection_dim=8)
+    caplog.set_level(logging.INFO)
+    expected = frames_of(whole)
+    assert np.array_equal(frames_of(folder), expected)
+    assert "image_encoder: weights that nothing uses are left out: logit_scale, text_model" in caplog.text
+    inspect_model(str(folder))
+    (folder / IMAGE).write_text(json.dumps({"architectures": ["CLIPModel"], "vision_config": fields}))
+    assert np.array_equal(frames_of(folder), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------- weights
+
+WEIGHTS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize("variant", ["bf16", "fp16"])
+def test_a_variant_alone_is_told_with_what_to_do(
+    part: str, variant: str, folder: Path, refusal: Callable[[Path], str]
+) -> None:
+    stem = WEIGHTS[part]
+    path = folder / part / f"{stem}.safetensors"
+    path.rename(path.with_name(f"{stem}.{variant}.safetensors"))
+    told = refusal(folder)
+    assert f"only the variant {variant}, which is not taken by itself" in told
+    assert told.endswith(f"rename {stem}.{variant}.safetensors to {stem}.safetensors")
+    path.with_name(f"{stem}.{variant}.safetensors").rename(path)
+    inspect_model(str(folder))
+
+
+@pytest.mark.parametrize("name", ["{}.safetensors.index.bf16.json", "{}.bf16.safetensors.index.json"])
+def test_a_variant_in_shards_is_renamed_by_its_index(name: str, folder: Path, refusal: Callable[[Path], str]) -> None:
+    stem = WEIGHTS["transformer"]
+    path = folder / "transformer" / f"{stem}.safetensors"
+    shard = f"{stem}.bf16-00001-of-00001.safetensors"
+    path.rename(path.with_name(shard))
+    index = path.with_name(name.format(stem))
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(path.with_name(shard)), shard)}))
+    assert refusal(folder).endswith(f"rename {index.name} to {stem}.safetensors.index.json")
+    index.rename(path.with_name(f"{stem}.safetensors.index.json"))
+    inspect_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "told"),
+    [
+        (None, "weight_map must be an object of tensors' names and files, got null"),
+        ([], "weight_map must be an object of tensors' names and files, got []"),
+        ({"a": 3}, 'weight_map must be an object of tensors\' names and files, got {"a": 3}'),
+        ({}, "weight_map names no file"),
+        ({"a": "../vae/x.safetensors"}, 'weight_map must name files of its own folder, got "../vae/x.safetensors"'),
+        ({"a": "x.safetensors"}, "names files that are not there: x.safetensors"),
+    ],
+)
+def test_an_index_that_maps_nothing_is_told(
+    weight_map: Any, told: str, folder: Path, refusal: Callable[[Path], str]
+) -> None:
+    for part in ("transformer", "text_encoder"):
+        path = folder / part / f"{WEIGHTS[part]}.safetensors.index.json"
+        path.write_text(json.dumps({"weight_map": weight_map}))
+        path.with_name(f"{WEIGHTS[part]}.safetensors").rename(folder / f"{part}.gone")
+        assert told in refusal(folder) and part in refusal(folder)
+        path.unlink()
+        (folder / f"{part}.gone").rename(path.with_name(f"{WEIGHTS[part]}.safetensors"))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4200000000\n"
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "tokenizer/tokenizer.json", VAE],
+)
+def test_what_git_leaves_without_lfs_is_told(file: str, folder: Path, refusal: Callable[[Path], str]) -> None:
+    (folder / file).write_text(POINTER)
+    assert (
+        refusal(folder) == f"{file} is a pointer of Git LFS and not the file itself: run `git lfs pull` in the folder"
+    )
+
+
+def test_weights_of_whole_numbers_are_refused(folder: Path, refusal: Callable[[Path], str]) -> None:
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"proj_out.weight": tensors["proj_out.weight"].to(torch.int8)}, path, {"format": "pt"})
+    assert "not floating-point: proj_out.weight I8" in refusal(folder)
+
+
+def test_a_kernel_of_other_sides_is_refused_though_it_has_as_many_numbers(
+    folder: Path, refusal: Callable[[Path], str]
+) -> None:
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    kernel = tensors["patch_embedding.weight"]
+    save_file(tensors | {"patch_embedding.weight": kernel.view(48, 12, 1, 4, 1)}, path, {"format": "pt"})
+    told = "wrong shape: patch_embedding.weight [48, 12, 1, 4, 1], expected [48, 12, 1, 2, 2]"
+    assert told in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("diffusion_pytorch_model.bin", "pickled checkpoints are not read: convert it to safetensors"),
+        ("model-Q4_K.gguf", "GGUF is not read: get the safetensors files"),
+        ("wan.safetensors", "the weights there have other names: wan.safetensors"),
+    ],
+)
+def test_weights_in_another_form_are_told(name: str, told: str, folder: Path, refusal: Callable[[Path], str]) -> None:
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_name(name))
+    assert told in refusal(folder)
+
+
+def test_a_folder_of_json_alone_is_inspected_and_not_loaded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = {part.name: part.num_parameters for part in inspect_model(str(folder)).components}
+    for path in folder.rglob("*.safetensors"):
+        path.unlink()
+    report = inspect_model(str(folder))
+    assert report.folder.endswith("without weights")
+    assert {part.name: part.num_parameters for part in report.components} == counts
+    with pytest.raises(ValueError, match=r"transformer: no diffusion_pytorch_model\.safetensors .* holds no weights"):
+        Engine.from_pretrained(str(folder), device="cpu")
+    assert main(["models", "inspect", str(folder), "--device-memory", "80"]) == 0
+    assert "without weights" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------ tokenizers, processors, others
+
+
+def test_a_sentencepiece_model_names_the_package_that_reads_it(folder: Path, refusal: Callable[[Path], str]) -> None:
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    assert refusal(folder) == "tokenizer has neither tokenizer.json nor spiece.model"
+    (folder / "tokenizer" / "spiece.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>")
+    set_fields(folder / "tokenizer" / "tokenizer_config.json", tokenizer_class="T5Tokenizer")
+    told = "tokenizer/spiece.model needs the package sentencepiece, since there is no tokenizer.json"
+    assert refusal(folder) == f"{told}: pip install sentencepiece"
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer/tokenizer.json", "{}"),
+        ("tokenizer/tokenizer_config.json", "[]"),
+        ("tokenizer/tokenizer_config.json", '{"tokenizer_class": 3}'),
+        ("image_processor/preprocessor_config.json", "["),
+        ("image_processor/preprocessor_config.json", "[]"),
+        ("image_processor/preprocessor_config.json", '{"size": "x"}'),
+        ("image_processor/preprocessor_config.json", '{"crop_size": {"height": 16, "width": 16}}'),
+        ("image_processor/preprocessor_config.json", '{"image_mean": 3}'),
+        ("cache.json", "[]"),
+        ("cache.json", '{"entries": [3], "weights": ""}'),
+        ("cache.json", '{"entries": [{"solver": "unipc", "colour": 1}], "weights": ""}'),
+    ],
+)
+def test_files_that_others_read_are_named(file: str, text: str, folder: Path, refusal: Callable[[Path], str]) -> None:
+    (folder / file).write_text(text)
+    assert refusal(folder).startswith(file.partition("/")[0])
+
+
+# ------------------------------------------------------------------------------------------------- names of folders
+
+
+def test_a_folder_without_an_index_is_named_as_it_was_given(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "empty").mkdir()
+    for name, told in (
+        (str(folder.parent / "empty"), "is missing: a model is a folder in diffusers' format"),
+        ("empty", "is missing: a model is a folder in diffusers' format"),
+        ("./model/vae", f"and this is one of its parts; the model is {folder}"),
+        (".", "there is one in model"),
+    ):
+        for command in (["models", "inspect"], ["generate", "a", "--model"]):
+            assert main([*command, name]) == 2
+            line = capsys.readouterr().err.splitlines()[-1]
+            assert (
+                line.startswith(f"skylapse: error: model {name!r}: {name}/model_index.json is missing") and told in line
+            )

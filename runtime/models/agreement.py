@@ -36,7 +36,7 @@ def check_agreement(
         raise ValueError(f"{file}: image_dim must be null beside in_channels = {plain}, got {config.image_dim}")
     if config.in_channels == concatenated and expand_timesteps:
         raise ValueError(
-            f"model_index.json: expand_timesteps must be false beside in_channels = {concatenated}, got true"
+            f"model_index.json: expand_timesteps must be false with in_channels = {concatenated}, got true"
         )
     if config.text_dim != text_encoder.d_model:
         _refuse(file, "text_dim", config.text_dim, text_encoder.d_model, "the text encoder's d_model")

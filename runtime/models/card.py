@@ -42,13 +42,13 @@ def check_fields(extra: Mapping[str, Any]) -> dict[str, Any]:
     """A card without its nulls; ValueError names a field that is unknown or of another type."""
     given = {name: value for name, value in extra.items() if value is not None}
     try:
-        _check_names(given, FIELDS, "field")
+        _check_names(given, FIELDS, "")
         for name in ("defaults", "limits", "cache"):
             if not isinstance(found := given.get(name, {}), dict):
                 raise ValueError(f"{name} must be an object, got {shown(found)}")
-        _check_names(given.get("defaults", {}), DEFAULTS, "default")
-        _check_names(given.get("limits", {}), hints_of(Limits), "limit")
-        _check_names(given.get("cache", {}), PRESETS, "cache preset")
+        _check_names(given.get("defaults", {}), DEFAULTS, "defaults: ")
+        _check_names(given.get("limits", {}), hints_of(Limits), "limits: ")
+        _check_names(given.get("cache", {}), PRESETS, "cache: ")
         for preset, policy in given.get("cache", {}).items():
             parse_policy(typed_value(f"cache.{preset}", policy, str))
         if (coefficients := given.get("teacache")) is not None:
@@ -76,6 +76,6 @@ def check_shapes(folder: ModelFolder) -> None:
             raise ValueError(f"{FILE}: {field}: {error}") from None
 
 
-def _check_names(given: Mapping[str, Any], known: Sequence[str] | Mapping[str, Any], what: str) -> None:
+def _check_names(given: Mapping[str, Any], known: Sequence[str] | Mapping[str, Any], where: str) -> None:
     if unknown := sorted(given.keys() - set(known)):
-        raise ValueError(f"unknown {what} {unknown[0]!r} (known: {', '.join(known)})")
+        raise ValueError(f"{where}unknown field {unknown[0]!r} (known: {', '.join(known)})")

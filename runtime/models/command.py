@@ -59,8 +59,10 @@ def _list_models(options: argparse.Namespace, settings: Settings) -> int:
 def _inspect_model(options: argparse.Namespace, settings: Settings) -> int:
     from .registry import inspect_model
 
-    rows = _fit_rows(options, settings)
+    if options.device_memory is None and (options.host_memory is not None or options.offload is not None):
+        raise ValueError("--host-memory and --offload need --device-memory: the memory of the GPU, in GB")
     report = inspect_model(options.model, cache_dir=settings.cache_dir)
+    rows = _fit_rows(options, settings)
     if options.json:
         print(json.dumps(asdict(report) | ({} if rows is None else {"fit": rows}), default=str))
         return 0
@@ -95,8 +97,6 @@ def _inspect_model(options: argparse.Namespace, settings: Settings) -> int:
 def _fit_rows(options: argparse.Namespace, settings: Settings) -> list[dict[str, Any]] | None:
     """What fits, where a memory was named."""
     if options.device_memory is None:
-        if options.host_memory is not None or options.offload is not None:
-            raise ValueError("--host-memory and --offload need --device-memory: the memory of the GPU, in GB")
         return None
     from .fit_report import precisions, rows_of
     from .registry import describe

@@ -31,6 +31,7 @@ class TextEncoderConfig:
     layer_norm_epsilon: float = 1e-6
     initializer_factor: float = 1.0
     feed_forward_proj: str = "gated-gelu"
+    dense_act_fn: str | None = None  # follows from the one before, but counts where it is given
 
     def __post_init__(self) -> None:
         within(self, 1, 2**24, "vocab_size")
@@ -41,6 +42,8 @@ class TextEncoderConfig:
         within(self, self.relative_attention_num_buckets, 2**20, "relative_attention_max_distance")
         within(self, 0, 1, "dropout_rate")
         _check_epsilon("layer_norm_epsilon", self.layer_norm_epsilon)
+        if self.dense_act_fn not in (None, *FEED_FORWARDS):
+            raise ValueError(f"dense_act_fn must be {' or '.join(FEED_FORWARDS)}, got {shown(self.dense_act_fn)}")
         allowed = (*FEED_FORWARDS, *(f"gated-{name}" for name in FEED_FORWARDS))
         if self.feed_forward_proj not in allowed:
             raise ValueError(f"feed_forward_proj must be {' or '.join(allowed)}, got {shown(self.feed_forward_proj)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def _no_index(folder: Path, name: str) -> str:
 
 
 def ignored_parts(folder: Path, index: ModelIndex, used: list[str]) -> dict[str, str]:
-    """Parts that are promised or there, and that nothing uses, with the reason; each is logged."""
+    """Return parts that are promised or there and that nothing uses, with the reason; each is logged once."""
     ignored = {}
     there = sorted(path.parent.name for path in {*folder.glob("*/config.json"), *folder.glob("*/*.safetensors")})
     for part in dict.fromkeys((*index.classes, *there)):
@@ -115,7 +116,13 @@ def ignored_parts(folder: Path, index: ModelIndex, used: list[str]) -> dict[str,
         else:
             reason = "a Wan model has no such part"
         ignored[part] = reason
-        logger.warning("%s: %s is ignored: %s", folder.name, part, reason)
+        _tell(folder, f"{part} is ignored: {reason}")
     if (pipeline := index.fields.get("_class_name")) is not None and pipeline not in PIPELINES:
-        logger.warning("%s: %s names %s, and is run as WanPipeline would", folder.name, FILE, shown(pipeline))
+        _tell(folder, f"{FILE} names {shown(pipeline)}, and is run as WanPipeline would")
     return ignored
+
+
+@cache
+def _tell(folder: Path, what: str) -> None:
+    """Log it once a process, however often the folder is read."""
+    logger.warning("%s: %s", folder.name, what)

@@ -164,14 +164,14 @@ def read_folder(path: Path, name: str = "") -> ModelFolder:
 
 
 def _read(path: Path, name: str) -> ModelFolder:
-    index = read_index(path, str(path))
+    index = read_index(path, name if name and Path(name).is_dir() else str(path))  # as it was given
     transformers = {part: _component(path, part) for part in index.experts}
     configs = {part: parse_config(WanConfig, fields, part) for part, fields in transformers.items()}
     config = next(iter(configs.values()))
     needed = [*ALWAYS, *(FOR_IMAGES if config.image_dim is not None else ())]
     for part in needed:
         if part not in index.classes:
-            raise ValueError(f"model_index.json names no {part}, which the model needs")
+            raise ValueError(f"model_index.json: there is no {part}, which the model needs")
         if not (path / part).is_dir():
             raise ValueError(f"{part} is missing: model_index.json names it, and there is no folder {path / part}")
     encoders = {

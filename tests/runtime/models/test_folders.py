@@ -18,6 +18,7 @@ from tiny import save_checkpoint
 from skylapse import Engine, VideoRequest
 from skylapse.cli import main
 from skylapse.runtime.models.registry import inspect_model, read_folder
+from skylapse.runtime.solver_config import SolverConfig
 
 Change = Callable[[Path], object]
 IMAGES = ("tokenizer", "scheduler", "text_encoder", "vae", "transformer", "image_encoder", "image_processor")
@@ -112,7 +113,7 @@ WRONG: list[tuple[str, str, Any, str]] = [
     (VAE, "in_channels", 12, "must be 3 with these"),
     (VAE, "attn_scales", [0.5], "must be empty, got [0.5]"),
     (SCHEDULER, "flow_shift", "x", 'must be a number, got "x"'),
-    (SCHEDULER, "flow_shift", -1, "must be a positive number, got -1"),
+    (SCHEDULER, "flow_shift", -1, "must be above 0, got -1"),
     (SCHEDULER, "num_train_timesteps", 1000.5, "must be a whole number, got 1000.5"),
     (SCHEDULER, "solver_order", 7, "must be 1, 2 or 3, got 7"),
     (SCHEDULER, "lower_order_final", "yes", 'must be true or false, got "yes"'),
@@ -127,7 +128,7 @@ WRONG: list[tuple[str, str, Any, str]] = [
     (TEXT, "layer_norm_epsilon", 0, "must be above 0 and below 1, got 0"),
     (TEXT, "feed_forward_proj", "gated-tanh", "must be relu or gelu or gelu_new or silu or gated-relu or"),
     (TEXT, "dropout_rate", "some", 'must be a number, got "some"'),
-    (TEXT, "vocab_size", 10, "tokenizer must have ids below the text encoder's vocab_size = 10"),
+    (TEXT, "dense_act_fn", "tanh", "must be relu or gelu or gelu_new or silu, got"),
     (IMAGE, "hidden_size", [20], "must be a whole number, got [20]"),
     (IMAGE, "num_attention_heads", 3, "must be a divisor of hidden_size = 20, got 3"),
     (IMAGE, "patch_size", 64, "must be from 1 to 32, got 64"),
@@ -144,14 +145,14 @@ WRONG: list[tuple[str, str, Any, str]] = [
     (CARD, "defaults", {"width": 70}, "width must be a multiple of 8"),
     (CARD, "defaults", {"width": 72, "height": 64}, "width must be a multiple of 16 for this model, got 72"),
     (CARD, "defaults", {"fps": "fast"}, "fps must be a whole number, got 'fast'"),
-    (CARD, "defaults", {"colour": 1}, "unknown default 'colour' (known: width"),
+    (CARD, "defaults", {"colour": 1}, "unknown field 'colour' (known: width"),
     (CARD, "defaults", [], "must be an object, got []"),
     (CARD, "limits", {"max_pixels": "many"}, 'max_pixels must be a whole number, got "many"'),
     (CARD, "native_sizes", 3, "must be a list of pairs [width, height], got 3"),
     (CARD, "native_sizes", [["a", 64]], "width must be a whole number, got 'a'"),
     (CARD, "native_sizes", [[72, 64]], "width must be a multiple of 16 for this model, got 72"),
     (CARD, "cache", {"high": 3}, "cache.high must be a text, got 3"),
-    (CARD, "cache", {"higher": "easy"}, "unknown cache preset 'higher' (known: high, balanced, fast)"),
+    (CARD, "cache", {"higher": "easy"}, "unknown field 'higher' (known: high, balanced, fast)"),
     (CARD, "teacache", ["a"], 'must be a list of numbers, got ["a"]'),
     (CARD, "distilled", "yes", 'must be true or false, got "yes"'),
     (CARD, "native_size", [[64, 64]], "unknown field 'native_size' (known: defaults, native_sizes"),
@@ -167,8 +168,7 @@ def test_a_wrong_field_is_named_with_its_file_its_value_and_what_is_allowed(
     set_fields(folder / file, **{field: value})
     told = refusal(folder)
     assert allowed in told and len(told) < 400
-    if field != "vocab_size":  # it is the tokenizer that does not go with it
-        assert field in told and told.startswith(f"{file}: ")
+    assert field in told and told.startswith(f"{file}: ")
 
 
 @pytest.mark.parametrize("file", [TRANSFORMER, VAE, SCHEDULER, TEXT, IMAGE])
@@ -191,12 +191,7 @@ def test_nulls_of_a_scheduler_are_its_defaults(folder: Path) -> None:
     names = ("sigma_min", "sigma_max", "shift_terminal", "solver_order", "num_train_timesteps", "disable_corrector")
     set_fields(folder / SCHEDULER, **dict.fromkeys((*names, "lower_order_final", "timestep_spacing")))
     model = Engine.from_pretrained(str(folder), device="cpu").model
-    assert (model.solver.solver_order, model.solver.num_train_timesteps, model.solver.disable_corrector) == (
-        2,
-        1000,
-        (),
-    )
-    assert model.solver.shift == 5.0 and model.solver.lower_order_final
+    assert model.solver == SolverConfig(solver="unipc", shift=5.0)
 
 
 # ----------------------------------------------------------------------------------------------- parts of the folder
@@ -211,7 +206,7 @@ def test_a_missing_part_is_named(part: str, folder: Path, refusal: Callable[[Pat
 @pytest.mark.parametrize("part", IMAGES)
 def test_a_part_that_is_not_promised_is_named(part: str, folder: Path, refusal: Callable[[Path], str]) -> None:
     set_fields(folder / INDEX, **{part: [None, None]})
-    assert f"model_index.json names no {part}" in refusal(folder)
+    assert f"model_index.json: there is no {part}" in refusal(folder)
 
 
 def test_a_second_expert_that_is_promised_and_missing_is_named(two: Path, refusal: Callable[[Path], str]) -> None:
@@ -260,7 +255,7 @@ def test_a_pipeline_that_we_do_not_know_is_told(two: Path, caplog: pytest.LogCap
 def test_weights_beside_the_vision_tower_change_no_frame(
     whole: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As CLIPVisionModelWithProjection and CLIPModel save them: a projection, a text model, other names of the tower."""
+    """As CLIPVisionModelWithProjection and CLIPModel save them: a projection, a text model, longer names."""
     path = folder / "image_encoder" / "model.safetensors"
     tower = {f"vision_model.{name}": tensor for name, tensor in load_file(path).items()}
     rest = {"visual_projection.weight": torch.ones(8, 20), "logit_scale": torch.ones(())}
@@ -426,6 +421,16 @@ def test_a_sentencepiece_model_names_the_package_that_reads_it(folder: Path, ref
 def test_files_that_others_read_are_named(file: str, text: str, folder: Path, refusal: Callable[[Path], str]) -> None:
     (folder / file).write_text(text)
     assert refusal(folder).startswith(file.partition("/")[0])
+
+
+def test_a_tokenizer_of_more_words_than_the_encoder_has_is_refused(
+    folder: Path, refusal: Callable[[Path], str]
+) -> None:
+    path = folder / "tokenizer" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"]["zebra"] = 500
+    path.write_text(json.dumps(tokenizer))
+    assert refusal(folder) == "tokenizer must have ids below the text encoder's vocab_size = 84, got 500"
 
 
 # ------------------------------------------------------------------------------------------------- names of folders

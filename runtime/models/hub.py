@@ -18,6 +18,7 @@ DEMO_FOLDER = Path(__file__).parent / "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 BRANCH = re.compile(r"[\w][\w./-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".json")  # that somebody means by a/b.suffix
 CONFIGS = ("*.json",)
 DOWNLOADED = (*CONFIGS, "*.safetensors", "*.model", "*.txt")  # never a pickle, never code
 ASK_S = 10.0  # for an answer of the hub's; its client by itself would wait for ever
@@ -68,9 +69,10 @@ def local_folder(name: str) -> Path | None:
         return Path(name)
     if name and Path(name).exists():
         raise ValueError(f"model must be a folder, got the file {name!r}")
-    if not HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name) or Path(name).suffix in FILES:
         raise ValueError(
             f'model must be "demo", a folder or a hub id like "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", got {name!r}'
+            f"{', and there is no such folder' if name else ''}"
         )
     return None
 
@@ -306,6 +308,11 @@ def _refusal(error: Exception, name: str, revision: str | None, cache_dir: Path 
 
     chain = [error, *_causes(error)]
     model, hub = f"model {name!r}", constants.ENDPOINT
+    there = f"{model} is not on this machine"
+    if Path(name).parent.is_dir():  # a path more likely than an id, though it may be one
+        there = (
+            f"{model} is no folder ({Path(name).parent} holds none of this name) and no model of {_cache(cache_dir)}"
+        )
 
     def find(kind: type[Exception]) -> Any:
         return next((one for one in chain if isinstance(one, kind)), None)
@@ -321,14 +328,17 @@ def _refusal(error: Exception, name: str, revision: str | None, cache_dir: Path 
     if find(RepositoryNotFoundError):
         return UnknownModel(f"{model} is no local folder, and {hub} has none of this name (a private one: HF_TOKEN)")
     if find(OfflineModeIsEnabled):
-        return HubUnreachable(f"{model} is not on this machine, and HF_HUB_OFFLINE forbids to download it")
+        advice = (
+            f"run `skylapse models download {name}` where that is not set, or set SKYLAPSE_CACHE_DIR to where it is"
+        )
+        return HubUnreachable(f"{there}, and HF_HUB_OFFLINE forbids to download it: {advice}")
     if (answer := find(HfHubHTTPError)) is not None:
         status = answer.response.status_code
         if status in (401, 403):
             return UnknownModel(f"{model} may not be read: {hub} answers {status} to this HF_TOKEN, or to none")
-        return HubUnreachable(f"{model} is not on this machine, and {hub} answers {status}")
+        return HubUnreachable(f"{there}, and {hub} answers {status}")
     reason = f"{type(chain[-1]).__name__}: {_first_line(chain[-1])}"
-    return HubUnreachable(f"{model} is not on this machine, and {hub} cannot be reached: {reason}")
+    return HubUnreachable(f"{there}, and {hub} cannot be reached: {reason}")
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

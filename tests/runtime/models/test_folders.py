@@ -453,3 +453,26 @@ def test_a_folder_without_an_index_is_named_as_it_was_given(
             assert (
                 line.startswith(f"skylapse: error: model {name!r}: {name}/model_index.json is missing") and told in line
             )
+
+
+def test_paths_and_hub_ids_that_are_not_there_are_told_apart(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("SKYLAPSE_CACHE_DIR", str(folder.parent / "cache"))
+    shutil.copy(folder / "vae" / "diffusion_pytorch_model.safetensors", "wan.safetensors")
+    download = "HF_HUB_OFFLINE forbids to download it: run `skylapse models download {}` where that is not set"
+    for name, told in (
+        ("wan.safetensors", "model must be a folder, got the file 'wan.safetensors'"),
+        ("model/vae/config.json", "model must be a folder, got the file 'model/vae/config.json'"),
+        ("model/wan.safetensors", "got 'model/wan.safetensors', and there is no such folder"),
+        ("./models/wan", "got './models/wan', and there is no such folder"),
+        ("models/wan/", "got 'models/wan/', and there is no such folder"),
+        ("model/wan", "model 'model/wan' is no folder (model holds none of this name)"),
+        ("model/wan", download.format("model/wan")),
+        ("org/wan", "model 'org/wan' is not on this machine, and " + download.format("org/wan")),
+    ):
+        for command in (["models", "inspect"], ["generate", "a", "--model"]):
+            assert main([*command, name]) == 2
+            *_, line = capsys.readouterr().err.splitlines()
+            assert line.startswith("skylapse: error: ") and told in line

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields as fields_of
-from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -108,7 +107,6 @@ def within(config: object, low: int, high: int, *names: str, even: bool = False)
                 )
 
 
-@cache
 def hints_of(config_class: type[Any]) -> dict[str, Any]:
     """The types of a dataclass's fields."""
     hints = get_type_hints(config_class)

@@ -18,8 +18,9 @@ from .card import DEFAULTS, Limits, check_fields, check_shapes
 from .configs import parse_config
 from .encoder_configs import encoder_fields, image_encoder_config, text_encoder_config
 from .hub import DEMO_FOLDER, cached_folder, local_folder, resolve_folder
-from .model_index import ALWAYS, CLASSES, FOR_IMAGES, TRANSFORMER_CLASS, ModelIndex, ignored_parts, read_index
+from .model_index import ALWAYS, CLASSES, FOR_IMAGES, ModelIndex, ignored_parts, read_index
 from .model_index import EXPERTS as EXPERTS
+from .model_index import TRANSFORMER_CLASS as TRANSFORMER_CLASS
 from .model_index import VAE_CLASS as VAE_CLASS
 from .published import published
 from .wan_config import WanConfig

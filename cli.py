@@ -20,7 +20,7 @@ from . import __version__
 from .runtime.config import Settings, load_settings
 from .runtime.models.command import add_models
 from .runtime.options import Parser, add_device, add_sampling, sampling
-from .runtime.request import VideoRequest, frames_for
+from .runtime.request import MAX_SIDE, MIN_SIDE, VideoRequest, check_shape, frames_for, longest_seconds
 
 if TYPE_CHECKING:  # whatever is heavy is imported by the command that needs it: --help takes a tenth of a second
     from rich.progress import Progress as RichProgress
@@ -67,8 +67,39 @@ def _report(error: Exception, what: str, status: int, debug: bool, hint: str = "
 # --------------------------------------------------------------------------------------------------------- generate
 
 
-def _generate(options: argparse.Namespace, settings: Settings) -> int:
-    request = VideoRequest(
+def _request(options: argparse.Namespace, settings: Settings) -> VideoRequest:
+    """What is asked for; a shape that no model makes is refused with the nearest ones that this one does."""
+    try:
+        return _request_of(options)
+    except ValueError:
+        asked = sampling(options)
+        sides = [asked[name] for name in ("width", "height") if asked[name] is not None]
+        frames = asked["num_frames"]
+        if any(side % 8 for side in sides) or (frames is not None and (frames - 1) % 4):
+            _check_early(options, settings)
+        raise
+
+
+def _check_early(options: argparse.Namespace, settings: Settings, request: VideoRequest | None = None) -> None:
+    """ValueError for what the model cannot make, before its weights are read, if its configs are on this machine."""
+    from .runtime.models.registry import known_folder
+
+    if (folder := known_folder(options.model, settings.cache_dir)) is None:
+        return
+    defaults, limits = folder.defaults, folder.limits
+    if request is not None:
+        if options.seconds is not None:
+            request = replace(request, num_frames=_frames_of(options.seconds, options.fps, defaults, limits))
+        request.resolved(defaults, limits)
+        return
+    given = {name: value for name, value in sampling(options).items() if value is not None}
+    width, height, frames = (given.get(name, getattr(defaults, name)) for name in ("width", "height", "num_frames"))
+    if min(width, height) >= MIN_SIDE and max(width, height) <= MAX_SIDE and frames > 0:
+        check_shape(width, height, frames, limits)
+
+
+def _request_of(options: argparse.Namespace) -> VideoRequest:
+    return VideoRequest(
         prompt=options.prompt,
         negative_prompt=options.negative,
         fps=options.fps,
@@ -80,6 +111,10 @@ def _generate(options: argparse.Namespace, settings: Settings) -> int:
         cache=options.cache,
         **sampling(options),
     )
+
+
+def _generate(options: argparse.Namespace, settings: Settings) -> int:
+    request = _request(options, settings)
     from .runtime.media.clips import count_frames
     from .runtime.media.pictures import check_image
     from .runtime.video_file import SHEET_SUFFIXES, check_writable, save_sheet
@@ -97,6 +132,7 @@ def _generate(options: argparse.Namespace, settings: Settings) -> int:
     with _display() as display:
         display.stage(f"loading {options.model}")
         started_s = time.perf_counter()
+        _check_early(options, settings, request)
         from . import Engine  # torch: seconds
 
         engine = Engine.from_pretrained(
@@ -152,7 +188,7 @@ def _frames_of(seconds: float, fps: int | None, defaults: ModelDefaults, limits:
     fps = fps or defaults.fps
     longest_s = limits.max_num_frames / fps
     if not (isfinite(seconds) and 0 < seconds <= longest_s):
-        allowed = f"above 0 and at most {longest_s:g} at {fps} fps for this model"
+        allowed = f"above 0 and at most {longest_seconds(limits.max_num_frames, fps)} at {fps} fps for this model"
         raise ValueError(f"seconds must be {allowed}, got {seconds:g}")
     return frames_for(ceil(round(seconds * fps, 6)), limits)  # 1.1 s at 10 fps is 11.000000000000002 frames
 

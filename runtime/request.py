@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from math import floor
 from reprlib import repr as short  # a wrong value is shown, but never a megabyte of it
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # torch-free and numpy-free: a request is made and refused be
     ImageSource: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]  # an array is [height, width, 3]
 
 MAX_PROMPT_CHARACTERS = 10_000
+MIN_SIDE, MAX_SIDE = 16, 4096  # of a frame, in pixels
 SOLVERS = ("unipc", "euler", "dpmpp")
 
 
@@ -71,12 +73,15 @@ class VideoRequest:
             raise ValueError(f"prompt must not be empty, got {self.prompt[:20]!r}")
         _check_text("negative_prompt", self.negative_prompt)
 
-        _check_whole("width", self.width, 16, 4096)
-        _check_whole("height", self.height, 16, 4096)
+        _check_whole("width", self.width, MIN_SIDE, MAX_SIDE)
+        _check_whole("height", self.height, MIN_SIDE, MAX_SIDE)
         _check_whole("num_frames", self.num_frames, 1, 1025)
-        _check_multiple("width", self.width, 8)
-        _check_multiple("height", self.height, 8)
-        _check_num_frames(self.num_frames, 4)
+        # Which ones are the nearest that a model takes is known where its limits are: `check_shape` names them.
+        for name, side in (("width", self.width), ("height", self.height)):
+            if side is not None and side % 8:
+                raise ValueError(f"{name} must be a multiple of 8 (of 32 to suit every model), got {side}")
+        if self.num_frames is not None and (self.num_frames - 1) % 4:
+            raise ValueError(f"num_frames must be 4k+1, got {self.num_frames}")
         _check_whole("fps", self.fps, 1, 120)
 
         _check_whole("num_inference_steps", self.num_inference_steps, 1, 1000)
@@ -103,15 +108,7 @@ class VideoRequest:
 
             missing["num_frames"] = count_video(self)
         request = replace(self, **missing)
-        width, height, num_frames = request.size
-        _check_multiple("width", width, limits.size_multiple, " for this model")
-        _check_multiple("height", height, limits.size_multiple, " for this model")
-        _check_num_frames(num_frames, limits.temporal_multiple, " for this model")
-        if num_frames > limits.max_num_frames:
-            raise ValueError(f"num_frames must be at most {limits.max_num_frames} for this model, got {num_frames}")
-        if width * height > limits.max_pixels:
-            asked = f"{width}x{height} ({width * height})"
-            raise ValueError(f"width x height must be at most {limits.max_pixels} pixels for this model, got {asked}")
+        check_shape(*request.size, limits)
         return request
 
     @property
@@ -151,6 +148,24 @@ class ModelLimits:
     max_num_frames: int
     max_pixels: int  # of one frame
     max_prompt_tokens: int = 512
+
+
+def check_shape(width: int, height: int, num_frames: int, limits: ModelLimits) -> None:
+    """ValueError for a shape that a model cannot make; the nearest ones that it names are such as it can."""
+    for name, side, other in (("width", width, height), ("height", height, width)):
+        highest = min(MAX_SIDE, limits.max_pixels // max(other, MIN_SIDE))
+        _check_multiple(name, side, limits.size_multiple, 0, range(MIN_SIDE, highest + 1))
+    _check_multiple("num_frames", num_frames, limits.temporal_multiple, 1, range(1, limits.max_num_frames + 1))
+    if num_frames > limits.max_num_frames:
+        raise ValueError(f"num_frames must be at most {limits.max_num_frames} for this model, got {num_frames}")
+    if width * height > limits.max_pixels:
+        asked = f"{width}x{height} ({width * height})"
+        raise ValueError(f"width x height must be at most {limits.max_pixels} pixels for this model, got {asked}")
+
+
+def longest_seconds(num_frames: int, fps: float) -> str:
+    """How long so many frames last, in thousandths of a second rounded down: what is told is not too long."""
+    return f"{floor(num_frames * 1000 / fps) / 1000:g}" if num_frames / fps < 1000 else f"{floor(num_frames / fps)}"
 
 
 def frames_for(wanted: int, limits: ModelLimits) -> int:
@@ -257,17 +272,14 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be {' or '.join(allowed)}, got {short(value)}")
 
 
-def _check_multiple(name: str, value: int | None, multiple: int, whose: str = "") -> None:
-    if value is not None and value % multiple:
-        below = value - value % multiple
-        nearest = " or ".join(str(size) for size in (below, below + multiple) if size)
-        raise ValueError(f"{name} must be a multiple of {multiple}{whose}, got {value} (nearest: {nearest})")
-
-
-def _check_num_frames(value: int | None, multiple: int, whose: str = "") -> None:
-    if value is not None and (surplus := (value - 1) % multiple):
-        nearest = f"{value - surplus} or {value - surplus + multiple}"
-        raise ValueError(f"num_frames must be {multiple}k+1{whose}, got {value} (nearest: {nearest})")
+def _check_multiple(name: str, value: int, multiple: int, more: int, allowed: range) -> None:
+    """ValueError unless `value` is a multiple, and `more`; it names those next to it that are `allowed`."""
+    if not (surplus := (value - more) % multiple):
+        return
+    near = [near for near in (value - surplus, value - surplus + multiple) if near in allowed]
+    nearest = f" (nearest: {' or '.join(map(str, near))})" if near else ""
+    wanted = f"{multiple}k+{more}" if more else f"a multiple of {multiple}"
+    raise ValueError(f"{name} must be {wanted} for this model, got {value}{nearest}")
 
 
 def _check_pixels(name: str, value: object, num_axes: int) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..runtime.cache.spec import PRESETS
 from ..runtime.config import load_settings
-from ..runtime.models.registry import ModelFolder, read_folder, resolve_folder
+from ..runtime.models.hub import resolve_folder
+from ..runtime.models.registry import ModelFolder, read_folder
 from ..runtime.request import ModelDefaults, ModelLimits
 from .config import ServeConfig
 from .errors import ApiError

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import ceil, log
 from typing import Any
 
-from ..runtime.request import ModelDefaults, ModelLimits, frames_for
+from ..runtime.request import ModelDefaults, ModelLimits, frames_for, longest_seconds
 from .errors import ApiError
 from .schema import CreateVideo
 
@@ -90,6 +90,6 @@ def _length(asked: CreateVideo, fps: int, defaults: ModelDefaults, limits: Model
         name, wanted = "num_frames", asked.num_frames or defaults.num_frames
     native = frames_for(wanted, limits)
     if native > limits.max_num_frames:
-        longest = f"{limits.max_num_frames} frames, {limits.max_num_frames / fps:.4g} s at {fps} fps"
+        longest = f"{limits.max_num_frames} frames, {longest_seconds(limits.max_num_frames, fps)} s at {fps} fps"
         raise ApiError(400, f"Invalid '{name}': this model makes at most {longest}.", code="invalid_value", param=name)
     return wanted, native

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 
 from skylapse.cli import main
 from skylapse.runtime.events import Failed, Finished, Progress
+from skylapse.runtime.models import registry
 from skylapse.runtime.request import ModelDefaults, ModelLimits, Video, VideoMetadata, VideoRequest
 
 
@@ -86,6 +87,10 @@ class Command:
 def command_in(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     """The command line, with an engine that makes nothing in the place of ours."""
     engine = type("Engine", (FakeEngine,), {"loaded": [], "requests": []})
+    known = SimpleNamespace(
+        defaults=FakeEngine.defaults, limits=FakeEngine.limits
+    )  # of "demo" alone; others are on a hub
+    monkeypatch.setattr(registry, "known_folder", lambda name, cache_dir: known if name == "demo" else None)
     module = ModuleType("skylapse.runtime.engine")
     module.__dict__.update(Engine=engine)
     monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -149,12 +149,21 @@ BEFORE_LOADING = {
     "long prompt": (["x" * 10_001], "prompt must have at most 10000 characters, got 10001"),
     "prompt that is no UTF-8": (["caf\udce9"], "prompt must be valid Unicode, got a broken character at 3"),
     "unknown option": (["a", "--step", "3"], "unrecognized arguments: --step 3"),
-    "frames not 4k+1": (["a", "--frames", "16"], "num_frames must be 4k+1, got 16 (nearest: 13 or 17)"),
+    "frames not 4k+1": (["a", "--frames", "16"], "num_frames must be 4k+1 for this model, got 16 (nearest: 13 or 17)"),
+    "frames beyond": (["a", "--frames", "82"], "num_frames must be 4k+1 for this model, got 82 (nearest: 81)"),
+    "frames of a model on a hub": (["a", "--frames", "16", "--model", "a/b"], "num_frames must be 4k+1, got 16"),
     "no frames": (["a", "--frames", "0"], "num_frames must be from 1 to 1025, got 0"),
     "frames no number": (["a", "--frames", "many"], "argument --frames: invalid int value: 'many'"),
     "frames and seconds": (["a", "--frames", "5", "--seconds", "1"], "--seconds: not allowed with argument --frames"),
     "half a size": (["a", "--size", "64"], "argument --size: must be WIDTHxHEIGHT, for example 64x64, got '64'"),
-    "size multiple": (["a", "--size", "70x64"], "width must be a multiple of 8, got 70 (nearest: 64 or 72)"),
+    "size multiple": (
+        ["a", "--size", "63x64"],
+        "width must be a multiple of 16 for this model, got 63 (nearest: 48 or 64)",
+    ),
+    "size on a hub": (
+        ["a", "--size", "63x64", "--model", "a/b"],
+        "width must be a multiple of 8 (of 32 to suit every model), got 63",
+    ),
     "tiny size": (["a", "--size", "8x8"], "width must be from 16 to 4096, got 8"),
     "no steps": (["a", "--steps", "0"], "num_inference_steps must be from 1 to 1000, got 0"),
     "guidance NaN": (["a", "--guidance", "nan"], "guidance_scale must be from 0 to 100, got nan"),
@@ -180,6 +189,10 @@ BEFORE_LOADING = {
 AFTER_LOADING = {
     "size of the model": (["a", "--size", "72x64"], "width must be a multiple of 16 for this model, got 72"),
     "frames of the model": (["a", "--frames", "85"], "num_frames must be at most 81 for this model, got 85"),
+    "size near the most pixels": (
+        ["a", "--size", "488x136"],
+        "width must be a multiple of 16 for this model, got 488 (nearest: 480)",
+    ),
     "pixels of the model": (["a", "--size", "512x512"], "width x height must be at most 65536 pixels for this model"),
     "seconds": (["a", "--seconds", "11"], "seconds must be above 0 and at most 10.125 at 8 fps for this model, got 11"),
     "no seconds": (["a", "--seconds", "0"], "seconds must be above 0 and at most 10.125"),
@@ -204,7 +217,7 @@ def test_mistake_is_one_line_with_exit_code_2_and_no_file(command: Command, case
     assert line.startswith("skylapse: error: ")
     assert error in line
     assert progress == ([] if case in BEFORE_LOADING else ["skylapse: loading demo"])
-    assert len(command.engine.loaded) == len(progress)
+    assert command.engine.loaded == [], "told before the weights are read"
     assert (result.stdout, result.files) == ("", ["huge.png", "text.png", "tiny.png"])
 
 
@@ -289,6 +302,7 @@ class ModelReport:
     defaults: ModelDefaults
     limits: ModelLimits
     loaded_bytes: dict[str, int]
+    ignored: dict[str, str]
 
 
 @pytest.fixture
@@ -296,7 +310,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     component = ComponentReport("transformer", "WanTransformer3DModel", 4_200_000, 16_800_000, ["float32"])
     loaded = {"bf16": 8 * 2**20, "bf16+int8": 4 * 2**20, "fp32": 16 * 2**20, "fp32+int8": 6 * 2**20}
     can_do = ["text-to-video"], [(64, 64)], FakeEngine.defaults, FakeEngine.limits
-    report = ModelReport("demo", Path("/demo"), [component], *can_do, loaded)
+    report = ModelReport("demo", Path("/demo"), [component], *can_do, loaded, {})
     entries = [ModelEntry("demo", "coloured shapes", "inside the package", 24 * 2**20), ModelEntry("x", "y", "z", None)]
     module = ModuleType("skylapse.runtime.models.registry")
     module.__dict__.update(list_models=lambda cache_dir: entries, inspect_model=lambda name, cache_dir: report)

@@ -67,7 +67,7 @@ def table_of(name: str) -> ModelTable:
     folder = published_folder(name)
     if folder is None:
         raise ValueError(f"model must be one of {', '.join(published())}, got {name!r}")
-    kept = list(precisions(folder))
+    kept = [precision for precision in precisions(folder) if isinstance(precision, Precision)]  # all can be quantised
     return ModelTable(
         model=name,
         assumptions=_assumptions(folder),

@@ -103,7 +103,9 @@ def read_calibrations(folder: Path) -> CalibrationFile:
         record = json.loads(path.read_text())
         entries = tuple(_entry(item) for item in record["entries"])
         made_for = record["weights"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of its syntax, or of what an entry says
+        raise ValueError(f"{FILE} cannot be read: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:  # it has another form
         raise ValueError(f"{FILE} cannot be read: {type(error).__name__}: {error}") from error
     stale = None if made_for == fingerprint(folder) else "was made for other weights"
     return CalibrationFile(entries, stale)

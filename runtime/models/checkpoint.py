@@ -6,9 +6,10 @@ one tensor at a time goes from the file to its place, so no second copy of the w
 
 from __future__ import annotations
 
-import json
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,20 +20,33 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...kernels.weight_formats import WeightFormat
+from ..json_file import check_no_pointer, read_json, shown
 from .linear import Linear
 
-WEIGHTS = "diffusion_pytorch_model"
+WEIGHTS = "diffusion_pytorch_model"  # diffusers' stem of weight files
+ENCODER_WEIGHTS = "model"  # transformers'
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+# What weights are found in that nothing here reads: pickles run code, the others need their own arithmetic.
+FOREIGN = {".bin": "a pickle", ".pt": "a pickle", ".pth": "a pickle", ".ckpt": "a pickle", ".gguf": "GGUF"}
 QUANTIZED_ROWS = 1024  # at a time: 56 MB of fp32 of Wan 14B's widest
+
+
+logger = logging.getLogger(__name__)
+Header = tuple[tuple[int, ...], str]  # of a tensor: its shape, and its dtype as safetensors names it
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a checkpoint's tensor goes: rows of one parameter."""
+    """Where a checkpoint's tensor goes: rows of one parameter.
+
+    kernel: its shape in the file where it is a convolution's there, [out, C, p, q, r] for [out, C p q r].
+    """
 
     parameter: str
     rows: slice
     num_elements: int
     shape: tuple[int, ...]
+    kernel: tuple[int, ...] | None = None
 
 
 def slots(module: nn.Module, rename: Callable[[str], str] = lambda name: name) -> dict[str, Slot]:
@@ -52,7 +66,8 @@ def slots(module: nn.Module, rename: Callable[[str], str] = lambda name: name) -
         for source, num_rows in fused[owner].sources.items():
             key = ".".join(part for part in (parent, source, leaf) if part)
             shape = (num_rows, *parameter.shape[1:])
-            places[rename(key)] = Slot(name, slice(start, start + num_rows), math.prod(shape), shape)
+            kernel = (num_rows, *fused[owner].kernel) if fused[owner].kernel and leaf == "weight" else None
+            places[rename(key)] = Slot(name, slice(start, start + num_rows), math.prod(shape), shape, kernel)
             start += num_rows
     return places
 
@@ -79,8 +94,8 @@ def load_weights(
     with ExitStack() as stack:
         files = [(path, stack.enter_context(_open(path))) for path in weight_files(folder, stem)]
         where = {key: (path, file) for path, file in files for key in file.keys()}
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key, (_, file) in where.items()}
-        check_keys(places, shapes, folder, unexpected_keys)
+        headers = {key: _header(file, key) for key, (_, file) in where.items()}
+        check_keys(places, headers, folder, unexpected_keys)
         allocate(module, device=device, dtype=dtype, fp32_parameters=fp32_parameters, quantized=quantized)
         parameters = dict(module.named_parameters())
         for key, slot in places.items():
@@ -114,33 +129,41 @@ def allocate(
 
 
 def check_keys(
-    places: dict[str, Slot], shapes: dict[str, tuple[int, ...]], folder: Path, unexpected_keys: Sequence[str]
+    places: Mapping[str, Slot],
+    headers: Mapping[str, Header],
+    folder: Path,
+    unexpected_keys: Sequence[str],
 ) -> None:
-    """Raise one ValueError that names every key that is missing, left over or wrongly shaped."""
-    missing = sorted(places.keys() - shapes.keys())
-    left_over = sorted(key for key in shapes.keys() - places.keys() if not any(part in key for part in unexpected_keys))
-    wrong = [
-        f"{key} {list(shapes[key])}, expected {list(slot.shape)}"
-        for key, slot in places.items()
-        if key in shapes and not _fits(shapes[key], slot)
-    ]
+    """Raise one ValueError that names every key that is missing, left over, wrongly shaped or no float.
+
+    Those that `unexpected_keys` let pass are logged.
+    """
+    missing = sorted(places.keys() - headers.keys())
+    extra = sorted(headers.keys() - places.keys())
+    left_over = [key for key in extra if not any(part in key for part in unexpected_keys)]
+    wrong, integers = [], []
+    for key, slot in places.items():
+        if key not in headers:
+            continue
+        shape, dtype = headers[key]
+        if shape not in (slot.shape, slot.kernel):
+            wrong.append(f"{key} {list(shape)}, expected {list(slot.kernel or slot.shape)}")
+        if dtype not in FLOATS:
+            integers.append(f"{key} {dtype}")
     problems = [
         f"{what}: {_some(keys)}"
-        for what, keys in (("missing", missing), ("unexpected", left_over), ("wrong shape", wrong))
+        for what, keys in (
+            ("missing", missing),
+            ("unexpected", left_over),
+            ("wrong shape", wrong),
+            ("not floating-point", integers),
+        )
         if keys
     ]
     if problems:
         raise ValueError(f"checkpoint {folder.name} does not fit its config; " + "; ".join(problems))
-
-
-def _fits(shape: tuple[int, ...], slot: Slot) -> bool:
-    """Equal, or a patch embedding's kernel [dim, C, p, q, r] for our [dim, C p q r]."""
-    return shape == slot.shape or (
-        shape[:1] == slot.shape[:1]
-        and len(slot.shape) == 2
-        and len(shape) > 2
-        and math.prod(shape) == slot.num_elements
-    )
+    if extra:
+        logger.info("%s: weights that nothing uses are left out: %s", folder.name, _some(extra))
 
 
 def _some(keys: Sequence[str], limit: int = 5) -> str:
@@ -148,43 +171,71 @@ def _some(keys: Sequence[str], limit: int = 5) -> str:
 
 
 def weight_files(folder: Path, stem: str = WEIGHTS) -> list[Path]:
-    """The folder's safetensors files: one, or the shards of its index. Raises ValueError where one is missing."""
+    """The folder's safetensors files: one, or the shards of its index. Raises ValueError where one is missing.
+
+    Where there is both, diffusers takes the index and transformers the single file; so it is here.
+    """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if single.is_file():
+    if single.is_file() and not (stem == WEIGHTS and index.is_file()):
         return [single]
     if not index.is_file():
-        raise ValueError(f"{folder.name}: no {single.name} and no {index.name} (pickled checkpoints are not read)")
-    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-    paths = [folder / Path(shard).name for shard in shards]
-    absent = [path.name for path in paths if not path.is_file()]
-    if absent or not paths:
+        raise ValueError(_no_weights(folder, stem))
+    name = f"{folder.name}/{index.name}"
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) and shard for shard in weight_map.values()):
+        raise ValueError(f"{name}: weight_map must be an object of tensors' names and files, got {shown(weight_map)}")
+    if not weight_map:
+        raise ValueError(f"{name}: weight_map names no file")
+    shards = sorted(set(weight_map.values()))
+    if elsewhere := [shard for shard in shards if Path(shard).name != shard]:
+        raise ValueError(f"{name}: weight_map must name files of its own folder, got {shown(elsewhere[0])}")
+    if absent := [shard for shard in shards if not (folder / shard).is_file()]:
         raise ValueError(f"{folder.name}: {index.name} names files that are not there: {_some(absent)}")
-    return paths
+    return [folder / shard for shard in shards]
 
 
-def tensor_headers(folder: Path, stem: str = WEIGHTS) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """(name, shape, dtype) of every tensor of a folder, from the files' headers alone."""
+def _no_weights(folder: Path, stem: str) -> str:
+    """The refusal of a folder without them, with what to do about what is there instead."""
+    wanted = f"{stem}.safetensors"
+    there = sorted(path.name for path in folder.glob("*") if path.is_file())
+    told = f"{folder.name}: no {wanted} and no {wanted}.index.json"
+    # STEM.VARIANT.safetensors; indices are called STEM.safetensors.index.VARIANT.json by diffusers, the other by others
+    variant = rf"{stem}\.(?:safetensors\.index\.(\w+)\.json|(\w+)\.safetensors(?:\.index\.json)?)"
+    for name in there:
+        if found := re.fullmatch(variant, name):
+            whole = f"{wanted}.index.json" if name.endswith(".json") else wanted
+            told += f", only the variant {found[1] or found[2]}, which is not taken by itself"
+            return f"{told}: rename {name} to {whole}"
+    for name in there:
+        if kind := FOREIGN.get(Path(name).suffix):
+            advice = "convert it to safetensors" if kind == "a pickle" else "get the safetensors files"
+            refused = "pickled checkpoints are not read" if kind == "a pickle" else f"{kind} is not read"
+            return f"{told}, but {name} ({refused}: {advice})"
+    others = [name for name in there if name.endswith(".safetensors")]
+    return f"{told}; the weights there have other names: {_some(others)}" if others else f"{told}: it holds no weights"
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a part's folder holds weights in any form, or JSON alone."""
+    return any(path.suffix in (".safetensors", *FOREIGN) for path in folder.glob("*"))
+
+
+def tensor_headers(folder: Path, stem: str = WEIGHTS) -> dict[str, Header]:
+    """Name -> (shape, dtype) of every tensor of a folder, from the files' headers alone."""
+    headers: dict[str, Header] = {}
     for path in weight_files(folder, stem):
         with _open(path) as file:
-            for key in file.keys():
-                header = file.get_slice(key)
-                yield key, tuple(header.get_shape()), str(header.get_dtype())
+            headers |= {key: _header(file, key) for key in file.keys()}
+    return headers
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; ValueError naming the file where it is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path.parent.name}/{path.name} is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path.parent.name}/{path.name} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.parent.name}/{path.name} must hold a JSON object")
-    return value
+def _header(file: Any, key: str) -> Header:
+    header = file.get_slice(key)
+    return tuple(header.get_shape()), str(header.get_dtype())
 
 
 def _open(path: Path) -> Any:
+    check_no_pointer(path, f"{path.parent.name}/{path.name}")
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

@@ -36,7 +36,11 @@ def add_models(commands: argparse._SubParsersAction[Parser]) -> None:
     add_device(calibration)
     add_sampling(calibration)
     calibration.set_defaults(run=_calibrate)
-    for command in (listing, inspection, calibration):
+    download = questions.add_parser("download", help="fetch a model's files from its hub", allow_abbrev=False)
+    download.add_argument("model", metavar="MODEL", help="a Hugging Face id")
+    download.add_argument("--revision", metavar="REV", help="a branch, a tag or a commit (default: the hub's own)")
+    download.set_defaults(run=_download_model)
+    for command in (listing, inspection, calibration, download):
         command.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -55,8 +59,10 @@ def _list_models(options: argparse.Namespace, settings: Settings) -> int:
 def _inspect_model(options: argparse.Namespace, settings: Settings) -> int:
     from .registry import inspect_model
 
-    rows = _fit_rows(options, settings)
+    if options.device_memory is None and (options.host_memory is not None or options.offload is not None):
+        raise ValueError("--host-memory and --offload need --device-memory: the memory of the GPU, in GB")
     report = inspect_model(options.model, cache_dir=settings.cache_dir)
+    rows = _fit_rows(options, settings)
     if options.json:
         print(json.dumps(asdict(report) | ({} if rows is None else {"fit": rows}), default=str))
         return 0
@@ -73,13 +79,15 @@ def _inspect_model(options: argparse.Namespace, settings: Settings) -> int:
     print(f"\ncan do    {', '.join(report.tasks)}")
     print(f"sizes     {sizes}; multiples of {limits.size_multiple} up to {limits.max_pixels:,} pixels")
     print(f"frames    {defaults.num_frames} at {defaults.fps} fps; up to {limits.max_num_frames}")
-    weights = [
-        f"{_mebibytes(report.loaded_bytes[name])} in {name} "
-        f"({_mebibytes(report.loaded_bytes[f'{name}+int8'])} with --quantize)"
-        for name in ("bf16", "fp32")
-    ]
+    weights = []
+    for name in ("bf16", "fp32"):
+        quantized = report.loaded_bytes.get(f"{name}+int8")
+        told = "--quantize does not take its sides" if quantized is None else f"{_mebibytes(quantized)} with --quantize"
+        weights.append(f"{_mebibytes(report.loaded_bytes[name])} in {name} ({told})")
     print(f"weights   {', '.join(weights)}")
     print(f"sampling  {defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}")
+    for part, reason in report.ignored.items():
+        print(f"ignored   {part}: {reason}")
     if rows is not None:
         print()
         print_fit(rows)
@@ -89,8 +97,6 @@ def _inspect_model(options: argparse.Namespace, settings: Settings) -> int:
 def _fit_rows(options: argparse.Namespace, settings: Settings) -> list[dict[str, Any]] | None:
     """What fits, where a memory was named."""
     if options.device_memory is None:
-        if options.host_memory is not None or options.offload is not None:
-            raise ValueError("--host-memory and --offload need --device-memory: the memory of the GPU, in GB")
         return None
     from .fit_report import precisions, rows_of
     from .registry import describe
@@ -109,7 +115,7 @@ def print_fit(rows: Sequence[dict[str, Any]]) -> None:
                 f"{row['width']}x{row['height']}x{row['num_frames']}",
                 "+".join(filter(None, (row["dtype"], row["quantize"]))),
                 f"up to {row['max_frames']} frames" if row["fits"] else f"no: {row['blocked_by']}",
-                *(f"{row['peak_bytes'][stage] / 1e9:.1f}" for stage in ("text", "encode", "step", "decode")),
+                *(_gigabytes(row["peak_bytes"][stage]) for stage in ("text", "encode", "step", "decode")),
                 f"{row['budget_bytes'] / 1e9:.1f} GB",
                 ", ".join(row["moved"]) or "nothing",
                 _how(row),
@@ -120,6 +126,8 @@ def print_fit(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _how(row: dict[str, Any]) -> str:
+    if "why" in row:
+        return str(row["why"])
     if not row["fits"]:
         enough = max(row["peak_bytes"][stage] for stage in row["stages"]) / (row["budget_bytes"] / row["device_bytes"])
         others = f", or {' or '.join(row['nearest'])}" if row["nearest"] else ""
@@ -129,6 +137,23 @@ def _how(row: dict[str, Any]) -> str:
     ways += ["guidance branches apart"] if row["guidance"] == "apart" else []
     ways += [f"in tiles of {row['tiles']}"] if row["tiles"] else []
     return ", ".join(ways)
+
+
+def _download_model(options: argparse.Namespace, settings: Settings) -> int:
+    from .hub import COMMIT, Download, resolve_folder
+
+    def tell(progress: Download) -> None:
+        print(f"skylapse: downloading {progress.model}: {progress}", file=sys.stderr, flush=True)
+
+    folder = resolve_folder(options.model, settings.cache_dir, options.revision, tell)
+    if not options.json:
+        print(folder)
+        return 0
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    commit = folder.name if COMMIT.fullmatch(folder.name) else None
+    facts = {"model": options.model, "revision": commit, "folder": str(folder)}
+    print(json.dumps(facts | {"files": len(sizes), "bytes": sum(sizes)}))
+    return 0
 
 
 def _calibrate(options: argparse.Namespace, settings: Settings) -> int:
@@ -160,6 +185,10 @@ def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_row(*row)
     width = None if sys.stdout.isatty() else 1000  # one line a row for whoever reads it through a pipe
     Console(width=width, markup=False, highlight=False).print(table)
+
+
+def _gigabytes(num_bytes: int | None) -> str:
+    return "" if num_bytes is None else f"{num_bytes / 1e9:.1f}"
 
 
 def _mebibytes(num_bytes: int | None) -> str:

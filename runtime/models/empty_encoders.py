@@ -1,21 +1,18 @@
-"""Text and image encoders without memory, from their configs: for counting parameters and predicting peaks."""
+"""Text and image encoders without memory, from their configs: to be filled, counted, or run for their peaks."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from .encoder_configs import encoder_fields
 from .registry import ModelFolder
-
-ARCHITECTURES = {  # component -> transformers' classes that may encode it, the first where a config names none
-    "text_encoder": ("UMT5EncoderModel", "T5EncoderModel"),
-    "image_encoder": ("CLIPVisionModel",),
-}
 
 
 def empty_encoder(folder: ModelFolder, part: str) -> Any:
-    """Return transformers' module on `meta`, or None where the checkpoint has none.
+    """Return transformers' module on `meta`, or None where the checkpoint has none; whoever asks again gets the same.
 
     Raises ValueError for a config that transformers cannot build a known encoder from.
     """
@@ -25,18 +22,18 @@ def empty_encoder(folder: ModelFolder, part: str) -> Any:
 
 @cache
 def _made(part: str, config: str) -> Any:
+    return build_encoder(part, encoder_fields(part, json.loads(config)))
+
+
+def build_encoder(part: str, fields: Mapping[str, Any]) -> Any:
+    """Return transformers' module on `meta`, for the fields that `encoder_fields` gives."""
     import torch
     import transformers
 
-    fields = json.loads(config)
-    known = ARCHITECTURES[part]
-    named = (fields.get("architectures") or known)[0]
-    kind = known[0] if part == "image_encoder" else named  # CLIPVisionModelWithProjection and CLIPModel hold the tower
-    if kind not in known:
-        raise ValueError(f"{part} must be {' or '.join(known)}, got {named}")
-    module_class = getattr(transformers, kind)
+    name = "CLIPVisionModel" if part == "image_encoder" else fields["architectures"][0]  # the tower, whatever is around
+    module_class = getattr(transformers, name)
     try:
         with torch.device("meta"):
-            return module_class(module_class.config_class.from_dict(fields)).eval()
+            return module_class(module_class.config_class.from_dict(dict(fields))).eval()
     except Exception as error:  # transformers' validation has errors of its own kinds
         raise ValueError(f"{part}/config.json cannot be read: {' '.join(str(error).split())[:200]}") from error

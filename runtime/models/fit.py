@@ -7,6 +7,7 @@ the device; a moved one has a pinned copy in the host's memory and is on the dev
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from functools import cached_property
 from itertools import product
 from typing import Literal
 
-from ..request import ModelLimits
+from ..request import MIN_SIDE, ModelLimits
 from ..vae.tiling import Tiling
 from .peaks import Peaks
 from .registry import EXPERTS
@@ -258,11 +259,12 @@ def nearest_of(fits: Callable[[Size], bool], size: Size, limits: ModelLimits) ->
     """The next shorter clip of these pixels and the next smaller one of this length, as far as they fit."""
     shorter = longest_of(fits, size, limits)
     multiple = limits.size_multiple
-    scaled = {
-        Size(max(multiple, size.width * k // 32 // multiple * multiple), height, size.num_frames)
-        for k in range(1, 32)
-        if (height := max(multiple, size.height * k // 32 // multiple * multiple))
-    }
+    least = math.ceil(MIN_SIDE / multiple) * multiple
+
+    def side(whole: int, k: int) -> int:
+        return max(least, whole * k // 32 // multiple * multiple)
+
+    scaled = {Size(side(size.width, k), side(size.height, k), size.num_frames) for k in range(1, 32)}
     smaller = [other for other in sorted(scaled, key=lambda other: -other.volume) if other.volume < size.volume]
     found = next((other for other in smaller if fits(other)), None)
     return [other for other in (shorter, found) if other is not None]

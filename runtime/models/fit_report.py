@@ -11,11 +11,11 @@ import torch
 from ..config import Settings
 from ..device import HOST_SHARE, SHARE, cache_bytes
 from .configs import parse_config
-from .fit import Fitter, Needs, Size, longest_of, nearest_of
+from .fit import STAGES, Fitter, Needs, Size, longest_of, nearest_of
 from .needs import needs_of
 from .peaks import Peaks, predict_peaks
 from .registry import ModelFolder
-from .sizes import part_bytes
+from .sizes import part_bytes, quantize_refusal
 from .wan import WanConfig
 
 DEVICE_SHARE = SHARE["cuda"]  # the rest is the CUDA context, libraries' workspaces and fragments
@@ -46,9 +46,21 @@ class Precision:
         )
 
 
-def precisions(folder: ModelFolder, quantize: tuple[str | None, ...] = (None, "fp8")) -> Iterator[Precision]:
-    """The checkpoint in bf16, with the weights of its blocks as they are and in 8 bits."""
+@dataclass(frozen=True)
+class Refusal:
+    """What a model cannot be kept in, and why."""
+
+    folder: ModelFolder
+    quantize: str | None
+    why: str
+
+
+def precisions(folder: ModelFolder, quantize: tuple[str | None, ...] = (None, "fp8")) -> Iterator[Precision | Refusal]:
+    """The checkpoint in bf16, with the weights of its blocks as they are and in 8 bits, where their sides allow it."""
     for kept_in in quantize:
+        if (why := quantize_refusal(folder, kept_in)) is not None:
+            yield Refusal(folder, kept_in, why)
+            continue
         parts = part_bytes(folder, DTYPE, kept_in, DECODER_DTYPE)
         yield Precision(folder, kept_in, parts, predict_peaks(folder, DTYPE, kept_in, DECODER_DTYPE))
 
@@ -65,9 +77,14 @@ def sizes_of(folder: ModelFolder) -> list[Size]:
 
 
 def rows_of(
-    precision: Precision, device_bytes: float, host_bytes: float | None = None, offload: str = "auto"
+    precision: Precision | Refusal, device_bytes: float, host_bytes: float | None = None, offload: str = "auto"
 ) -> list[dict[str, Any]]:
-    """One row a native size; the keys are contracts' (docs/memory.md)."""
+    """One row a native size; the keys are contracts' (docs/memory.md).
+
+    A precision that there is not is a row as well: it is blocked by "quantize", and its `why` says which weight.
+    """
+    if isinstance(precision, Refusal):
+        return [_refused(precision, size, device_bytes) for size in sizes_of(precision.folder)]
     fitter = precision.fitter(device_bytes, host_bytes, offload)
     return [_row(precision, fitter, size) for size in sizes_of(precision.folder)]
 
@@ -97,4 +114,28 @@ def _row(precision: Precision, fitter: Fitter, size: Size) -> dict[str, Any]:
         "blocked_by": fit.blocked_by,
         "nearest": [] if fit.fits else [str(other) for other in nearest_of(fits, size, limits)],
         "max_frames": longest.num_frames if longest else 0,
+    }
+
+
+def _refused(refusal: Refusal, size: Size, device_bytes: float) -> dict[str, Any]:
+    return {
+        **asdict(size),
+        "dtype": "bf16",
+        "quantize": refusal.quantize,
+        "fits": False,
+        "device_bytes": round(device_bytes),
+        "budget_bytes": int(DEVICE_SHARE * device_bytes),
+        "host_bytes": 0,
+        "stages": [],
+        "peak_bytes": dict.fromkeys(STAGES),
+        "resident": [],
+        "moved": [],
+        "guidance": "together",
+        "decode_chunk": 1,
+        "tiles": None,
+        "overlaps": False,
+        "blocked_by": "quantize",
+        "nearest": [],
+        "max_frames": 0,
+        "why": refusal.why,
     }

@@ -18,8 +18,10 @@ class Linear(nn.Module):
     the same rows, so no model file knows about either. `keep_in` makes of `weight` the parameters of another format.
     """
 
-    def __init__(self, in_features: int, sources: Mapping[str, int]) -> None:
+    def __init__(self, in_features: int, sources: Mapping[str, int], kernel: tuple[int, ...] = ()) -> None:
+        """kernel: [C, p, q, r] of the convolution without overlap that the checkpoint has it as, if it has."""
         super().__init__()
+        self.kernel = kernel
         self.sources = dict(sources)
         self.in_features, self.out_features = in_features, sum(sources.values())
         self.weight = nn.Parameter(torch.empty(self.out_features, in_features))
@@ -29,15 +31,20 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, activation: Activation = "none") -> Tensor:
         return self._functions.run(x, self.bias, activation, **{name: getattr(self, name) for name in self._names})
 
+    def refusal(self, form: WeightFormat) -> str | None:
+        """Return why the weight cannot be kept in a format, or None."""
+        for num_rows in self.sources.values():
+            if num_rows % form.multiple_of or self.in_features % form.multiple_of:
+                return f"its sides must be multiples of {form.multiple_of}, got {[num_rows, self.in_features]}"
+        return None
+
     def keep_in(self, form: WeightFormat, device: torch.device) -> None:
         """Replace the weight by the tensors of a format, without numbers yet: `fill` makes them, rows by rows.
 
         Raises ValueError where the format does not take the weight's sides.
         """
-        for num_rows in self.sources.values():
-            if num_rows % form.multiple_of or self.in_features % form.multiple_of:
-                got = [num_rows, self.in_features]
-                raise ValueError(f"its sides must be multiples of {form.multiple_of}, got {got}")
+        if refusal := self.refusal(form):
+            raise ValueError(refusal)
         dtype = self.weight.dtype
         for name in self._names:
             delattr(self, name)

@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import cast
 
 import torch
 from torch import nn
 
-from ..cache.calibration import CalibrationFile, read_calibrations
+from ..cache.calibration import CalibrationFile
 from ..cache.spec import WAN_PRESETS
 from ..cache.teacache import PUBLISHED
 from ..config import Settings
 from ..request import ModelDefaults, ModelLimits
-from ..sampler.schedule import SolverConfig
+from ..solver_config import SolverConfig
 from ..vae.codec import VideoCodec, decoder_dtype
 from ..vae.tiling import Tiling
-from ..vae.wan import WanVAE, WanVAEConfig, checkpoint_name
-from .checkpoint import load_weights
-from .configs import parse_config
+from ..vae.wan import WanVAE
 from .fingerprint import fingerprint
+from .hub import resolve_folder
 from .image_encoder import ImageEncoder
+from .loadable import check_loadable
+from .parts import expert_part, load_part, vae_part
 from .placement import place
-from .quantization import quantized_weights
-from .registry import EXPERTS, ModelFolder, read_folder, resolve_folder
+from .registry import EXPERTS, ModelFolder, read_folder
 from .residency import CudaMover, Mover, Residency
 from .text_encoder import TextEncoder
-from .wan import WanConfig, WanDenoiser
-
-Config = TypeVar("Config")
+from .wan import WanDenoiser
 
 
 @dataclass(frozen=True)
@@ -129,22 +126,23 @@ def load_model(
     settings' affair.
     """
     path = resolve_folder(name, cache_dir or settings.cache_dir)
+    folder = read_folder(path, name)
     try:
-        return _load_folder(name, path, device, dtype, settings, quantize, mover)
+        return _load_folder(name, folder, device, dtype, settings, quantize, mover)
     except ValueError as error:
         raise ValueError(f"model {name!r}: {error}") from error
 
 
 def _load_folder(
     name: str,
-    path: Path,
+    folder: ModelFolder,
     device: torch.device,
     dtype: torch.dtype,
     settings: Settings,
     quantize: str | None,
     mover: Mover | None,
 ) -> Model:
-    folder = read_folder(path, name)
+    path, companions = folder.path, check_loadable(folder)  # before the first weight is read, which takes minutes
     if mover is None and device.type == "cuda" and settings.offload != "none":
         mover = CudaMover(device)
     if mover is None and settings.offload == "all":
@@ -155,26 +153,36 @@ def _load_folder(
         else place(folder, device, dtype, quantize, decoder_dtype(settings.decoder_dtype, device), settings)
     )
     at = {part: torch.device("cpu") if part in moved else device for part in (*folder.transformers, *folder.encoders)}
+    text, image = folder.encoders["text_encoder"], folder.encoders.get("image_encoder")
     experts = tuple(
-        _load(WanDenoiser, WanConfig, config, path / part, device=at[part], dtype=dtype, quantize=quantize)
+        load_part(expert_part(part, config), path / part, device=at[part], dtype=dtype, quantize=quantize)
         for part, config in folder.transformers.items()
     )
     solver = SolverConfig.from_diffusers(folder.scheduler)
-    has_clip = folder.transformer.get("image_dim") is not None
-    limit = folder.limits.max_prompt_tokens
     model = Model(
         name=name,
         folder=folder,
-        text_encoder=TextEncoder.load(path, device=at["text_encoder"], dtype=dtype, max_tokens=limit),
-        image_encoder=ImageEncoder.load(path, device=at["image_encoder"], dtype=torch.float32) if has_clip else None,
-        experts=experts,
+        text_encoder=TextEncoder.load(
+            path,
+            device=at["text_encoder"],
+            dtype=dtype,
+            max_tokens=folder.limits.max_prompt_tokens,
+            fields=text,
+            tokenizer=companions.tokenizer,
+        ),
+        image_encoder=None
+        if image is None
+        else ImageEncoder.load(
+            path, device=at["image_encoder"], dtype=torch.float32, fields=image, processor=companions.processor
+        ),
+        experts=cast(tuple[WanDenoiser, ...], experts),
         codec=load_codec(folder, device, settings),
         solver=solver,
         defaults=dataclasses.replace(folder.defaults, solver=solver.solver, shift=solver.shift),
         limits=folder.limits,
         device=device,
         dtype=dtype,
-        calibrations=read_calibrations(path).serving(quantize),
+        calibrations=companions.calibrations.serving(quantize),
         quantize=quantize,
         residency=Residency(settings.offload if mover else "none", mover),
     )
@@ -187,42 +195,16 @@ def _load_folder(
 def load_codec(folder: ModelFolder, device: torch.device, settings: Settings) -> VideoCodec:
     """The VAE alone: it encodes in fp32, and decodes as the settings say."""
     dtype = decoder_dtype(settings.decoder_dtype, device)
-    vae = _load(
-        WanVAE,
-        WanVAEConfig,
-        folder.vae,
+    vae = load_part(
+        vae_part(folder.vae),
         folder.path / "vae",
         device=device if dtype == torch.float32 else torch.device("cpu"),
         dtype=torch.float32,
-        rename=checkpoint_name,
     )
     return VideoCodec(
-        vae, device=device, chunk=settings.decode_chunk, tiling=Tiling.of(settings.tile), decoder_dtype=dtype
-    )
-
-
-def _load(
-    module_class: Callable[[Config], Any],
-    config_class: Callable[..., Config],
-    fields: dict[str, Any],
-    path: Path,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    rename: Callable[[str], str] = lambda key: key,
-    quantize: str | None = None,
-) -> Any:
-    """A module of a component folder: built without memory, then filled from its safetensors files."""
-    with torch.device("meta"):
-        module = module_class(parse_config(config_class, fields, path.name))
-    load_weights(
-        module,
-        path,
+        cast(WanVAE, vae),
         device=device,
-        dtype=dtype,
-        fp32_parameters=getattr(module_class, "fp32_parameters", ()),
-        unexpected_keys=getattr(module_class, "unexpected_keys", ()),
-        rename=rename,
-        quantized=quantized_weights(module, quantize),
+        chunk=settings.decode_chunk,
+        tiling=Tiling.of(settings.tile),
+        decoder_dtype=dtype,
     )
-    return module

@@ -28,6 +28,16 @@ def quantized_weights(denoiser: nn.Module, quantize: str | None) -> dict[str, We
     }
 
 
+def refusal_of(denoiser: nn.Module, quantize: str | None) -> str | None:
+    """Return which weight cannot be kept in a format and why, as loading says it; None where all can."""
+    for name, form in quantized_weights(denoiser, quantize).items():
+        layer = denoiser.get_submodule(name.rpartition(".")[0])
+        assert isinstance(layer, Linear)
+        if (reason := layer.refusal(form)) is not None:
+            return f"{name} cannot be quantised to {form.name}: {reason}"
+    return None
+
+
 def parse_quantize(text: str, device: torch.device) -> str | None:
     """One of `words()`, "none" as None, for a model on `device`; ValueError for another, or on too old a device."""
     known = words()

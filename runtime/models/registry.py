@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..cache.spec import PRESETS, parse_policy
+from ..json_file import read_json, typed
 from ..request import ModelDefaults, ModelLimits
-from .checkpoint import read_json, tensor_headers
+from ..solver_config import SolverConfig
+from ..vae.wan_config import WanVAEConfig
+from .agreement import check_agreement
+from .card import DEFAULTS, Limits, check_fields, check_shapes
+from .configs import parse_config
+from .encoder_configs import encoder_fields, image_encoder_config, text_encoder_config
+from .hub import DEMO_FOLDER, cached_folder, local_folder, resolve_folder
+from .model_index import ALWAYS, CLASSES, FOR_IMAGES, ModelIndex, ignored_parts, read_index
+from .model_index import EXPERTS as EXPERTS
+from .model_index import TRANSFORMER_CLASS as TRANSFORMER_CLASS
+from .model_index import VAE_CLASS as VAE_CLASS
 from .published import published
+from .wan_config import WanConfig
 
-DEMO_FOLDER = Path(__file__).parent / "demo"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-EXPERTS = ("transformer", "transformer_2")
 ENCODERS = ("text_encoder", "image_encoder")
-DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt")  # never a pickle, never code
-TRANSFORMER_CLASS = "WanTransformer3DModel"
-VAE_CLASS = "AutoencoderKLWan"
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 
 
@@ -52,6 +56,7 @@ class ModelReport:
     defaults: ModelDefaults
     limits: ModelLimits
     loaded_bytes: dict[str, int]  # of all weights, by precision: "bf16", "bf16+fp8", ...
+    ignored: dict[str, str] = field(default_factory=dict)  # parts of the folder that nothing uses -> why
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class ModelFolder:
     scheduler: dict[str, Any]
     extra: dict[str, Any] = field(default_factory=dict)  # skylapse.json
     encoders: dict[str, dict[str, Any]] = field(default_factory=dict)  # of text and images: component name -> config
+    ignored: dict[str, str] = field(default_factory=dict)  # parts that are there and not used -> why
 
     @property
     def transformer(self) -> dict[str, Any]:
@@ -113,10 +119,6 @@ class ModelFolder:
     def cache_presets(self) -> dict[str, str]:
         """What skylapse.json says of the presets: preset -> policy."""
         given: dict[str, str] = self.extra.get("cache", {})
-        for preset, policy in given.items():
-            if preset not in PRESETS:
-                raise ValueError(f"skylapse.json: unknown cache preset {preset!r} (known: {', '.join(PRESETS)})")
-            parse_policy(policy)
         return given
 
     @property
@@ -127,78 +129,97 @@ class ModelFolder:
 
     @property
     def defaults(self) -> ModelDefaults:
-        """skylapse.json where the folder has one, else what `WanPipeline.__call__` has."""
-        given = self.extra.get("defaults", {})
-        known = {
-            "width": 832,
-            "height": 480,
-            "num_frames": 81,
-            "fps": 16,
-            "num_inference_steps": 50,
-            "guidance_scale": 5.0,
-            "guidance_scale_2": None,
-        }
-        if unknown := sorted(given.keys() - known.keys()):
-            raise ValueError(f"skylapse.json: unknown default {unknown[0]!r} (known: {', '.join(known)})")
-        return ModelDefaults(**(known | given))
+        """What skylapse.json says, else what `WanPipeline.__call__` has, as near as the model makes it."""
+        given = {name: value for name, value in self.extra.get("defaults", {}).items() if value is not None}
+        limits, nearest = self.limits, dict(DEFAULTS)
+        for side in ("width", "height"):
+            nearest[side] = max(1, DEFAULTS[side] // limits.size_multiple) * limits.size_multiple
+        nearest["num_frames"] = min(DEFAULTS["num_frames"], limits.max_num_frames)
+        return ModelDefaults(**(nearest | given))
 
     @property
     def limits(self) -> ModelLimits:
-        given = self.extra.get("limits", {})
+        given = typed(Limits, self.extra.get("limits", {}), "limits")
         temporal, patch = self.vae.get("scale_factor_temporal", 4), self.transformer.get("patch_size", (1, 2, 2))
         longest = temporal * (self.transformer.get("rope_max_seq_len", 1024) * patch[0] - 1) + 1
         return ModelLimits(
             size_multiple=math.lcm(*(self.vae.get("scale_factor_spatial", 8) * p for p in patch[1:])),
             temporal_multiple=temporal * patch[0],
-            max_num_frames=min(longest, given.get("max_num_frames", 1025)),
-            max_pixels=given.get("max_pixels", 3840 * 2176),
+            max_num_frames=min(longest, given.max_num_frames),
+            max_pixels=given.max_pixels,
         )
-
-
-def resolve_folder(name: str, cache_dir: Path | None = None) -> Path:
-    """The folder of "demo", a local diffusers folder, or a hub id (downloaded: JSON and safetensors alone)."""
-    if name == "demo":
-        return DEMO_FOLDER
-    if name and Path(name).is_dir():
-        return Path(name)
-    if not HUB_ID.fullmatch(name):
-        raise ValueError(
-            f'model must be "demo", a folder or a hub id like "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", got {name!r}'
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=list(DOWNLOADED)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"model {name!r} is no local folder and could not be downloaded: {reason}") from error
 
 
 def read_folder(path: Path, name: str = "") -> ModelFolder:
-    """Read and check a folder's JSON files; ValueError names what is missing or not supported.
+    """Read and check a folder's JSON files; ValueError names the model, the file, the field and what is allowed.
 
     name: the model's, as it was asked for: a published one has native sizes and defaults without a skylapse.json too.
+    No weight is looked at; `check_loadable` does.
     """
-    index = read_json(path / "model_index.json")
-    experts = [expert for expert in EXPERTS if (index.get(expert) or [None, None])[1] is not None]
-    if not experts:
-        raise ValueError(f"{path.name}/model_index.json names no transformer")
-    for part, expected in [*((expert, TRANSFORMER_CLASS) for expert in experts), ("vae", VAE_CLASS)]:
-        found = (index.get(part) or [None, None])[1]
-        if found != expected:
-            raise ValueError(f"{path.name}/model_index.json: {part} must be {expected}, got {found}")
-    extra = path / "skylapse.json"
-    known = published().get(name, {}).get("extra", {})
+    try:
+        folder = _read(path, name)
+        check_shapes(folder)
+    except ValueError as error:
+        raise ValueError(f"model {name!r}: {error}" if name else str(error)) from error
+    return folder
+
+
+def _read(path: Path, name: str) -> ModelFolder:
+    index = read_index(path, name if name and Path(name).is_dir() else str(path))  # as it was given
+    transformers = {part: _component(path, part) for part in index.experts}
+    configs = {part: parse_config(WanConfig, fields, part) for part, fields in transformers.items()}
+    config = next(iter(configs.values()))
+    needed = [*ALWAYS, *(FOR_IMAGES if config.image_dim is not None else ())]
+    for part in needed:
+        if part not in index.classes:
+            raise ValueError(f"model_index.json: there is no {part}, which the model needs")
+        if not (path / part).is_dir():
+            raise ValueError(f"{part} is missing: model_index.json names it, and there is no folder {path / part}")
+    encoders = {
+        part: encoder_fields(part, read_json(path / part / "config.json"), index.classes[part])
+        for part in ENCODERS
+        if part in needed
+    }
+    vae, scheduler = _component(path, "vae"), _scheduler(path, index)
+    image = encoders.get("image_encoder")
+    check_agreement(
+        configs,
+        parse_config(WanVAEConfig, vae, "vae"),
+        text_encoder_config(encoders["text_encoder"]),
+        None if image is None else image_encoder_config(image),
+        index.expand_timesteps,
+    )
+    card = path / "skylapse.json"
     return ModelFolder(
         path=path,
-        index=index,
-        transformers={expert: read_json(path / expert / "config.json") for expert in experts},
-        vae=read_json(path / "vae" / "config.json"),
-        scheduler=read_json(path / "scheduler" / "scheduler_config.json"),
-        extra=read_json(extra) if extra.exists() else known,
-        encoders={part: read_json(path / part / "config.json") for part in ENCODERS if (path / part).is_dir()},
+        index=index.fields,
+        transformers=transformers,
+        vae=vae,
+        scheduler=scheduler,
+        extra=check_fields(read_json(card)) if card.exists() else published().get(name, {}).get("extra", {}),
+        encoders=encoders,
+        ignored=ignored_parts(path, index, [*transformers, *needed]),
     )
+
+
+def _component(path: Path, part: str) -> dict[str, Any]:
+    """The fields of a denoiser's or a VAE's config.json; null means the default, as a field that is not there."""
+    given = {name: value for name, value in read_json(path / part / "config.json").items() if value is not None}
+    if (found := given.get("_class_name")) not in (None, *CLASSES[part]):
+        raise ValueError(f"{part}/config.json: _class_name must be {CLASSES[part][0]}, got {found}")
+    return given
+
+
+def _scheduler(path: Path, index: ModelIndex) -> dict[str, Any]:
+    fields = read_json(path / "scheduler" / "scheduler_config.json")
+    given = {name: value for name, value in fields.items() if value is not None}
+    promised, found = index.classes["scheduler"], given.setdefault("_class_name", index.classes["scheduler"])
+    SolverConfig.from_diffusers(given)
+    if found != promised:
+        raise ValueError(
+            f"scheduler/scheduler_config.json: _class_name must be {promised}, as in model_index.json, got {found}"
+        )
+    return given
 
 
 def published_folder(name: str) -> ModelFolder | None:
@@ -230,6 +251,8 @@ def _cached_models(cache_dir: Path | None) -> Iterator[ModelEntry]:
     for repository in sorted(repositories, key=lambda r: r.repo_id):
         for revision in repository.revisions:
             path = revision.snapshot_path / "model_index.json"
+            if not any(revision.snapshot_path.glob("transformer/*.safetensors")):  # an ingress reads JSON alone
+                continue
             if path.exists() and json.loads(path.read_text()).get("transformer", [None, None])[1] == TRANSFORMER_CLASS:
                 yield ModelEntry(repository.repo_id, "downloaded", "hub cache", revision.size_on_disk)
                 break
@@ -237,53 +260,57 @@ def _cached_models(cache_dir: Path | None) -> Iterator[ModelEntry]:
 
 def describe(name: str, cache_dir: Path | None = None) -> ModelFolder:
     """A model's configs, from the disk where it is there, from this package where it is published, else downloaded."""
-    if name != "demo" and not (name and Path(name).is_dir()) and (known := published_folder(name)) is not None:
-        return known if (path := _cached(name, cache_dir)) is None else read_folder(path, name)
-    return read_folder(resolve_folder(name, cache_dir), name)
+    return known_folder(name, cache_dir) or read_folder(resolve_folder(name, cache_dir), name)
 
 
-def _cached(name: str, cache_dir: Path | None) -> Path | None:
-    """The folder of a hub id that was downloaded whole."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        path = Path(snapshot_download(name, cache_dir=cache_dir, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-    return path if any(path.glob("transformer/*.safetensors")) else None
+def known_folder(name: str, cache_dir: Path | None = None) -> ModelFolder | None:
+    """A model's configs where they are on this machine: local, downloaded or published; None where a hub has them."""
+    path = local_folder(name) or cached_folder(name, cache_dir, None)
+    return published_folder(name) if path is None else read_folder(path, name)
 
 
 def inspect_model(name: str, cache_dir: Path | None = None) -> ModelReport:
-    """What a model consists of, takes and can do, from its JSON files and its safetensors files' headers.
+    """Tell what a model consists of, takes and can do, from its JSON files and its safetensors files' headers.
 
-    Of a published checkpoint that is not there, from its configs in this package.
+    Of a published checkpoint that is not there, from its configs in this package; of a folder without weights, from its
+    JSON files alone. What could not be loaded is refused, with the ValueError that loading would raise.
     """
-    from .sizes import loaded_bytes, reports_of  # they build denoisers, whose configs are read with this module's help
+    from .parts import holds_weights  # these import torch, which a service that reads JSON alone does without
+    from .sizes import loaded_bytes, reports_of
 
     folder = describe(name, cache_dir)
-    if folder.path.is_dir():
+    where = str(folder.path) if folder.path.is_dir() else "not downloaded"
+    if not folder.path.is_dir() or not holds_weights(folder):
+        where += ", without weights" if folder.path.is_dir() else ""
+        components = reports_of(folder)
+    else:
+        from .loadable import check_loadable
+
+        try:
+            check_loadable(folder)
+        except ValueError as error:
+            raise ValueError(f"model {name!r}: {error}") from error
         parts = [(part, "diffusion_pytorch_model") for part in (*folder.transformers, "vae")]
         parts += [(part, "model") for part in folder.encoders]
         components = [_inspect_component(folder.path, part, stem) for part, stem in parts]
-    else:
-        components = reports_of(folder)
     return ModelReport(
         name=name,
-        folder=str(folder.path) if folder.path.is_dir() else "not downloaded",
+        folder=where,
         components=components,
         tasks=folder.tasks,
         native_sizes=folder.native_sizes,
         defaults=folder.defaults,
         limits=folder.limits,
         loaded_bytes=loaded_bytes(folder, components),
+        ignored=folder.ignored,
     )
 
 
 def _inspect_component(path: Path, part: str, stem: str) -> ComponentReport:
+    from .checkpoint import tensor_headers
+
     config = read_json(path / part / "config.json")
-    headers = list(tensor_headers(path / part, stem))
-    counts = [(math.prod(shape), dtype) for _, shape, dtype in headers]
+    counts = [(math.prod(shape), dtype) for shape, dtype in tensor_headers(path / part, stem).values()]
     return ComponentReport(
         name=part,
         kind=config.get("_class_name") or (config.get("architectures") or ["unknown"])[0],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from ...kernels.weight_formats import words
 from ..vae.wan import WanVAE, WanVAEConfig
 from .configs import parse_config
 from .empty_encoders import empty_encoder
-from .quantization import quantized_weights
+from .quantization import quantized_weights, refusal_of
 from .registry import TRANSFORMER_CLASS, VAE_CLASS, ComponentReport, ModelFolder
 from .wan import WanConfig, WanDenoiser
 
@@ -18,12 +19,27 @@ FP32_COMPONENTS = ("vae", "image_encoder")  # whatever the engine's dtype is
 
 
 def loaded_bytes(folder: ModelFolder, components: Sequence[ComponentReport]) -> dict[str, int]:
-    """Of all components together on the engine's device, by precision: "bf16", "bf16+fp8", ..."""
+    """Of all components together on the engine's device, by precision: "bf16", "bf16+fp8", ...
+
+    Formats that the model's sides cannot be quantised to are left out.
+    """
     return {
         "+".join(filter(None, (name, quantize))): _bytes(folder, components, dtype, quantize)
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
         for quantize in (None, *words()[1:])
+        if quantize_refusal(folder, quantize) is None
     }
+
+
+def quantize_refusal(folder: ModelFolder, quantize: str | None) -> str | None:
+    """Return why the experts' weights cannot be kept in a format, or None; they are all of one config."""
+    return refusal_of(empty_denoiser(folder.transformer), quantize)
+
+
+def empty_denoiser(fields: Mapping[str, Any]) -> WanDenoiser:
+    """An expert on `meta`."""
+    with torch.device("meta"):
+        return WanDenoiser(parse_config(WanConfig, fields, "transformer"))
 
 
 def part_bytes(
@@ -32,7 +48,7 @@ def part_bytes(
     """On a device, of each part that can be there by itself: encoders, experts, and the halves of the VAE."""
     parts = _encoder_parameters(folder)
     found = {name: num * (torch.float32 if name in FP32_COMPONENTS else dtype).itemsize for name, num in parts.items()}
-    found |= {name: _expert_bytes(config, name, dtype, quantize) for name, config in folder.transformers.items()}
+    found |= {name: _expert_bytes(config, dtype, quantize) for name, config in folder.transformers.items()}
     with torch.device("meta"):
         vae = WanVAE(parse_config(WanVAEConfig, folder.vae, "vae"))
     halves = {"encoder": (vae.encoder, vae.quant_conv), "decoder": (vae.decoder, vae.post_quant_conv)}
@@ -65,14 +81,13 @@ def _encoder_parameters(folder: ModelFolder) -> dict[str, int]:
 def _bytes(folder: ModelFolder, components: Sequence[ComponentReport], dtype: torch.dtype, quantize: str | None) -> int:
     others = [part for part in components if part.name not in folder.transformers]
     kept_in = {part.name: torch.float32 if part.name in FP32_COMPONENTS else dtype for part in others}
-    experts = sum(_expert_bytes(config, name, dtype, quantize) for name, config in folder.transformers.items())
+    experts = sum(_expert_bytes(config, dtype, quantize) for config in folder.transformers.values())
     return experts + sum(part.num_parameters * kept_in[part.name].itemsize for part in others)
 
 
-def _expert_bytes(config: dict[str, object], name: str, dtype: torch.dtype, quantize: str | None) -> int:
+def _expert_bytes(config: Mapping[str, Any], dtype: torch.dtype, quantize: str | None) -> int:
     """By the rule that the loader follows, on a module without memory."""
-    with torch.device("meta"):
-        denoiser = WanDenoiser(parse_config(WanConfig, config, name))
+    denoiser = empty_denoiser(config)
     quantized = quantized_weights(denoiser, quantize)
     total = 0
     for name, parameter in denoiser.named_parameters():

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checkpoint import load_weights, read_json, tensor_headers
-
-STEM = "model"  # of its safetensors files
-ARCHITECTURES = ("UMT5EncoderModel", "T5EncoderModel")
-# One parameter; published checkpoints hold it under one of the names or under both.
-SHARED, EMBED_TOKENS = "shared.weight", "encoder.embed_tokens.weight"
+from ..json_file import check_no_pointer, read_json
+from .encoder_configs import encoder_fields
+from .parts import load_part, text_encoder_part
 
 
 def clean_prompt(prompt: str) -> str:
@@ -35,21 +34,26 @@ class TextEncoder:
         self.max_tokens = max_tokens
 
     @classmethod
-    def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype, max_tokens: int = 512) -> TextEncoder:
-        """Read `text_encoder/` and `tokenizer/` of a checkpoint folder; ValueError names what does not fit."""
-        import transformers
+    def load(
+        cls,
+        folder: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_tokens: int = 512,
+        fields: Mapping[str, Any] | None = None,
+        tokenizer: Any = None,
+    ) -> TextEncoder:
+        """Read `text_encoder/` and `tokenizer/` of a checkpoint folder; ValueError names what does not fit.
 
-        names = read_json(folder / "text_encoder" / "config.json").get("architectures") or [None]
-        if names[0] not in ARCHITECTURES:
-            raise ValueError(f"text_encoder must be {' or '.join(ARCHITECTURES)}, got {names[0]}")
-        model = load_encoder(getattr(transformers, names[0]), folder / "text_encoder", device=device, dtype=dtype)
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder / "tokenizer", local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"tokenizer cannot be read: {_first_line(error)}") from error
-        return cls(model, tokenizer, max_tokens)
+        fields, tokenizer: of its config (`encoder_fields`) and by `load_tokenizer`, where they have been read already.
+        """
+        if fields is None:
+            fields = encoder_fields("text_encoder", read_json(folder / "text_encoder" / "config.json"))
+        model: Any = load_part(text_encoder_part(fields), folder / "text_encoder", device=device, dtype=dtype)
+        # The module is the same; its weight may have been replaced for one owner.
+        model.set_input_embeddings(model.shared)
+        return cls(model, tokenizer or load_tokenizer(folder, model.config.vocab_size), max_tokens)
 
     def count_cut(self, prompt: str) -> int:
         """How many of a prompt's tokens lie beyond `max_tokens`, which `encode` leaves out as the reference does."""
@@ -73,58 +77,50 @@ class TextEncoder:
         return rows
 
 
-def load_encoder(model_class: Any, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
-    """transformers' module, filled tensor by tensor on its device.
+def load_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """Read `tokenizer/` of a checkpoint folder, by transformers; ValueError says what is missing or does not fit.
 
-    Its `from_pretrained` makes the whole of it in the machine's memory first (11 GB for UMT5-XXL), or needs accelerate.
+    vocab_size: of the text encoder, which has a row for each token.
     """
-    from huggingface_hub.errors import StrictDataclassError
+    import transformers
 
+    part = folder / "tokenizer"
+    if not part.is_dir():
+        raise ValueError("tokenizer is missing: the folder has none")
+    for path in sorted(part.glob("*")):
+        check_no_pointer(path, f"tokenizer/{path.name}")
+    if not (part / "tokenizer.json").is_file():
+        _check_pieces(part)
     try:
-        config = model_class.config_class.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            model = model_class(config)
-    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise ValueError(f"{folder.name}/config.json cannot be read: {_first_line(error)}") from error
-    model.set_input_embeddings(model.shared)
-    names = {name for name, _, _ in tensor_headers(folder, STEM)}
-    load_weights(
-        model,
-        folder,
-        device=device,
-        dtype=dtype,
-        stem=STEM,
-        unexpected_keys=(EMBED_TOKENS, "decoder."),
-        rename=lambda name: EMBED_TOKENS if name == SHARED and SHARED not in names else name,
-    )
-    model.set_input_embeddings(model.shared)  # the module is the same; its weight may have been replaced for one owner
-    return model
+        tokenizer = transformers.AutoTokenizer.from_pretrained(part, local_files_only=True, trust_remote_code=False)
+        tokenizer("a", max_length=8, truncation=True, return_tensors="pt")
+        highest = max(tokenizer.get_vocab().values())
+    except Exception as error:  # transformers lets through whatever its parsers stumble over
+        raise ValueError(f"tokenizer cannot be read: {first_line(error)}") from error
+    if highest >= vocab_size:
+        raise ValueError(f"tokenizer must have ids below the text encoder's vocab_size = {vocab_size}, got {highest}")
+    return tokenizer
 
 
-def load_transformers_model(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A transformers model from safetensors alone; ValueError names missing, unexpected or mismatched keys."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # a bar a component says nothing to who waits for a video
-    try:
-        model, report = model_class.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+def _check_pieces(part: Path) -> None:
+    """ValueError unless there is a SentencePiece model and what reads it: transformers names another package."""
+    pieces = next((path.name for path in sorted(part.glob("*.model"))), None)
+    if pieces is None:
+        raise ValueError("tokenizer has neither tokenizer.json nor spiece.model")
+    if missing := [package for package in ("sentencepiece", "google.protobuf") if _is_missing(package)]:
+        package = {"google.protobuf": "protobuf"}.get(missing[0], missing[0])
+        raise ValueError(
+            f"tokenizer/{pieces} needs the package {package}, since there is no tokenizer.json: pip install {package}"
         )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder.name} cannot be read: {_first_line(error)}") from error
-    except Exception as error:  # safetensors' own error type derives from Exception alone
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise ValueError(f"{folder.name} cannot be read: {_first_line(error)}") from error
-    problems = {
-        what: sorted(str(key) for key in report.get(f"{what}_keys", ()))
-        for what in ("missing", "unexpected", "mismatched")
-    }
-    found = "; ".join(f"{what}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys)
-    if found:
-        raise ValueError(f"{folder.name} does not fit its config; {found}")
-    return model.requires_grad_(False).eval()
 
 
-def _first_line(error: BaseException) -> str:
+def _is_missing(package: str) -> bool:
+    try:
+        return find_spec(package) is None
+    except ModuleNotFoundError:  # of the package around it
+        return True
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line that is never empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -20,11 +19,12 @@ from torch import Tensor, nn
 
 from ...kernels.adaln import adaln, gated_residual, gated_residual_adaln, gated_residual_norm
 from ...kernels.attention import attention
-from ...kernels.patch_embed import PatchSize, patch_embed, unpatchify
+from ...kernels.patch_embed import patch_embed, unpatchify
 from ...kernels.qk_norm_rope import qk_norm_rope
 from ...kernels.rms_norm import rms_norm
 from ..pack import Context, Pack, TextContext
 from .linear import Linear
+from .wan_config import WanConfig as WanConfig
 
 TEXT_ROWS = 512  # Wan pads every prompt to this many rows and attends to all of them
 
@@ -32,32 +32,6 @@ TEXT_ROWS = 512  # Wan pads every prompt to this many rows and attends to all of
 # 128 x 256 for the 14B model's two products, 104.7 and 38.8 turns of 132 SMs (1.3B: 67.9 and 11.6): at most 3 % idle in
 # the last. Reading the weights once more takes 0.6 % of a part's time, copying its result into place 1.7 to 2.6 %.
 FFN_ROWS = 32768
-
-
-@dataclass(frozen=True)
-class WanConfig:
-    """The fields of diffusers' `WanTransformer3DModel` config.json."""
-
-    patch_size: PatchSize = (1, 2, 2)
-    num_attention_heads: int = 40
-    attention_head_dim: int = 128
-    in_channels: int = 16
-    out_channels: int = 16
-    text_dim: int = 4096
-    freq_dim: int = 256
-    ffn_dim: int = 13824
-    num_layers: int = 40
-    cross_attn_norm: bool = True
-    qk_norm: str = "rms_norm_across_heads"
-    eps: float = 1e-6
-    image_dim: int | None = None
-    added_kv_proj_dim: int | None = None
-    rope_max_seq_len: int = 1024
-    pos_embed_seq_len: int | None = None
-
-    @property
-    def dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
 
 
 class WanDenoiser(nn.Module):
@@ -71,9 +45,8 @@ class WanDenoiser(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch_embedding = Linear(
-            config.in_channels * math.prod(config.patch_size), {"patch_embedding": config.dim}
-        )
+        kernel = config.in_channels, *config.patch_size
+        self.patch_embedding = Linear(math.prod(kernel), {"patch_embedding": config.dim}, kernel)
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.dim))

@@ -2,148 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-SOLVERS = ("unipc", "euler", "dpmpp")
-
-_CLASS_NAMES = {
-    "UniPCMultistepScheduler": "unipc",
-    "DPMSolverMultistepScheduler": "dpmpp",
-    "FlowMatchEulerDiscreteScheduler": "euler",
-}
-# Each of these changes the samples when it is on, and we implement none of them.
-_MUST_BE_OFF = (
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "use_lu_lambdas",
-    "use_dynamic_shifting",
-    "thresholding",
-    "solver_p",
-    "shift_terminal",
-    "invert_sigmas",
-    "stochastic_sampling",
-)
-# Each of these has a single value that we implement: what diffusers assumes when it is missing, then ours.
-_MUST_EQUAL: dict[str, tuple[Any, Any]] = {
-    "predict_x0": (True, True),
-    "algorithm_type": ("dpmsolver++", "dpmsolver++"),
-    # "sigma_min" repeats the last sigma, and then diffusers itself ends in 0 / 0.
-    "final_sigmas_type": ("zero", "zero"),
-}
-_READ = (
-    "num_train_timesteps",
-    "flow_shift",
-    "shift",
-    "solver_order",
-    "solver_type",
-    "lower_order_final",
-    "euler_at_final",
-    "disable_corrector",
-    "prediction_type",
-    "use_flow_sigmas",
-)
-# With flow sigmas, and with all of _MUST_BE_OFF off, diffusers never looks at these.
-_WITHOUT_EFFECT = (
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-    "timestep_spacing",
-    "steps_offset",
-    "lambda_min_clipped",
-    "variance_type",
-    "dynamic_thresholding_ratio",
-    "sample_max_value",
-    "time_shift_type",
-    "sigma_min",
-    "sigma_max",
-    "base_shift",
-    "max_shift",
-    "base_image_seq_len",
-    "max_image_seq_len",
-)
-_KNOWN = frozenset((*_MUST_BE_OFF, *_MUST_EQUAL, *_READ, *_WITHOUT_EFFECT))
-
-
-@dataclass(frozen=True, slots=True)
-class SolverConfig:
-    """What a checkpoint says about its solver, in diffusers' words; `shift` is `flow_shift` of UniPC and DPM-Solver++.
-
-    A field that a solver does not read (`disable_corrector` for "dpmpp", say) is carried along, so that switching
-    the solver and back loses nothing; diffusers' `from_config` does the same.
-    """
-
-    solver: str
-    shift: float = 1.0
-    num_train_timesteps: int = 1000
-    solver_order: int = 2
-    solver_type: str = "midpoint"  # DPM-Solver++'s second-order rule, "midpoint" | "heun"; UniPC is always B2(h)
-    lower_order_final: bool = True
-    euler_at_final: bool = False
-    disable_corrector: tuple[int, ...] = ()  # steps after which UniPC does not correct
-
-    def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
-        if not (math.isfinite(self.shift) and self.shift > 0):
-            raise ValueError(f"shift must be a positive number, got {self.shift}")
-        if self.num_train_timesteps < 2:
-            raise ValueError(f"num_train_timesteps must be at least 2, got {self.num_train_timesteps}")
-        if self.solver_order not in (1, 2, 3):
-            raise ValueError(f"solver_order must be 1, 2 or 3, got {self.solver_order}")
-        if self.solver_type not in ("midpoint", "heun"):
-            raise ValueError(f"solver_type must be midpoint or heun, got {self.solver_type!r}")
-        if self.solver == "unipc" and self.solver_order > 1 and not self.lower_order_final:
-            # The last step goes to sigma 0, where the log signal-to-noise ratio is infinite: diffusers divides by 0.
-            raise ValueError("lower_order_final must be true for unipc with solver_order above 1, got false")
-
-    @classmethod
-    def from_diffusers(cls, config: Mapping[str, Any]) -> SolverConfig:
-        """Reads the dict of a diffusers `scheduler_config.json`.
-
-        Raises ValueError, naming the field, when it asks for anything that we do not implement.
-        """
-        class_name = config.get("_class_name")
-        if class_name not in _CLASS_NAMES:
-            raise ValueError(f"_class_name must be one of {', '.join(_CLASS_NAMES)}, got {class_name!r}")
-        solver = _CLASS_NAMES[class_name]
-        is_euler = solver == "euler"  # always a flow, so its config need not say so; the other two default to not
-        requirements = {
-            **_MUST_EQUAL,
-            "prediction_type": ("flow_prediction" if is_euler else "epsilon", "flow_prediction"),
-            "use_flow_sigmas": (is_euler, True),
-        }
-        if solver == "unipc":
-            requirements["solver_type"] = ("bh2", "bh2")
-        for field, (assumed, required) in requirements.items():
-            if config.get(field, assumed) != required:
-                raise ValueError(f"scheduler field {field} must be {required!r}, got {config.get(field, assumed)!r}")
-        for field, value in config.items():
-            if field in _MUST_BE_OFF and value:
-                raise ValueError(f"scheduler field {field} is not supported, got {value!r}")
-            # A field of a newer diffusers is harmless as long as it is switched off.
-            if field not in _KNOWN and not field.startswith("_") and value not in (None, False):
-                raise ValueError(f"scheduler field {field} is unknown, got {value!r}")
-        return cls(
-            solver=solver,
-            shift=float(config.get("shift" if is_euler else "flow_shift", 1.0)),
-            num_train_timesteps=int(config.get("num_train_timesteps", 1000)),
-            solver_order=int(config.get("solver_order", 2)),
-            solver_type=config.get("solver_type", "midpoint") if solver == "dpmpp" else "midpoint",
-            lower_order_final=bool(config.get("lower_order_final", True)),
-            euler_at_final=bool(config.get("euler_at_final", False)),
-            disable_corrector=tuple(int(step) for step in config.get("disable_corrector") or ()),
-        )
+from ..solver_config import SOLVERS as SOLVERS
+from ..solver_config import SolverConfig as SolverConfig
 
 
 @dataclass(frozen=True, slots=True)

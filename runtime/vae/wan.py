@@ -12,8 +12,7 @@ frames a latent frame), which makes exactly two graphs: `first` (no state in) an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -23,27 +22,7 @@ from ...compile.stream import States, owned
 from ...kernels.conv3d import conv3d
 from ...kernels.resample_conv import downsample_conv2d, upsample_conv2d
 from .pixels import average_down, fold_time, interleave_time, patchify, repeat_up, unfold_time, unpatchify
-
-
-@dataclass(frozen=True)
-class WanVAEConfig:
-    """The fields of diffusers' `AutoencoderKLWan` config.json that shape the network."""
-
-    base_dim: int = 96
-    decoder_base_dim: int | None = None
-    z_dim: int = 16
-    dim_mult: Sequence[int] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    attn_scales: Sequence[float] = ()
-    temperal_downsample: Sequence[bool] = (False, True, True)  # the checkpoints' own spelling
-    latents_mean: Sequence[float] = field(default_factory=tuple)
-    latents_std: Sequence[float] = field(default_factory=tuple)
-    is_residual: bool = False
-    in_channels: int = 3
-    out_channels: int = 3
-    patch_size: int | None = None
-    scale_factor_temporal: int = 4
-    scale_factor_spatial: int = 8
+from .wan_config import WanVAEConfig as WanVAEConfig
 
 
 class Stream:
@@ -356,8 +335,6 @@ class WanVAE(nn.Module):
 
     def __init__(self, config: WanVAEConfig) -> None:
         super().__init__()
-        if config.attn_scales:  # no published checkpoint has them, and the reference itself cannot run them
-            raise ValueError(f"attn_scales must be empty, got {list(config.attn_scales)}")
         self.config = config
         self.encoder = Encoder(config)
         self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, 1)

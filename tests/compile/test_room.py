@@ -24,7 +24,12 @@ from skylapse.compile.stream import Coder, Plan, States
 from skylapse.runtime import decoders as module
 from skylapse.runtime.config import Settings
 from skylapse.runtime.decoders import Decoders
+from skylapse.runtime.models.configs import parse_config
+from skylapse.runtime.models.peaks import _coding_curves
+from skylapse.runtime.models.published import component
 from skylapse.runtime.vae.codec import VideoCodec
+from skylapse.runtime.vae.coders import decoder_of
+from skylapse.runtime.vae.tiling import Tiling
 from skylapse.runtime.vae.wan import WanVAE, WanVAEConfig
 
 CPU = torch.device("cpu")
@@ -89,6 +94,20 @@ def test_bytes_of_a_clip_are_those_of_its_tensors_at_their_most() -> None:
     assert clip_bytes(coder, (4, 5), 4, torch.bfloat16) == 3 * 4 * frame + frame
     assert clip_bytes(coder, (4, 5), 1, torch.float32) == 2 * (3 * frame + frame)
     assert clip_bytes(coder, (8, 5), 1, torch.float32) == 2 * clip_bytes(coder, (4, 5), 1, torch.float32)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, 6.37), (torch.float32, 12.74)], ids=["bf16", "fp32"])
+def test_bytes_of_a_clip_of_wan_2_1_at_720p_are_those_that_admission_predicts(
+    dtype: torch.dtype, expected: float
+) -> None:
+    """GiB of one latent frame at a time, at the size itself; admission draws a line through two smaller ones."""
+    config = parse_config(WanVAEConfig, component("wan2.1-vae"), "vae")
+    with torch.device("meta"):
+        decoder = decoder_of(WanVAE(config))
+    found = clip_bytes(decoder, (90, 160), 1, dtype)
+    assert found / GIB == pytest.approx(expected, rel=0.01)
+    _, decoding = _coding_curves(config, dtype, 90, (1,))
+    assert decoding.at(720, 1280, 1, Tiling(), 8) == pytest.approx(found, rel=0.02)
 
 
 def test_a_build_takes_scratch_and_the_greatest_of_what_stands_beside_it(coders: dict[str, Coder]) -> None:

@@ -1,6 +1,7 @@
 """Requests: bounds, errors that name the field, defaults and limits of a model."""
 
 import dataclasses
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from skylapse.runtime.request import ModelDefaults, ModelLimits, Video, VideoRequest
+from skylapse.runtime.request import ModelDefaults, ModelLimits, Video, VideoRequest, longest_seconds
 
 DEFAULTS = ModelDefaults(width=64, height=48, num_frames=17, fps=8, num_inference_steps=30, guidance_scale=4.0)
 LIMITS = ModelLimits(size_multiple=16, max_num_frames=81, max_pixels=128 * 128)
@@ -62,13 +63,13 @@ def test_every_bound_itself_is_allowed(fields: dict[str, Any]) -> None:
         ({"prompt": "caf\udce9"}, "prompt must be valid Unicode, got a broken character at 3"),
         ({"negative_prompt": "x" * 10_001}, "negative_prompt must have at most 10000 characters, got 10001"),
         ({"width": 8}, "width must be from 16 to 4096, got 8"),
-        ({"width": 70}, "width must be a multiple of 8, got 70 (nearest: 64 or 72)"),
+        ({"width": 70}, "width must be a multiple of 8 (of 32 to suit every model), got 70"),
         ({"height": 4104}, "height must be from 16 to 4096, got 4104"),
         ({"height": 64.0}, "height must be a whole number, got 64.0"),
         ({"height": True}, "height must be a whole number, got True"),
         ({"num_frames": 0}, "num_frames must be from 1 to 1025, got 0"),
         ({"num_frames": 1029}, "num_frames must be from 1 to 1025, got 1029"),
-        ({"num_frames": 16}, "num_frames must be 4k+1, got 16 (nearest: 13 or 17)"),
+        ({"num_frames": 16}, "num_frames must be 4k+1, got 16"),
         ({"num_frames": "17"}, "num_frames must be a whole number, got '17'"),
         ({"fps": 0}, "fps must be from 1 to 120, got 0"),
         ({"num_inference_steps": 0}, "num_inference_steps must be from 1 to 1000, got 0"),
@@ -153,6 +154,35 @@ def test_only_possible_sizes_are_called_nearest() -> None:
     limits = dataclasses.replace(LIMITS, size_multiple=32)
     with pytest.raises(ValueError, match=r"\(nearest: 32\)$"):
         VideoRequest(prompt="a red circle", width=24).resolved(DEFAULTS, limits)
+
+
+@pytest.mark.parametrize("limits", [LIMITS, dataclasses.replace(LIMITS, size_multiple=32, temporal_multiple=8)])
+def test_whatever_is_called_nearest_is_taken(limits: ModelLimits) -> None:
+    """Every side and length that a model refuses as no multiple; what it names instead it then makes."""
+    named = 0
+    for field, values in (
+        ("width", range(16, 4097, 8)),
+        ("height", range(16, 300, 8)),
+        ("num_frames", range(1, 99, 4)),
+    ):
+        for value in values:
+            fields = {"width": 64, "height": 64, "num_frames": 17, field: value}
+            with suppress(ValueError):
+                VideoRequest(prompt="a red circle", **fields).resolved(DEFAULTS, limits)
+                continue
+            with pytest.raises(ValueError) as caught:
+                VideoRequest(prompt="a red circle", **fields).resolved(DEFAULTS, limits)
+            _, _, nearest = str(caught.value).partition("(nearest: ")
+            for near in nearest.rstrip(")").split(" or ") if nearest else ():
+                VideoRequest(prompt="a red circle", **fields | {field: int(near)}).resolved(DEFAULTS, limits)
+                named += 1
+    assert named > 10
+
+
+@pytest.mark.parametrize(("num_frames", "fps"), [(1025, 30), (81, 16), (81, 7), (33, 8), (1025, 120)])
+def test_the_longest_clip_that_is_told_is_not_too_long(num_frames: int, fps: int) -> None:
+    told = float(longest_seconds(num_frames, fps))
+    assert num_frames / fps - 0.001 < told <= num_frames / fps
 
 
 def test_num_frames_follow_the_models_temporal_compression() -> None:

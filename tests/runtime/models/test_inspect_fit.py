@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,29 @@ def test_a_size_that_does_not_fit_says_which_gpu_it_needs(capsys: pytest.Capture
     shown = capsys.readouterr().out
     assert "no: step" in shown or "no: decode" in shown or "no: text" in shown
     assert "a GPU of " in shown
+
+
+def test_weights_that_cannot_be_quantised_are_told_in_their_row(
+    demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of heads of 10: their sides are no multiples of 16, and all else is told as ever."""
+    folder = tmp_path / "model"
+    shutil.copytree(demo_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "cache.json"))
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_head_dim": 10}))
+    asked = ["models", "inspect", str(folder), "--device-memory", "16"]
+    assert main([*asked, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    exact, quantized = ([row for row in told["fit"] if row["quantize"] == kept] for kept in (None, "fp8"))
+    assert len(exact) == len(quantized) == 3 and all(row["fits"] for row in exact)
+    why = "blocks.0.attn1.qkv.weight cannot be quantised to fp8: its sides must be multiples of 16, got [40, 40]"
+    for row in quantized:
+        assert row.keys() >= KEYS and not row["fits"] and (row["blocked_by"], row["why"]) == ("quantize", why)
+        assert set(row["peak_bytes"].values()) == {None}
+    assert set(told["loaded_bytes"]) == {"bf16", "fp32"}
+    assert main(asked) == 0
+    shown = capsys.readouterr().out
+    assert shown.count(why) == 3 and "(--quantize does not take its sides)" in shown
 
 
 @pytest.mark.parametrize(

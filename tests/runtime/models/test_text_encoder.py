@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
-from skylapse.runtime.models.text_encoder import EMBED_TOKENS, SHARED, TextEncoder, clean_prompt
+from skylapse.runtime.models.parts import EMBED_TOKENS, SHARED
+from skylapse.runtime.models.text_encoder import TextEncoder, clean_prompt
 
 CPU = torch.device("cpu")
 PROMPT = "a large red circle moving left at night"
@@ -61,7 +62,7 @@ def test_what_does_not_fit_is_named(folder: Path) -> None:
     ):
         TextEncoder.load(folder, device=CPU, dtype=torch.float32)
     config.write_text(json.dumps(given | {"num_heads": "many"}))
-    with pytest.raises(ValueError, match=r"text_encoder/config\.json cannot be read"):
+    with pytest.raises(ValueError, match=r"text_encoder/config\.json: num_heads must be a whole number"):
         TextEncoder.load(folder, device=CPU, dtype=torch.float32)
 
 

@@ -145,26 +145,28 @@ PUBLISHED_TRANSFORMERS = ("wan-1.3b", "wan-14b", "wan-14b-i2v", "wan-14b-flf2v",
 PUBLISHED_VAES = ("wan2.1-vae", "wan2.2-vae")
 
 
-def published_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in module.state_dict().items()}
+def published_headers(module: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (tuple(p.shape), "F32") for name, p in module.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", PUBLISHED_TRANSFORMERS)
 def test_published_transformers_map_every_key(name: str) -> None:
     config = component(name)
     with torch.device("meta"):
-        shapes = published_shapes(WanTransformer3DModel(**config))
+        headers = published_headers(WanTransformer3DModel(**config))
         places = slots(WanDenoiser(parse_config(WanConfig, config, "transformer")))
-    check_keys(places, shapes, Path(name), ())
+    check_keys(places, headers, Path(name), ())
     with pytest.raises(ValueError, match=r"unexpected: blocks\.0\.attn2\.norm_added_q\.weight"):
-        check_keys(places, shapes | {"blocks.0.attn2.norm_added_q.weight": (1,)}, Path(name), ())
-    check_keys(places, shapes | {"blocks.0.attn2.norm_added_q.weight": (1,)}, Path(name), WanDenoiser.unexpected_keys)
+        check_keys(places, headers | {"blocks.0.attn2.norm_added_q.weight": ((1,), "F32")}, Path(name), ())
+    check_keys(
+        places, headers | {"blocks.0.attn2.norm_added_q.weight": ((1,), "F32")}, Path(name), WanDenoiser.unexpected_keys
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED_VAES)
 def test_published_vaes_map_every_key(name: str) -> None:
     config = component(name)
     with torch.device("meta"):
-        shapes = published_shapes(AutoencoderKLWan(**config))
+        headers = published_headers(AutoencoderKLWan(**config))
         places = slots(WanVAE(parse_config(WanVAEConfig, config, "vae")), checkpoint_name)
-    check_keys(places, shapes, Path(name), ())
+    check_keys(places, headers, Path(name), ())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import secrets
 import signal
@@ -21,14 +22,16 @@ from pydantic import ValidationError
 
 from ..runtime.config import Settings, export
 from ..runtime.doctor import check_kernels
+from ..runtime.models.hub import Download
 from ..runtime.options import Parser, add_device
 from .config import ServeConfig
 from .context import MAX_PRIORITY, TENANT, Context, open_context
-from .ready import in_words
+from .ready import find_downloads, find_engines, find_failure, in_words
 from .store.keys import PREFIX, SCOPES
-from .store.processes import DISPATCHER, ENGINE, READY
+from .store.processes import DISPATCHER
 
-READY_S = 120.0
+READY_S = 120.0  # without a download that goes on
+DOWNLOAD_LINE_S = 5.0
 # Serve notices a dead proxy after 3 checks, and by default makes one in 10 s: the port would be dead for half a minute.
 RAY = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
@@ -49,9 +52,10 @@ def serve(arguments: Sequence[str], settings: Settings) -> int:
     if not 0 < options.port < 65536:
         raise ValueError(f"port must be from 1 to 65535, got {options.port}")
     _check_free(options.host, options.port)
-    from .catalog import Catalog
+    from .catalog import check_models, pin_revisions
 
-    Catalog(config).find(None)  # an unknown model is told before anything is started
+    config = pin_revisions(config)
+    check_models(config)  # an unknown one is told before anything is started
     if settings.kernels:
         with ProcessPoolExecutor(1, get_context("spawn")) as child:  # this process takes no memory of the GPU
             child.submit(check_kernels, dict(settings.kernels), config.device).result()
@@ -60,10 +64,13 @@ def serve(arguments: Sequence[str], settings: Settings) -> int:
     stopped = Event()
     _listen(stopped)
     url = f"http://{'127.0.0.1' if options.host in ('0.0.0.0', '::') else options.host}:{options.port}"
-    print(f"starting the service (model {config.model}, data in {config.folder})", file=sys.stderr, flush=True)
+    names = ", ".join(config.model_names)
+    of = f"models {names}" if config.models else f"model {names}"
+    print(f"starting the service ({of}, data in {config.folder})", file=sys.stderr, flush=True)
+    earlier = {process.id for process in context.processes.alive()}
     _start(config, settings, options.host, options.port, stopped)
     try:
-        if _wait_until_ready(context, stopped):
+        if _wait_until_ready(context, stopped, earlier):
             _say(url, key, options.host)
             stopped.wait()
     finally:
@@ -121,10 +128,10 @@ def _start(config: ServeConfig, settings: Settings, host: str, port: int, stoppe
     import ray
     from ray import serve as ray_serve
 
-    from .app import build
+    from .app import build, cpus_of
     from .placement import check_gpus, cluster_gpus
 
-    cores = max(2, os.cpu_count() or 2)
+    cores = max(2, os.cpu_count() or 2, math.ceil(cpus_of(config)))  # what Ray counts: engines share what there is
     ray.init(
         address="local",
         num_cpus=cores,
@@ -154,15 +161,34 @@ def _stop() -> None:
         ray.shutdown()
 
 
-def _wait_until_ready(context: Context, stopped: Event) -> bool:
-    """Whether a dispatcher and an engine have given a sign; False where it was told to stop before."""
+def _wait_until_ready(context: Context, stopped: Event, earlier: set[str]) -> bool:
+    """Whether a dispatcher and an engine of each model take work; False where it was told to stop before.
+
+    Raises what an engine gives as its reason for not starting. A download that goes on has all the time that it takes.
+    earlier: processes of this folder's last service, which may have left a sign just now.
+    """
+    groups = context.config.groups
     until_s = time.monotonic() + READY_S
+    told: dict[str, tuple[int, int]] = {}
+    next_line_s = 0.0
     while time.monotonic() < until_s:
-        alive = context.processes.alive(3.0)
-        facts = {process.kind: process.facts for process in alive if process.facts.get("state", READY) == READY}
-        if {DISPATCHER, ENGINE} <= facts.keys():
-            if "ready_s" in facts[ENGINE]:  # else it is of an earlier version, and of this folder's last service
-                print(in_words(facts[ENGINE]), file=sys.stderr)
+        alive = [process for process in context.processes.alive(3.0) if process.id not in earlier]
+        if (failure := find_failure(alive)) is not None:
+            raise failure
+        downloads = find_downloads(alive)
+        if downloads != told:
+            until_s = time.monotonic() + READY_S
+        if downloads != told and time.monotonic() > next_line_s:
+            next_line_s = time.monotonic() + DOWNLOAD_LINE_S
+            for model, progress in downloads.items():
+                print(f"downloading {Download(model, *progress)} of {model}", file=sys.stderr, flush=True)
+        told = downloads
+        engines = find_engines(groups, alive)
+        if engines is not None and any(process.kind == DISPATCHER for process in alive):
+            for facts in engines.values():
+                if "ready_s" in facts:  # else it is of an earlier version
+                    whose = f"{facts['model']}: " if len(groups) > 1 else ""
+                    print(f"{whose}{in_words(facts)}", file=sys.stderr)
             return True
         if stopped.wait(0.2):
             return False

@@ -24,6 +24,7 @@ class JsonLines(logging.Formatter):
         }
         if job := JOB.search(message):
             line["job"] = job[0]
+        line |= getattr(record, "facts", {})  # numbers that whoever logs them gives apart from the message
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
             line["error"] = type(error).__name__

@@ -24,16 +24,19 @@ def health(request: Request) -> JSONResponse:
         processes, store = [], "unreachable"
     engines = [{"id": p.id, **p.facts} for p in processes if p.kind == ENGINE]
     dispatchers = sum(p.kind == DISPATCHER for p in processes)
-    body = {"status": "ok", "store": store, "dispatchers": dispatchers, "engines": engines, "models": _models(request)}
+    body = {"status": "ok", "store": store, "dispatchers": dispatchers, "engines": engines}
+    body["models"] = request.app.state.catalog.names
     return JSONResponse(body)
 
 
 @router.get("/readyz", operation_id="ready")
 def ready(request: Request) -> JSONResponse:
-    """200 when jobs are taken and will be worked on: the store answers and a dispatcher is alive.
+    """200 when jobs are taken and will be worked on: models are resolved, the store answers, a dispatcher is alive.
 
     An engine need not be: where they scale to none, the first job starts one.
     """
+    if (reason := request.app.state.catalog.reason) is not None:
+        return JSONResponse({"status": reason}, 503, {"retry-after": "2"})
     try:
         dispatchers = request.app.state.context.processes.alive(SILENT_S, DISPATCHER)
     except SQLAlchemyError:
@@ -47,8 +50,3 @@ def ready(request: Request) -> JSONResponse:
 def metrics(request: Request) -> Response:
     """Gauges from the store, the same on every ingress; engines' own are at their nodes' exporters."""
     return Response(render(request.app.state.context), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def _models(request: Request) -> list[str]:
-    config = request.app.state.context.config
-    return [config.model, *config.aliases]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub import Hub, standing_in
+from hub import Hub, standing_in, use
 
 from skylapse.cli import main
 from skylapse.runtime.models.hub import (
@@ -46,16 +46,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with standing_in({NAME: folders}) as hub:
         use(hub.url, monkeypatch)
         yield hub
-
-
-def use(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT and HF_HUB_OFFLINE=0 do in a process that starts with them."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 def test_configs_are_json_alone_and_asked_for_once(hub: Hub, tmp_path: Path) -> None:

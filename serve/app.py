@@ -15,11 +15,11 @@ from .config import ServeConfig
 from .context import open_context
 from .dispatcher import Dispatcher
 from .logs import log_as_json
+from .loopback import stay_on_loopback
 from .placement import check_gpus, cluster_gpus, gpus_per_engine
 from .replica import EngineReplica
 
 logger = logging.getLogger(__name__)
-CHECKED: dict[str, Any] = dict(health_check_period_s=1, health_check_timeout_s=10)
 STREAMS = 1000  # open event streams and requests of one ingress; Serve's default of 5 would be used up by five watchers
 
 
@@ -27,9 +27,10 @@ def build(arguments: dict[str, Any], engine: type[EngineReplica] = EngineReplica
     """The application for a `ServeConfig`'s fields; a config file's deployment options come on top."""
     config = ServeConfig(**arguments)
     asked = config.model_dump(exclude_defaults=True)
-    num_gpus = cluster_gpus()
+    settings, num_gpus = load_settings(), cluster_gpus()
+    checked: dict[str, Any] = dict(health_check_period_s=1, health_check_timeout_s=settings.health_timeout_s)
     try:
-        check_gpus(config, num_gpus, load_settings().memory_bytes)
+        check_gpus(config, num_gpus, settings.memory_bytes)
     except ValueError as error:  # `skylapse serve` has refused by now, while a cluster may grow or say more
         logger.warning("%s; engines without room wait for it", error)
     engines = serve.deployment(
@@ -38,15 +39,16 @@ def build(arguments: dict[str, Any], engine: type[EngineReplica] = EngineReplica
         max_ongoing_requests=config.engine_slots,
         graceful_shutdown_timeout_s=config.drain_s,
         ray_actor_options={"num_cpus": 0.5, "num_gpus": gpus_per_engine(config, num_gpus)},
-        **CHECKED,
+        **checked,
     )(engine).bind(asked)
     dispatcher = serve.deployment(
-        name="Dispatcher", graceful_shutdown_timeout_s=5, ray_actor_options={"num_cpus": 0.1}, **CHECKED
+        name="Dispatcher", graceful_shutdown_timeout_s=5, ray_actor_options={"num_cpus": 0.1}, **checked
     )(Dispatcher).bind(asked, engines)
 
     def answers() -> ASGIApp:
         """Made in each ingress replica; the store is all that it needs."""
-        log_as_json()
+        log_as_json("ingress")
+        stay_on_loopback()
         return create_app(open_context(asked), behind_proxy=True)
 
     ingress = serve.deployment(
@@ -55,6 +57,6 @@ def build(arguments: dict[str, Any], engine: type[EngineReplica] = EngineReplica
         max_ongoing_requests=STREAMS,
         graceful_shutdown_timeout_s=10,
         ray_actor_options={"num_cpus": 0.1},
-        **CHECKED,
+        **checked,
     )(serve.ingress(answers)())
     return ingress.bind(dispatcher)  # an application is what hangs together: nothing is asked of the dispatcher

@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .context import open_context
 from .logs import log_as_json
+from .loopback import stay_on_loopback
 from .store.leases import Leases
 from .store.outbox import Outbox
 from .store.processes import DISPATCHER
@@ -38,8 +39,9 @@ class Dispatcher:
     """Its loops begin with the first health check, on the loop that the replica runs on."""
 
     def __init__(self, config: dict[str, Any], engine: DeploymentHandle[Any]) -> None:
+        log_as_json("dispatcher")
+        stay_on_loopback()
         context = open_context(config)
-        log_as_json()
         self.config, self.processes = context.config, context.processes
         self.id = serve.get_replica_context().replica_id.unique_id
         self.engine = engine

@@ -5,41 +5,37 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import secrets
 import signal
 import socket
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stdout, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 from pydantic import ValidationError
 
-from ..runtime.config import Settings, export
+from ..runtime.config import Settings
 from ..runtime.doctor import check_kernels
 from ..runtime.options import Parser, add_device
 from .config import ServeConfig
 from .context import MAX_PRIORITY, TENANT, Context, open_context
+from .local_service import APPLICATION, LocalService, RayLines
+from .log_following import LogFollower
+from .logs import JsonLines, as_text
+from .ray_session import open_session
 from .ready import in_words
+from .status_watch import StatusWatch
 from .store.keys import PREFIX, SCOPES
-from .store.processes import DISPATCHER, ENGINE, READY
 
-READY_S = 120.0
-# Serve notices a dead proxy after 3 checks, and by default makes one in 10 s: the port would be dead for half a minute.
-RAY = {
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "skylapse.serve.edge.middlewares",
-    "RAY_SERVE_ENABLE_HA_PROXY": "0",  # it binds all addresses, and ends long requests when it reloads
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # who asks for no GPU sees none; by default, all of them
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "0",
-}
-OBJECT_STORE_BYTES = 80 * 2**20  # clips go through the artifact store: Ray carries job ids alone
+logger = logging.getLogger(__name__)
+LOG_FORMATS = ("json", "text")
+LOOK_S = 0.2
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(arguments: Sequence[str], settings: Settings) -> int:
@@ -57,18 +53,20 @@ def serve(arguments: Sequence[str], settings: Settings) -> int:
             child.submit(check_kernels, dict(settings.kernels), config.device).result()
     context = open_context(config)
     key = _local_key(context, settings.api_key)
-    stopped = Event()
-    _listen(stopped)
     url = f"http://{'127.0.0.1' if options.host in ('0.0.0.0', '::') else options.host}:{options.port}"
     print(f"starting the service (model {config.model}, data in {config.folder})", file=sys.stderr, flush=True)
-    _start(config, settings, options.host, options.port, stopped)
-    try:
-        if _wait_until_ready(context, stopped):
-            _say(url, key, options.host)
-            stopped.wait()
-    finally:
-        _stop()
-    return 0
+    stopped, session = Event(), open_session()
+    write = _writer(options.log_format or ("text" if sys.stdout.isatty() else "json"))
+    follower = LogFollower(session.logs, write)
+    with _logging(write, settings):
+        try:
+            return _run(LocalService(config, settings, session), context, options, (url, key), stopped)
+        finally:
+            follower.close()
+            if settings.debug:
+                print(f"what Ray wrote is kept in {session.folder}", file=sys.stderr)
+            else:
+                session.remove()
 
 
 # --------------------------------------------------------------------------------------------------------- the service
@@ -92,71 +90,90 @@ def _config(options: argparse.Namespace) -> ServeConfig:
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
+def _run(
+    service: LocalService, context: Context, options: argparse.Namespace, told: tuple[str, str], stopped: Event
+) -> int:
+    """Until it is told to stop, or cannot be started; the exit code."""
+    logger.info("the service starts")
+    watch = StatusWatch(service.status, context.processes, APPLICATION)
+    _listen(stopped)
+    try:
+        service.start(options.host, options.port)
+        _listen(stopped)  # Ray has put a handler in the place of ours, which aborts the process 3 s after a SIGTERM
+        watch.start()
+        is_said = False
+        while not stopped.wait(LOOK_S):
+            if watch.failure is not None:
+                if watch.failure.is_mistake:
+                    raise ValueError(str(watch.failure))
+                print(f"skylapse: failed: {watch.failure}", file=sys.stderr)
+                return 1
+            if watch.is_ready and not is_said:
+                is_said = True
+                _say(*told, options.host, watch.engine_facts)
+    finally:
+        watch.close()
+        logger.info("the service stops")
+        print("stopping", file=sys.stderr, flush=True)
+        service.stop()
+    return 0
+
+
 def _listen(stopped: Event) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
 
 
-def _start(config: ServeConfig, settings: Settings, host: str, port: int, stopped: Event) -> None:
-    export(RAY)
-    import ray
-    from ray import serve as ray_serve
+def _writer(log_format: str) -> Callable[[str], None]:
+    """Prints one line of the log; where nobody reads any more, it is lost and the service goes on."""
+    stdout = sys.stdout
 
-    from .app import build
-    from .placement import check_gpus, cluster_gpus
+    def write(line: str) -> None:
+        with suppress(BrokenPipeError):
+            print(as_text(line) if log_format == "text" else line, file=stdout, flush=True)
 
-    cores = max(2, os.cpu_count() or 2)
-    ray.init(
-        address="local",
-        num_cpus=cores,
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        configure_logging=True,
-    )
+    return write
+
+
+@contextmanager
+def _logging(write: Callable[[str], None], settings: Settings) -> Iterator[None]:
+    """Let this process's own lines go the way of the others'."""
+    handler = Printed(write)
+    handler.setFormatter(JsonLines("service"))
+    ours = logging.getLogger("skylapse")
+    before = ours.level, ours.propagate
+    ours.addHandler(handler)
+    ours.setLevel(settings.log_level.upper())
+    ours.propagate = False
     try:
-        check_gpus(config, cluster_gpus(), settings.memory_bytes)
-    except ValueError:
-        ray.shutdown()
-        raise
-    _listen(stopped)  # Ray has put a handler in the place of ours, which aborts the process 3 s after a SIGTERM
-    ray_serve.start(http_options={"host": host, "port": port})
-    ray_serve.run(build(config.model_dump(exclude_defaults=True)), name="skylapse", route_prefix="/", blocking=False)
+        with redirect_stdout(RayLines()):
+            yield
+    finally:
+        ours.removeHandler(handler)
+        ours.level, ours.propagate = before
 
 
-def _stop() -> None:
-    import ray
-    from ray import serve as ray_serve
+class Printed(logging.Handler):
+    """Hands a record's line on."""
 
-    print("stopping", file=sys.stderr, flush=True)
-    if ray.is_initialized():
-        ray_serve.shutdown()  # type: ignore[no-untyped-call]
-        ray.shutdown()
+    def __init__(self, write: Callable[[str], None]) -> None:
+        super().__init__()
+        self.write = write
 
-
-def _wait_until_ready(context: Context, stopped: Event) -> bool:
-    """Whether a dispatcher and an engine have given a sign; False where it was told to stop before."""
-    until_s = time.monotonic() + READY_S
-    while time.monotonic() < until_s:
-        alive = context.processes.alive(3.0)
-        facts = {process.kind: process.facts for process in alive if process.facts.get("state", READY) == READY}
-        if {DISPATCHER, ENGINE} <= facts.keys():
-            if "ready_s" in facts[ENGINE]:  # else it is of an earlier version, and of this folder's last service
-                print(in_words(facts[ENGINE]), file=sys.stderr)
-            return True
-        if stopped.wait(0.2):
-            return False
-    raise RuntimeError(f"the service was not ready within {READY_S:g} s")
+    def emit(self, record: logging.LogRecord) -> None:
+        self.write(self.format(record))
 
 
-def _say(url: str, key: str, host: str) -> None:
-    print(f"skylapse serves at {url}")
-    print(f"key:  {key}")
-    print(f'try:  curl {url}/v1/videos -H "Authorization: Bearer {key}" -F prompt="a red circle moving right"')
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        print(f"note: {host} is not this machine alone; put TLS in front", file=sys.stderr)
-    sys.stdout.flush()
+def _say(url: str, key: str, host: str, engine_facts: Mapping[str, Any]) -> None:
+    """For who has started it, on stderr: the log, which others read, holds no key."""
+    logger.info("the service is ready", extra={"facts": {"url": url}})
+    lines = [f"skylapse serves at {url}", f"key:  {key}"]
+    lines += [f'try:  curl {url}/v1/videos -H "Authorization: Bearer {key}" -F prompt="a red circle moving right"']
+    if "ready_s" in engine_facts:
+        lines = [in_words(engine_facts), *lines]
+    if host not in LOOPBACK_HOSTS:
+        lines += [f"note: {host} is not this machine alone; put TLS in front"]
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def _local_key(context: Context, wanted: str | None) -> str:
@@ -198,4 +215,5 @@ def _serve_parser() -> argparse.ArgumentParser:
     option("--engines", type=int, metavar="N", help="engine replicas, each with the model (default: 1)")
     option("--ingresses", type=int, metavar="N", help="replicas that answer requests (default: 1)")
     option("--config", metavar="FILE", help="more settings, as JSON; docs/deploy.md has them all")
+    option("--log-format", choices=LOG_FORMATS, help="of stdout's lines (default: text on a terminal, else json)")
     return parser

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import re
 from typing import TYPE_CHECKING
 
 from ..runtime.config import Settings, export
@@ -17,8 +19,8 @@ APPLICATION = "skylapse"
 OBJECT_STORE_BYTES = 80 * 2**20  # clips go through the artifact store: Ray carries job ids alone
 
 # What the images and pods set as well (tests/serve/test_deploy.py). A process that has died is noticed at its next
-# check, whatever the timeout: a proxy is replaced after 3 of them, which Serve by default makes every 10 s. A timeout is
-# for one that lives and does not answer, as on a machine with 14 runnable threads a core: 2 s killed it.
+# check, whatever the timeout: a proxy is replaced after 3 of them, which Serve by default makes every 10 s. A timeout
+# is for one that lives and does not answer, as on a machine with 14 runnable threads a core: 2 s killed it.
 RAY = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "10",
@@ -31,6 +33,7 @@ RAY = {
     "RAY_health_check_failure_threshold": "20",  # of a node, every 3 s; 5 by default
     "RAY_worker_register_timeout_seconds": "300",  # 60 by default: imports of torch on a starved machine take longer
 }
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 LOOPBACK = "127.0.0.1"
 ONE_MACHINE = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: Ray takes 127.0.0.1 for its node's address
@@ -99,3 +102,14 @@ def quieten() -> None:
         logger.handlers = list(ours.handlers)
         logger.propagate = False
         logger.setLevel(logging.WARNING)
+
+
+class RayLines(io.TextIOBase):
+    """What Ray prints, such as that it has killed a process for want of memory, as lines of the log."""
+
+    def write(self, text: str) -> int:
+        logger = logging.getLogger("ray")
+        for line in COLOUR.sub("", text).splitlines():
+            if line.strip():
+                logger.warning("%s", line.strip())
+        return len(text)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from .store.processes import DISPATCHER, ENGINE, Process, Processes
+from .store.processes import DISPATCHER, ENGINE, FAILED, READY, Process, Processes
 
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview, ServeStatus
@@ -60,8 +60,8 @@ class StatusWatch:
         self.is_ready = False
         self.failure: StartFailure | None = None
         self.engine_facts: Mapping[str, Any] = {}  # of the first engine that was ready
+        self._before = {process.id for process in processes.alive(FORGOTTEN_S)}  # of a service that is no more
         self._told: dict[str, str] = {}  # subject -> what was last said of it
-        self._seen: dict[str, float] = {}  # process -> when it was last heard of
         self._began_s = self._waiting_told_s = time.monotonic()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="skylapse-watch", daemon=True)
@@ -90,7 +90,7 @@ class StatusWatch:
         if application is not None:
             self._look_at(application)
         try:
-            alive = self.processes.alive(FORGOTTEN_S)
+            alive = [process for process in self.processes.alive(FORGOTTEN_S) if process.id not in self._before]
         except SQLAlchemyError as error:
             self._tell("store", f"the store does not answer ({type(error).__name__})")
         else:
@@ -120,22 +120,17 @@ class StatusWatch:
     def _look_at_signs(self, alive: Sequence[Process]) -> None:
         for process in alive:
             what = f"{process.kind} {process.id}"
-            has_failed = process.facts.get("state") == "failed"
+            has_failed = process.facts.get("state") == FAILED
             is_silent = process.silent_s > SILENT_S and not has_failed
-            if is_silent and what not in self._told and what not in self._seen:
-                continue  # of a service before this one
-            if not is_silent:
-                self._seen[what] = time.monotonic()
             self._tell(what, f"{what} has given no sign for more than {SILENT_S:g} s" if is_silent else None)
         for what in [*self._told]:
             if what.partition(" ")[0] in (ENGINE, DISPATCHER) and what not in {f"{p.kind} {p.id}" for p in alive}:
                 del self._told[what]  # it has left, or is forgotten
-                self._seen.pop(what, None)
 
     def _look_at_start(self, application: ApplicationStatusOverview, alive: Sequence[Process]) -> None:
         fresh = [process for process in alive if process.silent_s < SILENT_S]
         engines = [process for process in fresh if process.kind == ENGINE]
-        has_engine = any(process.facts.get("ready_s") is not None for process in engines)
+        has_engine = any(process.facts.get("state") == READY for process in engines)
         wants_one = any(
             name.startswith("Engine") and sum(deployment.replica_states.values())
             for name, deployment in application.deployments.items()
@@ -146,7 +141,7 @@ class StatusWatch:
             self.is_ready = True
             return
         if self.failure is None:
-            failed = next((p.facts for p in engines if p.facts.get("state") == "failed"), None)
+            failed = next((p.facts for p in engines if p.facts.get("state") == FAILED), None)
             if failed is not None:
                 self.failure = StartFailure(
                     "Engine", str(failed.get("error", "no reason was given")), failed.get("is_mistake", True)

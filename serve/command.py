@@ -45,16 +45,19 @@ def serve(arguments: Sequence[str], settings: Settings) -> int:
     if not 0 < options.port < 65536:
         raise ValueError(f"port must be from 1 to 65535, got {options.port}")
     _check_free(options.host, options.port)
-    from .catalog import Catalog
+    from .catalog import check_models, pin_revisions
 
-    Catalog(config).find(None)  # an unknown model is told before anything is started
+    config = pin_revisions(config)
+    check_models(config)  # an unknown one is told before anything is started
     if settings.kernels:
         with ProcessPoolExecutor(1, get_context("spawn")) as child:  # this process takes no memory of the GPU
             child.submit(check_kernels, dict(settings.kernels), config.device).result()
     context = open_context(config)
     key = _local_key(context, settings.api_key)
     url = f"http://{'127.0.0.1' if options.host in ('0.0.0.0', '::') else options.host}:{options.port}"
-    print(f"starting the service (model {config.model}, data in {config.folder})", file=sys.stderr, flush=True)
+    names = ", ".join(config.model_names)
+    of = f"models {names}" if config.models else f"model {names}"
+    print(f"starting the service ({of}, data in {config.folder})", file=sys.stderr, flush=True)
     stopped, session = Event(), open_session()
     write = _writer(options.log_format or ("text" if sys.stdout.isatty() else "json"))
     follower = LogFollower(session.logs, write)
@@ -95,7 +98,7 @@ def _run(
 ) -> int:
     """Until it is told to stop, or cannot be started; the exit code."""
     logger.info("the service starts")
-    watch = StatusWatch(service.status, context.processes, APPLICATION)
+    watch = StatusWatch(service.status, context.processes, APPLICATION, context.config.groups)
     _listen(stopped)
     try:
         service.start(options.host, options.port)
@@ -110,7 +113,7 @@ def _run(
                 return 1
             if watch.is_ready and not is_said:
                 is_said = True
-                _say(*told, options.host, watch.engine_facts)
+                _say(*told, options.host, watch.engines)
     finally:
         watch.close()
         logger.info("the service stops")
@@ -164,16 +167,19 @@ class Printed(logging.Handler):
         self.write(self.format(record))
 
 
-def _say(url: str, key: str, host: str, engine_facts: Mapping[str, Any]) -> None:
+def _say(url: str, key: str, host: str, engines: Mapping[str, Mapping[str, Any]]) -> None:
     """For who has started it, on stderr: the log, which others read, holds no key."""
     logger.info("the service is ready", extra={"facts": {"url": url}})
-    lines = [f"skylapse serves at {url}", f"key:  {key}"]
-    lines += [f'try:  curl {url}/v1/videos -H "Authorization: Bearer {key}" -F prompt="a red circle moving right"']
-    if "ready_s" in engine_facts:
-        lines = [in_words(engine_facts), *lines]
+    for facts in engines.values():
+        whose = f"{facts['model']}: " if len(engines) > 1 else ""
+        print(f"{whose}{in_words(facts)}", file=sys.stderr)
+    print(f"skylapse serves at {url}", file=sys.stderr)
+    print(f"key:  {key}", file=sys.stderr)
+    example = f'curl {url}/v1/videos -H "Authorization: Bearer {key}" -F prompt="a red circle moving right"'
+    print(f"try:  {example}", file=sys.stderr)
     if host not in LOOPBACK_HOSTS:
-        lines += [f"note: {host} is not this machine alone; put TLS in front"]
-    print("\n".join(lines), file=sys.stderr, flush=True)
+        print(f"note: {host} is not this machine alone; put TLS in front", file=sys.stderr)
+    sys.stderr.flush()
 
 
 def _local_key(context: Context, wanted: str | None) -> str:

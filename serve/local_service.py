@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import re
 from typing import TYPE_CHECKING
@@ -54,13 +55,13 @@ class LocalService:
         import ray
         from ray import serve
 
-        from .app import build
+        from .app import build, cpus_of
         from .placement import check_gpus, cluster_gpus
 
         quieten()
         ray.init(
             address="local",
-            num_cpus=max(2, os.cpu_count() or 2),
+            num_cpus=max(2, os.cpu_count() or 2, math.ceil(cpus_of(self.config))),  # counted: they share what there is
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=False,

@@ -44,7 +44,7 @@ class JsonLines(logging.Formatter):
             line["job"] = job[0]
         if request := REQUEST.get():
             line["request"] = request
-        line |= getattr(record, "facts", {})
+        line |= getattr(record, "facts", {})  # numbers that whoever logs them gives apart from the message
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
             line["error"] = type(error).__name__

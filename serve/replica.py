@@ -17,7 +17,10 @@ import torch
 from ray import serve
 from sqlalchemy.exc import SQLAlchemyError
 
+from ..runtime.config import load_settings
 from ..runtime.engine import Engine
+from ..runtime.models.fingerprint import fingerprint
+from ..runtime.models.hub import Download, resolve_folder
 from ..runtime.warm_up import warm_up
 from .context import Context, open_context
 from .gpu import gpu_reader
@@ -55,14 +58,16 @@ def in_thread(call: Callable[[], T]) -> T:
 class EngineReplica:
     """`run_next` is an ongoing Serve request while its job is worked on, so Serve sees the load and lets it end."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], deployment: str = "Engine") -> None:
+        """deployment: which of the configuration's groups of engines it belongs to."""
         self._began_s = time.perf_counter()
         log_as_json("engine")
         stay_on_loopback()
         context = open_context(config)
         self.config, self.processes = context.config, context.processes
+        self.group = self.config.group(deployment)
         self.id = serve.get_replica_context().replica_id.unique_id
-        self._standing: dict[str, Any] = {"model": self.config.model, "state": LOADING}
+        self._standing: dict[str, Any] = self.group.facts | {"state": LOADING}
         self._closing = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="skylapse-heartbeat", daemon=True)
         self._beating.start()
@@ -87,13 +92,16 @@ class EngineReplica:
             scratch=self.config.scratch,
             stage_deadline_s=self.config.stage_deadline_s,
             checkpoint_every=self.config.checkpoint_every,
+            queue=self.group.queue,
+            revision=self.group.revision,
         )
         self._checked_s = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._packed = (0, 0)
         self.started = StartTimes(*self._load_times, time.perf_counter() - self._began_s).facts
         logger.info(in_words(self.started))
-        self._standing = self._standing | {"state": READY}
+        facts = {"state": READY, "fingerprint": self.engine.model.fingerprint}
+        self._standing = self.group.facts | facts  # without what was told of a download
 
     def _tell_failure(self, error: Exception) -> None:
         """Leave the reason in the store: Serve would tell it after twenty tries, and whoever waits reads it there."""
@@ -107,23 +115,39 @@ class EngineReplica:
 
     def load(self) -> Engine:
         """The engine, and what its first request would otherwise wait for."""
+        group = self.group
+        cache_dir = load_settings().cache_dir
+        folder = resolve_folder(group.model, cache_dir, group.revision, self._tell_download)
+        if group.fingerprint is not None and (found := fingerprint(folder)) != group.fingerprint:
+            raise ValueError(f"model {group.name!r}: its fingerprint must be {group.fingerprint}, got {found}")
         began_s = time.perf_counter()
-        torch.set_num_threads(self.config.threads or os.cpu_count() or 1)  # Ray has set one for a fraction of a core
-        config = self.config
+        torch.set_num_threads(group.threads or os.cpu_count() or 1)  # Ray has set one for a fraction of a core
         engine = Engine.from_pretrained(
-            config.model, config.device, config.dtype, quantize=config.quantize, offload=config.offload
+            group.model,
+            group.device,
+            group.dtype,
+            cache_dir,
+            quantize=group.quantize,
+            offload=group.offload,
+            revision=group.revision,
         )
         if engine.device.type == "cpu":
             give_way()
         _ = engine.memory, engine.previewer
         engine.decoders.prepare()
         loaded_s = time.perf_counter()
-        if engine.device.type == "cuda" if config.warm_up is None else config.warm_up:
+        if engine.device.type == "cuda" if group.warm_up is None else group.warm_up:
             warm_up(engine)
         self._load_times = loaded_s - began_s, time.perf_counter() - loaded_s
         engine.decoders.build_in_background()
         engine.start_stepping()
         return engine
+
+    def _tell_download(self, progress: Download) -> None:
+        """Into the log and the next sign of life."""
+        facts = {"bytes": progress.num_bytes, "total_bytes": progress.total_bytes, "progress": round(progress.share, 4)}
+        self._standing = self._standing | facts
+        logger.info("downloading %s: %s", progress.model, progress, extra={"facts": facts})
 
     async def run_next(self, owner: str) -> str | None:
         """Work on the next job to its end, as `owner`, by which its lease is found when this replica dies.
@@ -176,7 +200,7 @@ class EngineReplica:
         """What is told of an engine that takes work."""
         device = self.engine.device
         read_gpu = gpu_reader(device.index or 0) if device.type == "cuda" else dict
-        fixed = {"device": str(device), "slots": self.config.engine_slots, "gpus": ray.get_gpu_ids(), **self.started}
+        fixed = {"device": str(device), "slots": self.group.engine_slots, "gpus": ray.get_gpu_ids(), **self.started}
 
         def read() -> dict[str, Any]:
             told = fixed | self.measures.facts | self._packs() | read_gpu()

@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from .store.processes import DISPATCHER, ENGINE, FAILED, READY, Process, Processes
+from ..runtime.models.hub import Download
+from .model_entry import EngineGroup
+from .ready import find_downloads, find_engines, find_failure
+from .store.processes import DISPATCHER, ENGINE, FAILED, Process, Processes
 
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview, ServeStatus
@@ -55,11 +58,18 @@ def failure_in(part: str, message: str) -> StartFailure | None:
 class StatusWatch:
     """`look` is called by a thread of its own from `start` on; the attributes may be read by any."""
 
-    def __init__(self, ask: Callable[[], ServeStatus], processes: Processes, application: str) -> None:
-        self.ask, self.processes, self.application = ask, processes, application
+    def __init__(
+        self,
+        ask: Callable[[], ServeStatus],
+        processes: Processes,
+        application: str,
+        groups: Sequence[EngineGroup],
+    ) -> None:
+        """groups: of engines; those that have some from the start are waited for."""
+        self.ask, self.processes, self.application, self.groups = ask, processes, application, groups
         self.is_ready = False
         self.failure: StartFailure | None = None
-        self.engine_facts: Mapping[str, Any] = {}  # of the first engine that was ready
+        self.engines: Mapping[str, Mapping[str, Any]] = {}  # group -> facts of its first engine that was ready
         self._before = {process.id for process in processes.alive(FORGOTTEN_S)}  # of a service that is no more
         self._told: dict[str, str] = {}  # subject -> what was last said of it
         self._began_s = self._waiting_told_s = time.monotonic()
@@ -129,27 +139,19 @@ class StatusWatch:
 
     def _look_at_start(self, application: ApplicationStatusOverview, alive: Sequence[Process]) -> None:
         fresh = [process for process in alive if process.silent_s < SILENT_S]
-        engines = [process for process in fresh if process.kind == ENGINE]
-        has_engine = any(process.facts.get("state") == READY for process in engines)
-        wants_one = any(
-            name.startswith("Engine") and sum(deployment.replica_states.values())
-            for name, deployment in application.deployments.items()
-        )
+        engines = find_engines(self.groups, fresh)
         has_dispatcher = any(process.kind == DISPATCHER for process in fresh)
-        if application.status.value == "RUNNING" and has_dispatcher and (has_engine or not wants_one):
-            self.engine_facts = next((p.facts for p in engines if "ready_s" in p.facts), {})
-            self.is_ready = True
+        if application.status.value == "RUNNING" and has_dispatcher and engines is not None:
+            self.engines, self.is_ready = engines, True
             return
-        if self.failure is None:
-            failed = next((p.facts for p in engines if p.facts.get("state") == FAILED), None)
-            if failed is not None:
-                self.failure = StartFailure(
-                    "Engine", str(failed.get("error", "no reason was given")), failed.get("is_mistake", True)
-                )
+        if self.failure is None and (error := find_failure(fresh)) is not None:
+            self.failure = StartFailure("Engine", str(error), isinstance(error, ValueError))
         now_s = time.monotonic()
         if now_s - self._waiting_told_s >= TELL_EVERY_S:
             self._waiting_told_s = now_s
             logger.info("waiting for %s, for %.0f s so far", _waited_for(application), now_s - self._began_s)
+            for model, progress in find_downloads(fresh).items():
+                logger.info("downloading %s of %s", Download(model, *progress), model)
 
     # --- what is said ---------------------------------------------------------------------------------------------
 

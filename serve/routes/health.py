@@ -19,16 +19,19 @@ async def health(request: Request) -> JSONResponse:
     store = "unreachable" if processes is None else "ok"
     engines = [{"id": p.id, **p.facts} for p in processes or () if p.kind == ENGINE and p.silent_s <= SILENT_S]
     dispatchers = sum(p.kind == DISPATCHER for p in processes or ())
-    body = {"status": "ok", "store": store, "dispatchers": dispatchers, "engines": engines, "models": _models(request)}
+    body = {"status": "ok", "store": store, "dispatchers": dispatchers, "engines": engines}
+    body["models"] = request.app.state.catalog.names
     return JSONResponse(body)
 
 
 @router.get("/readyz", operation_id="ready")
 async def ready(request: Request) -> JSONResponse:
-    """200 when jobs are taken and will be worked on: the store answers and a dispatcher is alive.
+    """200 when jobs are taken and will be worked on: models are resolved, the store answers, a dispatcher is alive.
 
     An engine need not be: where they scale to none, the first job starts one.
     """
+    if (reason := request.app.state.catalog.reason) is not None:
+        return JSONResponse({"status": reason}, 503, {"retry-after": "2"})
     processes = await request.app.state.signs.alive()
     if processes is None:
         return JSONResponse({"status": "store unreachable"}, 503, {"retry-after": "2"})
@@ -41,8 +44,3 @@ async def ready(request: Request) -> JSONResponse:
 def metrics(request: Request) -> Response:
     """Gauges from the store, the same on every ingress; engines' own are at their nodes' exporters."""
     return Response(render(request.app.state.context), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def _models(request: Request) -> list[str]:
-    config = request.app.state.context.config
-    return [config.model, *config.aliases]

@@ -25,6 +25,14 @@ def bare_logger(monkeypatch: pytest.MonkeyPatch) -> logging.Logger:
     return logger
 
 
+def stopped(folder: Path, found: list[str]) -> LogFollower:
+    """A follower that looks when it is told to, and lets go of its files when it is closed again."""
+    follower = LogFollower(folder, found.append)
+    follower.close()
+    follower._files.clear()
+    return follower
+
+
 def test_lines_of_all_files_are_handed_on_in_the_order_of_their_times(tmp_path: Path) -> None:
     for name, seconds in (("engine-1", (1, 4)), ("ingress-2", (2, 3))):
         lines = [json.dumps({"time": f"2026-11-28T00:00:0{s}.000Z", "message": name}) for s in seconds]
@@ -36,15 +44,14 @@ def test_lines_of_all_files_are_handed_on_in_the_order_of_their_times(tmp_path: 
 
 def test_half_a_line_waits_for_its_other_half(tmp_path: Path) -> None:
     found: list[str] = []
-    follower = LogFollower(tmp_path, found.append)
-    follower._closing.set()
-    follower._thread.join()
+    follower = stopped(tmp_path, found)
     with (tmp_path / "a.jsonl").open("a") as file:
         for text, whole in (("one\ntw", ["one"]), ("o\n", ["one", "two"])):
             file.write(text)
             file.flush()
             follower._look()
             assert found == whole
+    follower._run()  # it has been closed: a last look, and its files are too
 
 
 def test_a_file_that_was_full_is_read_to_its_end(
@@ -54,12 +61,11 @@ def test_a_file_that_was_full_is_read_to_its_end(
     monkeypatch.setenv("SKYLAPSE_LOG_TO", str(tmp_path))
     log_as_json("engine")
     found: list[str] = []
-    follower = LogFollower(tmp_path, found.append)
-    follower._closing.set()
-    follower._thread.join()
+    follower = stopped(tmp_path, found)
     for number in range(40):
         bare_logger.info("job %s, line %d", JOB, number)
         follower._look()
+    follower._run()
     for handler in bare_logger.handlers:
         handler.close()
     assert [json.loads(line)["message"] for line in found] == [f"job {JOB}, line {number}" for number in range(40)]

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from skylapse.serve.config import ServeConfig
 from skylapse.serve.status_watch import StatusWatch, failure_in
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.processes import DISPATCHER, ENGINE, Processes
 
+GROUPS = ServeConfig().groups
 TRACEBACK = """The deployment failed to start 1 times in a row. This may be due to a problem with its constructor or \
 initial health check failing. See controller logs for details. Retrying 2 more time(s). Error:
 ray::ServeReplica:skylapse:Engine.initialize_and_get_metadata() (pid=1)
@@ -56,11 +58,11 @@ def ready(processes: Processes) -> tuple[StatusWatch, dict[str, Any]]:
             raise now["status"]
         return now["status"]
 
-    watch = StatusWatch(ask, processes, "skylapse")
+    watch = StatusWatch(ask, processes, "skylapse", GROUPS)
     processes.beat("d", DISPATCHER, {})
-    processes.beat("e", ENGINE, {"state": "ready", "ready_s": 1.0, "load_s": 1.0, "warm_up_s": 0.0})
+    processes.beat("e", ENGINE, {"state": "ready", "model": "demo", "ready_s": 1.0, "load_s": 1.0, "warm_up_s": 0.0})
     watch.look()
-    assert watch.is_ready and watch.failure is None and watch.engine_facts["ready_s"] == 1.0
+    assert watch.is_ready and watch.failure is None and watch.engines["Engine"]["ready_s"] == 1.0
     return watch, now
 
 
@@ -101,17 +103,17 @@ def test_an_engine_that_gives_no_sign_is_told(
 def test_signs_of_the_service_before_this_one_make_nothing_ready(processes: Processes) -> None:
     processes.beat("d", DISPATCHER, {})
     processes.beat("e", ENGINE, {"state": "failed", "error": "of yesterday"})
-    watch = StatusWatch(status, processes, "skylapse")
+    watch = StatusWatch(status, processes, "skylapse", GROUPS)
     watch.look()
     assert not watch.is_ready and watch.failure is None
 
 
 def test_the_reason_of_a_failed_start_comes_from_the_store_or_from_serve(processes: Processes) -> None:
-    watch = StatusWatch(lambda: status("DEPLOYING", "UPDATING"), processes, "skylapse")
+    watch = StatusWatch(lambda: status("DEPLOYING", "UPDATING"), processes, "skylapse", GROUPS)
     processes.beat("e", ENGINE, {"state": "failed", "error": "the weights lack x", "is_mistake": False})
     watch.look()
     assert str(watch.failure) == "Engine cannot be started: the weights lack x" and not watch.failure.is_mistake
-    watch = StatusWatch(lambda: status("DEPLOYING", "UPDATING", TRACEBACK), processes, "skylapse")
+    watch = StatusWatch(lambda: status("DEPLOYING", "UPDATING", TRACEBACK), processes, "skylapse", GROUPS)
     watch.look()
     told = "Engine cannot be started: model must be demo, a folder or a hub id, got 'nope'"
     assert str(watch.failure) == told and watch.failure.is_mistake

@@ -17,6 +17,7 @@ from ..kernels.backends import parse
 MIB = 2**20
 DECODERS = ("auto", "eager", "onnxruntime", "inductor", "tensorrt")
 OFFLOAD = ("auto", "none", "all")  # which parts of a model may leave the device while nothing needs them
+SERVE_PREFIX = "SKYLAPSE_SERVE_"  # and a field of ServeConfig: one machine's service
 LOG_LEVELS = ("debug", "info", "warning", "error")
 QUANTIZE = weight_formats.words()  # what the weights of a denoiser's blocks may be kept in
 
@@ -63,6 +64,11 @@ def export(variables: Mapping[str, str]) -> None:
     """Set variables for the processes that this one starts, but where the operator has set them."""
     for name, value in variables.items():
         os.environ.setdefault(name, value)
+
+
+def our_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """All of this process's variables that are ours."""
+    return {name: text for name, text in environ.items() if name.startswith("SKYLAPSE_")}
 
 
 def environment(changes: Mapping[str, str]) -> dict[str, str]:

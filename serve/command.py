@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import secrets
 import signal
@@ -13,16 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
 from multiprocessing import get_context
-from pathlib import Path
 from threading import Event
 from typing import Any
 
-from pydantic import ValidationError
-
-from ..runtime.config import Settings
+from ..runtime.config import Settings, our_variables
 from ..runtime.doctor import check_kernels
 from ..runtime.options import Parser, add_device
 from .config import ServeConfig
+from .config_check import effective_lines, problems
+from .config_source import add_options, load_config
 from .context import MAX_PRIORITY, TENANT, Context, open_context
 from .local_service import APPLICATION, LocalService, RayLines
 from .log_following import LogFollower
@@ -41,17 +39,28 @@ LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 def serve(arguments: Sequence[str], settings: Settings) -> int:
     """Run the service until it is told to stop."""
     options = _serve_parser().parse_args(arguments)
-    config = _config(options)
-    if not 0 < options.port < 65536:
-        raise ValueError(f"port must be from 1 to 65535, got {options.port}")
-    _check_free(options.host, options.port)
+    effective = load_config(options, our_variables())
+    if options.print_config:
+        print("\n".join(effective_lines(effective)))
+        return 0
     from .catalog import check_models, pin_revisions
 
+    config = effective.config
+    checks = {
+        "port": lambda: _check_port(options.host, options.port),
+        "models": lambda: check_models(pin_revisions(config)),  # an unknown one is told before anything is started
+        "kernels": lambda: _check_kernels(config, settings),
+    }
+    if options.check:
+        found = [*problems(effective, settings, checks)]
+        for problem in found:
+            print(f"skylapse: error: {problem}", file=sys.stderr)
+        if not found:
+            print("a service can be started with these settings")
+        return 2 if found else 0
+    for check in checks.values():
+        check()
     config = pin_revisions(config)
-    check_models(config)  # an unknown one is told before anything is started
-    if settings.kernels:
-        with ProcessPoolExecutor(1, get_context("spawn")) as child:  # this process takes no memory of the GPU
-            child.submit(check_kernels, dict(settings.kernels), config.device).result()
     context = open_context(config)
     key = _local_key(context, settings.api_key)
     url = f"http://{'127.0.0.1' if options.host in ('0.0.0.0', '::') else options.host}:{options.port}"
@@ -73,24 +82,6 @@ def serve(arguments: Sequence[str], settings: Settings) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------- the service
-
-
-def _config(options: argparse.Namespace) -> ServeConfig:
-    """From the file, where there is one, and the options on top of it. ValueError names what is wrong."""
-    fields = {}
-    if options.config is not None:
-        try:
-            fields = json.loads(Path(options.config).read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"config must be JSON, got {options.config!r}: {error}") from None
-        if not isinstance(fields, dict):
-            raise ValueError(f"config must be an object of settings, got {options.config!r}")
-    given = {name: getattr(options, name, None) for name in ServeConfig.model_fields}
-    try:
-        return ServeConfig(**fields | {name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def _run(
@@ -195,7 +186,9 @@ def _local_key(context: Context, wanted: str | None) -> str:
     return key
 
 
-def _check_free(host: str, port: int) -> None:
+def _check_port(host: str, port: int) -> None:
+    if not 0 < port < 65536:
+        raise ValueError(f"port must be from 1 to 65535, got {port}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -203,6 +196,12 @@ def _check_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ValueError(f"port {port} of {host} cannot be taken: {error.strerror}") from None
+
+
+def _check_kernels(config: ServeConfig, settings: Settings) -> None:
+    if settings.kernels:
+        with ProcessPoolExecutor(1, get_context("spawn")) as child:  # this process takes no memory of the GPU
+            child.submit(check_kernels, dict(settings.kernels), config.device).result()
 
 
 # -------------------------------------------------------------------------------------------------------------- options
@@ -220,6 +219,9 @@ def _serve_parser() -> argparse.ArgumentParser:
     add_device(parser)
     option("--engines", type=int, metavar="N", help="engine replicas, each with the model (default: 1)")
     option("--ingresses", type=int, metavar="N", help="replicas that answer requests (default: 1)")
-    option("--config", metavar="FILE", help="more settings, as JSON; docs/deploy.md has them all")
+    option("--config", metavar="FILE", help="settings as YAML or JSON; docs/deploy.md has them all")
     option("--log-format", choices=LOG_FORMATS, help="of stdout's lines (default: text on a terminal, else json)")
+    option("--check", action="store_true", help="say whether a service could start so, and start none")
+    option("--print-config", action="store_true", help="print all settings, and where each comes from")
+    add_options(parser, but=frozenset(action.dest for action in parser._actions))
     return parser

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -26,7 +27,7 @@ PHRASES = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes are ValueErrors in our words; without a command its help is printed."""
+    """Mistakes are ValueErrors in our words; the answer to no command at all is the help."""
 
     _given: tuple[str, ...] = ()
 
@@ -42,8 +43,8 @@ class Parser(argparse.ArgumentParser):
             if missing[1] in COMMANDS:
                 if self._given:
                     return self._unknown(" ".join(self._given))
-                self.print_help()
-                raise SystemExit(0)
+                self.print_help(sys.stderr)
+                raise SystemExit(2)
             return f"{missing[1]} {'are' if ',' in missing[1] else 'is'} missing"
         if unknown := re.fullmatch(r"unrecognized arguments: (.+)", message):
             return self._unknown(unknown[1])

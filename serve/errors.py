@@ -47,8 +47,8 @@ class ApiError(Exception):
         return {"retry-after": str(min(MAX_RETRY_AFTER_S, max(1, round(self.retry_after_s))))}
 
 
-def refusal(error: ValidationError, schema: type[BaseModel]) -> ApiError:
-    """A 400 for the first field of a body that pydantic refused, with what is allowed."""
+def refusal(error: ValidationError, schema: type[BaseModel] | None = None) -> ApiError:
+    """A 400 for the first field of a body that pydantic refused; with its schema, what is allowed is told whole."""
     return refused_field(error.errors(include_url=False)[0], schema)
 
 

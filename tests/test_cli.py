@@ -208,12 +208,18 @@ def test_mistake_is_one_line_with_exit_code_2_and_no_file(command: Command, case
     assert (result.stdout, result.files) == ("", ["huge.png", "text.png", "tiny.png"])
 
 
-@pytest.mark.parametrize("arguments", [[], ["models"], ["serv"], ["models", "inspect"]], ids=str)
+@pytest.mark.parametrize("arguments", [["serv"], ["models", "inspect"], ["--vrsion"]], ids=str)
 def test_incomplete_or_unknown_command_is_a_mistake(command: Command, arguments: list[str]) -> None:
     result = command(*arguments)
     assert (result.status, result.stdout) == (2, "")
-    assert result.stderr.startswith("skylapse: error: ")
-    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("skylapse: error: ") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["models"]], ids=str)
+def test_no_command_is_answered_with_the_help(command: Command, arguments: list[str]) -> None:
+    result = command(*arguments)
+    assert (result.status, result.stdout) == (2, "")
+    assert result.stderr.startswith("usage: skylapse") and "COMMAND" in result.stderr
 
 
 def test_wrong_environment_is_a_mistake(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def test_size_is_built_for_alone(run: Run, fakes: list[Fake]) -> None:
         (["--backend", "eager"], "eager needs no building"),
         (["--backend", "openvino"], "got 'openvino'"),
         (["--dtype", "fp8"], "got 'fp8'"),
-        (["--status", "--verify"], "not allowed with"),
+        (["--status", "--verify"], "exclude each other"),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_a_line(

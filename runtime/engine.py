@@ -259,6 +259,10 @@ class Engine:
             lambda: self._join(load_trajectory(Path(folder), ticket, self.model, self.text_cache, deadline_s)),
         )
 
+    def start_stepping(self) -> None:
+        """Start the thread of all streams now: it has the priority of the thread that calls this."""
+        _ = self._loop
+
     def close(self) -> None:
         """Stop the thread that streams have started, if any, and a build; requests stay where they are."""
         if "decoders" in self.__dict__:

@@ -17,12 +17,12 @@ from .config import ServeConfig
 from .context import open_context
 from .dispatcher import Dispatcher
 from .logs import log_as_json
+from .loopback import stay_on_loopback
 from .model_entry import EngineGroup
 from .placement import check_gpus, cluster_gpus, gpus_per_engine
 from .replica import EngineReplica
 
 logger = logging.getLogger(__name__)
-CHECKED: dict[str, Any] = dict(health_check_period_s=1, health_check_timeout_s=10)
 POLICY = f"{BacklogPolicy.__module__}:{BacklogPolicy.__name__}"
 ENGINE_CPUS, OTHERS_CPUS = 0.5, 0.1
 STREAMS = 1000  # open event streams and requests of one ingress; Serve's default of 5 would be used up by five watchers
@@ -32,9 +32,10 @@ def build(arguments: dict[str, Any], engine: type[EngineReplica] = EngineReplica
     """The application for a `ServeConfig`'s fields; a config file's deployment options come on top."""
     config = pin_revisions(ServeConfig(**arguments))
     asked = config.model_dump(exclude_defaults=True)
-    num_gpus = cluster_gpus()
+    settings, num_gpus = load_settings(), cluster_gpus()
+    checked: dict[str, Any] = dict(health_check_period_s=1, health_check_timeout_s=settings.health_timeout_s)
     try:
-        check_gpus(config, num_gpus, load_settings().memory_bytes)
+        check_gpus(config, num_gpus, settings.memory_bytes)
     except ValueError as error:  # `skylapse serve` has refused by now, while a cluster may grow or say more
         logger.warning("%s; engines without room wait for it", error)
     engines = {
@@ -44,17 +45,18 @@ def build(arguments: dict[str, Any], engine: type[EngineReplica] = EngineReplica
             graceful_shutdown_timeout_s=config.drain_s,
             ray_actor_options={"num_cpus": ENGINE_CPUS, "num_gpus": gpus_per_engine(group, num_gpus)},
             **_replicas(config, group),
-            **CHECKED,
+            **checked,
         )(engine).bind(asked, group.deployment)
         for group in config.groups
     }
     dispatcher = serve.deployment(
-        name="Dispatcher", graceful_shutdown_timeout_s=5, ray_actor_options={"num_cpus": OTHERS_CPUS}, **CHECKED
+        name="Dispatcher", graceful_shutdown_timeout_s=5, ray_actor_options={"num_cpus": OTHERS_CPUS}, **checked
     )(Dispatcher).bind(asked, engines)
 
     def answers() -> ASGIApp:
         """Made in each ingress replica; the store is all that it needs."""
-        log_as_json()
+        log_as_json("ingress")
+        stay_on_loopback()
         return create_app(open_context(asked), behind_proxy=True)
 
     ingress = serve.deployment(
@@ -63,7 +65,7 @@ def build(arguments: dict[str, Any], engine: type[EngineReplica] = EngineReplica
         max_ongoing_requests=STREAMS,
         graceful_shutdown_timeout_s=10,
         ray_actor_options={"num_cpus": OTHERS_CPUS},
-        **CHECKED,
+        **checked,
     )(serve.ingress(answers)())
     return ingress.bind(dispatcher)  # an application is what hangs together: nothing is asked of the dispatcher
 

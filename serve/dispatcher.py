@@ -22,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .context import open_context
 from .logs import log_as_json
+from .loopback import stay_on_loopback
 from .model_entry import EngineGroup
 from .store.leases import Leases
 from .store.outbox import Outbox
@@ -51,8 +52,9 @@ class Dispatcher:
 
     def __init__(self, config: dict[str, Any], engines: Mapping[str, DeploymentHandle[Any]]) -> None:
         """engines: deployment -> its handle; one for each of the configuration's groups of engines."""
+        log_as_json("dispatcher")
+        stay_on_loopback()
         context = open_context(config)
-        log_as_json()
         self.config, self.processes = context.config, context.processes
         self.id = serve.get_replica_context().replica_id.unique_id
         self.callers = [Caller(group, engines[group.deployment]) for group in self.config.groups]

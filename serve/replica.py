@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
@@ -25,6 +25,7 @@ from ..runtime.warm_up import warm_up
 from .context import Context, open_context
 from .gpu import gpu_reader
 from .logs import log_as_json
+from .loopback import stay_on_loopback
 from .measures import Measures
 from .ready import StartTimes, in_words
 from .store.leases import Leases
@@ -33,10 +34,25 @@ from .sweep import sweep_scratch
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 BEAT_S = 1.0
 NICE = 10
 MAX_REASON = 1000  # characters of why a start failed
 UNCHECKED_S = 5.0  # health checks come every second; a replica that is being drained gets none
+
+
+def give_way() -> None:
+    """Lower the priority of this thread, and of those that it starts; not of the process.
+
+    Clients who ask where their job stands do not wait for its steps, and neither do health checks and signs of life.
+    """
+    os.nice(NICE)  # Linux counts it by threads
+
+
+def in_thread(call: Callable[[], T]) -> T:
+    """What `call` returns or raises, from a thread of its own."""
+    with ThreadPoolExecutor(1, "skylapse-load") as thread:
+        return thread.submit(call).result()
 
 
 class EngineReplica:
@@ -45,8 +61,9 @@ class EngineReplica:
     def __init__(self, config: dict[str, Any], deployment: str = "Engine") -> None:
         """deployment: which of the configuration's groups of engines it belongs to."""
         self._began_s = time.perf_counter()
+        log_as_json("engine")
+        stay_on_loopback()
         context = open_context(config)
-        log_as_json()
         self.config, self.processes = context.config, context.processes
         self.group = self.config.group(deployment)
         self.id = serve.get_replica_context().replica_id.unique_id
@@ -63,7 +80,7 @@ class EngineReplica:
     def _open(self, context: Context) -> None:
         """Load the model, and take work from then on."""
         self._load_times = (0.0, 0.0)
-        self.engine = self.load()
+        self.engine = in_thread(self.load)
         self.measures = Measures()
         self.config.scratch.mkdir(parents=True, exist_ok=True)
         sweep_scratch(self.config.scratch)
@@ -115,7 +132,7 @@ class EngineReplica:
             revision=group.revision,
         )
         if engine.device.type == "cpu":
-            os.nice(NICE)  # clients who ask where their job stands do not wait for its steps
+            give_way()
         _ = engine.memory, engine.previewer
         engine.decoders.prepare()
         loaded_s = time.perf_counter()
@@ -123,6 +140,7 @@ class EngineReplica:
             warm_up(engine)
         self._load_times = loaded_s - began_s, time.perf_counter() - loaded_s
         engine.decoders.build_in_background()
+        engine.start_stepping()
         return engine
 
     def _tell_download(self, progress: Download) -> None:
@@ -139,11 +157,15 @@ class EngineReplica:
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
             # They wait for store, disk and encoder. Python's default is as many as there are cores, and 4.
-            self._loop.set_default_executor(ThreadPoolExecutor(32, thread_name_prefix="skylapse"))
+            initializer = give_way if self.engine.device.type == "cpu" else None
+            self._loop.set_default_executor(ThreadPoolExecutor(32, "skylapse", initializer))
         return await asyncio.shield(asyncio.ensure_future(self.worker.run_next(owner)))
 
     def check_health(self) -> None:
-        """Called by Serve every second, on its own thread; raises where the replica has to be replaced."""
+        """Called by Serve every second; raises where the replica has to be replaced.
+
+        It waits for nothing, and the loop that it runs on does no work of a job: threads that do have a lower priority.
+        """
         self._checked_s = time.monotonic()
         if self.worker.is_lost:
             raise RuntimeError("the engine's device is lost, or a stage of it has stalled")

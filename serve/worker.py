@@ -129,6 +129,7 @@ class Worker:
 
     async def _work(self, job: Job, held: Held, folder: Path) -> None:
         held.report(Standing("encode", job.step, job.num_steps))
+        logger.info("job %s begins at step %d, attempt %d", job.id, job.checkpoint_step or 0, job.epoch)
         aside = Aside()
         try:
             files = await persist(partial(self._inputs, job, folder))
@@ -145,6 +146,7 @@ class Worker:
             aside.drop()
             if await persist(partial(self.leases.complete, job, stored)):
                 self.measures.ended("completed", time.perf_counter() - began_s)
+                logger.info("job %s is completed", job.id)
         except DeviceLost as error:
             self.is_lost = True
             logger.error("job %s is given back: %s", job.id, error)

@@ -123,7 +123,7 @@ def test_more_engines_than_gpus_end_the_command_with_2_and_one_line(tmp_path: Pa
 ACTORS = """
 import json, os, sys, time
 from skylapse.runtime.config import export
-from skylapse.serve.command import RAY
+from skylapse.serve.local_service import RAY
 
 export(RAY)
 import ray

@@ -99,8 +99,9 @@ class Catalog:
         self._folders: dict[str, ModelFolder] = {}  # of each served model
         self._reasons: dict[str, str] = {}  # of those that are not resolved
         self._closing = threading.Event()
+        self._groups = config.groups
         waiting = []
-        for group in config.groups:
+        for group in self._groups:
             if group.is_canary:
                 continue  # it has the stable one's sizes and limits; its engines tell if it does not fit
             try:
@@ -133,7 +134,7 @@ class Catalog:
         if folder is None:
             message = f"The model {served!r} cannot be used yet: the service is still looking up what it can do."
             raise ApiError(503, message, code="model_not_ready", type="server_error", param=param, retry_after_s=2)
-        groups = [group for group in self.config.groups if group.name == served]
+        groups = [group for group in self._groups if group.name == served]
         entry = next(entry for entry in self.config.entries if entry.served_name == served)
         canary = None if entry.canary is None else (entry.canary.share, groups[1].revision)
         return ServedModel(name or served, folder, served, groups[0].revision, canary)

@@ -36,6 +36,7 @@ from .worker import Worker
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 BEAT_S = 1.0
+DOWNLOAD_LINE_S = 10.0  # from one line of a download to the next
 NICE = 10
 MAX_REASON = 1000  # characters of why a start failed
 UNCHECKED_S = 5.0  # health checks come every second; a replica that is being drained gets none
@@ -68,6 +69,7 @@ class EngineReplica:
         self.group = self.config.group(deployment)
         self.id = serve.get_replica_context().replica_id.unique_id
         self._standing: dict[str, Any] = self.group.facts | {"state": LOADING}
+        self._download_told_s = float("-inf")
         self._closing = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="skylapse-heartbeat", daemon=True)
         self._beating.start()
@@ -144,9 +146,12 @@ class EngineReplica:
         return engine
 
     def _tell_download(self, progress: Download) -> None:
-        """Into the log and the next sign of life."""
+        """Into the next sign of life, and now and then into the log."""
         facts = {"bytes": progress.num_bytes, "total_bytes": progress.total_bytes, "progress": round(progress.share, 4)}
         self._standing = self._standing | facts
+        if progress.share < 1 and time.monotonic() - self._download_told_s < DOWNLOAD_LINE_S:
+            return
+        self._download_told_s = time.monotonic()
         logger.info("downloading %s: %s", progress.model, progress, extra={"facts": facts})
 
     async def run_next(self, owner: str) -> str | None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..runtime.cache.spec import PRESETS
 from ..runtime.config import load_settings
-from ..runtime.models.hub import HubUnreachable, local_folder, pin, resolve_configs
+from ..runtime.models.fingerprint import fingerprint
+from ..runtime.models.hub import HubUnreachable, cached_folder, local_folder, pin, resolve_configs
 from ..runtime.models.registry import ModelFolder, read_folder
 from ..runtime.request import ModelDefaults, ModelLimits
 from .config import ServeConfig
@@ -173,9 +175,22 @@ class Catalog:
 
 
 def check_models(config: ServeConfig) -> None:
-    """ValueError with one line for the first model, or canary, whose JSON files cannot be had or are not a model's."""
+    """ValueError with one line for the first model, or canary, whose JSON files cannot be had or are not a model's.
+
+    Also for weights that are on this machine and are not those of its `fingerprint`.
+    """
+    cache_dir = load_settings().cache_dir
     for group in config.groups:
         _read(group)
+        folder = local_folder(group.model) or cached_folder(group.model, cache_dir, group.revision)
+        if folder is not None:
+            check_fingerprint(group, folder)
+
+
+def check_fingerprint(group: EngineGroup, folder: Path) -> None:
+    """ValueError where a folder holds other weights than the configuration says."""
+    if group.fingerprint is not None and (found := fingerprint(folder)) != group.fingerprint:
+        raise ValueError(f"fingerprint of model {group.name!r} must be {group.fingerprint}, got {found}")
 
 
 def pin_revisions(config: ServeConfig) -> ServeConfig:

@@ -19,9 +19,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..runtime.config import load_settings
 from ..runtime.engine import Engine
-from ..runtime.models.fingerprint import fingerprint
 from ..runtime.models.hub import Download, resolve_folder
 from ..runtime.warm_up import warm_up
+from .catalog import check_fingerprint
 from .context import Context, open_context
 from .gpu import gpu_reader
 from .logs import log_as_json
@@ -120,8 +120,7 @@ class EngineReplica:
         group = self.group
         cache_dir = load_settings().cache_dir
         folder = resolve_folder(group.model, cache_dir, group.revision, self._tell_download)
-        if group.fingerprint is not None and (found := fingerprint(folder)) != group.fingerprint:
-            raise ValueError(f"model {group.name!r}: its fingerprint must be {group.fingerprint}, got {found}")
+        check_fingerprint(group, folder)
         began_s = time.perf_counter()
         torch.set_num_threads(group.threads or os.cpu_count() or 1)  # Ray has set one for a fraction of a core
         engine = Engine.from_pretrained(

@@ -157,7 +157,10 @@ def test_two_engines_download_weights_once_and_the_ingress_none(hub: Hub, tmp_pa
     ("config", "reason"),
     [
         ({"model": "org/nothing"}, "model 'org/nothing' is no local folder, and .* has none of this name"),
-        ({"model": "org/wan", "fingerprint": "0" * 64}, "its fingerprint must be 0{64}, got [0-9a-f]{64}"),
+        (
+            {"model": "org/wan", "fingerprint": "0" * 64},
+            "fingerprint of model 'org/wan' must be 0{64}, got ",
+        ),
         ({"aliases": {"two": "/path"}}, "alias 'two' must name a model that is served, demo, got '/path'"),
     ],
 )

@@ -81,6 +81,16 @@ def test_revisions_are_pinned_where_a_service_is_built(hub: Hub, tmp_path: Path)
         check_models(ServeConfig(model="org/other"))
 
 
+def test_other_weights_than_the_fingerprints_are_told_before_a_start(two_engines: dict[str, Engine]) -> None:
+    from skylapse.serve.catalog import check_models
+
+    model = two_engines["a"].model
+    check_models(ServeConfig(model=str(model.folder.path), fingerprint=model.fingerprint))
+    other = two_engines["b"].model.fingerprint
+    with pytest.raises(ValueError, match=rf"fingerprint of model .* must be {other}, got {model.fingerprint}"):
+        check_models(ServeConfig(model=str(model.folder.path), fingerprint=other))
+
+
 def test_json_lines_carry_a_downloads_numbers() -> None:
     from skylapse.serve.logs import JsonLines
 

@@ -123,6 +123,22 @@ def test_two_processes_of_a_machine_download_once(hub: Hub, tmp_path: Path) -> N
     assert hub.gets(WEIGHTS) == 1
 
 
+def test_a_download_that_was_killed_leaves_its_turn_to_the_next(hub: Hub, tmp_path: Path) -> None:
+    hub.pause_s = 0.2
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_resolve, args=(hub.url, str(tmp_path / "cache"), context.Barrier(1)))
+    process.start()
+    until_s = time.monotonic() + 20
+    while not hub.gets(WEIGHTS) and time.monotonic() < until_s:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    hub.pause_s = 0.0
+    folder = resolve_folder(NAME, tmp_path / "cache")
+    assert (folder / WEIGHTS).read_bytes().endswith(b"\2" * 200_000)
+    assert hub.gets(WEIGHTS) == 2 and hub.gets("model_index.json") == 1, "what was complete is kept"
+
+
 def test_what_a_killed_download_left_is_removed(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = tmp_path / "cache" / "models--org--wan" / "blobs" / "abc.123.incomplete"
     part.parent.mkdir(parents=True)

@@ -46,7 +46,7 @@ def serve(arguments: Sequence[str], settings: Settings) -> int:
     from .catalog import check_models, pin_revisions
 
     config = effective.config
-    checks = {
+    checks: dict[str, Callable[[], object]] = {
         "port": lambda: _check_port(options.host, options.port),
         "models": lambda: check_models(pin_revisions(config)),  # an unknown one is told before anything is started
         "kernels": lambda: _check_kernels(config, settings),

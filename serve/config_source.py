@@ -61,7 +61,9 @@ def add_options(parser: argparse.ArgumentParser, but: frozenset[str]) -> None:
 
 def load_config(options: argparse.Namespace, environ: Mapping[str, str]) -> Effective:
     """ValueError, in one line, for the first setting that is wrong. environ: of the process, the SKYLAPSE_ part."""
-    fields, sources, hidden = {}, {}, {}
+    fields: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    hidden: dict[str, str] = {}
     for name, value, source in _given(options, environ):
         if source in SHORT.values() and name in SECRETS:
             hidden[name] = value
@@ -111,7 +113,7 @@ def _value(field: FieldInfo, text: str, source: str) -> Any:
         raise ValueError(f"{source} must be {allowed(field)}, got {shown(text)}") from None
 
 
-class OneMeaning(yaml.SafeLoader):
+class OneMeaning(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
     """Refuses a name that stands twice, of which YAML keeps the last."""
 
 

@@ -16,7 +16,7 @@ EVERYWHERE, HERE = "[::]:", "127.0.0.1:"
 
 def stay_on_loopback() -> None:
     """Call it in a replica's constructor, after which Serve starts that server; on a cluster it changes nothing."""
-    if not ray.util.get_node_ip_address().startswith("127."):
+    if not ray.util.get_node_ip_address().startswith("127."):  # type: ignore[no-untyped-call]
         return
     from ray.serve._private import replica
 
@@ -28,4 +28,4 @@ def stay_on_loopback() -> None:
     def add_port_here(server: Any, address: str) -> Any:
         return add_port(server, address.replace(EVERYWHERE, HERE, 1))
 
-    replica.add_port_to_grpc_server = add_port_here
+    replica.__dict__["add_port_to_grpc_server"] = add_port_here

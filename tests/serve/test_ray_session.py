@@ -6,6 +6,8 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,8 @@ from skylapse.serve.ray_session import MAX_SOCKET_BYTES, PREFIX, RAY_BYTES, open
 
 
 @pytest.fixture
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place() -> Iterator[Path]:
     """A folder whose path is short enough for sockets, as pytest's own are not."""
-    import tempfile
-
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="p-") as folder:
         yield Path(folder)
 

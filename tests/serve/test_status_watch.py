@@ -34,7 +34,8 @@ def status(
     """As Serve's controller tells it."""
 
     def enum(name: str) -> Enum:
-        return Enum("Status", {name: name})[name]
+        kind: Any = Enum("Status", {name: name})
+        return kind[name]
 
     part = SimpleNamespace(status=enum(engine), message=message, replica_states={enum("RUNNING"): running})
     app = SimpleNamespace(status=enum(application), message="", deployments={"Engine": part})

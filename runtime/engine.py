@@ -40,6 +40,7 @@ from .scheduler import Scheduler, SchedulerConfig
 from .stream import StepLoop
 from .terms import Terms
 from .trajectory import Trajectory
+from .usage import Account, Meter
 
 logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -140,6 +141,10 @@ class Engine:
         return self._batch.num_packs, self._batch.num_pack_tokens
 
     @property
+    def meter(self) -> Meter:
+        return self._batch.meter
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 
@@ -235,21 +240,26 @@ class Engine:
         finally:
             del self._listeners[ticket]
 
-    def stream(self, request: VideoRequest, latents: Tensor | None = None, **terms: Any) -> AsyncGenerator[Event, None]:
+    def stream(
+        self, request: VideoRequest, latents: Tensor | None = None, account: Account | None = None, **terms: Any
+    ) -> AsyncGenerator[Event, None]:
         """The events of one request, as they happen; leaving the loop early aborts it.
 
         Steps run in a thread of their own, shared by all streams of the engine, so the event loop never waits for the
-        device. The first event raises what `submit` raises.
+        device. The first event raises what `submit` raises. account: what the request uses is added to it.
         """
         ticket = next(self._tickets)
-        return self._loop.events(ticket, lambda: self._join(self._trajectory(ticket, request, latents, Terms(**terms))))
-
-    def stream_resumed(self, folder: str | Path, deadline_s: float | None = None) -> AsyncGenerator[Event, None]:
-        """As `stream`, of a request that goes on from its checkpoint. The first event raises what `resume` raises."""
-        ticket = next(self._tickets)
         return self._loop.events(
-            ticket,
-            lambda: self._join(load_trajectory(Path(folder), ticket, self.model, self.text_cache, deadline_s)),
+            ticket, lambda: self._join(self._trajectory(ticket, request, latents, Terms(**terms)), account)
+        )
+
+    def stream_resumed(
+        self, folder: str | Path, deadline_s: float | None = None, account: Account | None = None
+    ) -> AsyncGenerator[Event, None]:
+        """As `stream`, of a request that goes on from its checkpoint. The first event raises what `resume` raises."""
+        ticket, path = next(self._tickets), Path(folder)
+        return self._loop.events(
+            ticket, lambda: self._join(load_trajectory(path, ticket, self.model, self.text_cache, deadline_s), account)
         )
 
     def close(self) -> None:
@@ -341,7 +351,7 @@ class Engine:
         """Whether a stream's thread is stepping."""
         return "_loop" in self.__dict__ and self._loop.is_running
 
-    def _join(self, trajectory: Trajectory) -> Ticket:
+    def _join(self, trajectory: Trajectory, account: Account | None = None) -> Ticket:
         if self._lost is not None:
             raise self._lost
         if len(self._joining) + len(self._batch) >= self.settings.max_queued:
@@ -351,6 +361,8 @@ class Engine:
         trajectory.fit = self.memory.check(trajectory)
         if trajectory.terms.preview_every:
             _ = self.previewer  # fitted here where no file beside the model has the map, rather than between two steps
+        trajectory.account = account or trajectory.account
+        trajectory.account.enter()
         self._joining.append(trajectory)
         if self._streams:
             self._loop.notify()

@@ -250,16 +250,17 @@ class Engine:
         """
         ticket = next(self._tickets)
         return self._loop.events(
-            ticket, lambda: self._join(self._trajectory(ticket, request, latents, Terms(**terms)), account)
+            ticket,
+            lambda: self._join(self._trajectory(ticket, request, latents, Terms(**terms)).charged_to(account)),
         )
 
     def stream_resumed(
         self, folder: str | Path, deadline_s: float | None = None, account: Account | None = None
     ) -> AsyncGenerator[Event, None]:
         """As `stream`, of a request that goes on from its checkpoint. The first event raises what `resume` raises."""
-        ticket, path = next(self._tickets), Path(folder)
+        ticket, of = next(self._tickets), (self.model, self.text_cache)
         return self._loop.events(
-            ticket, lambda: self._join(load_trajectory(path, ticket, self.model, self.text_cache, deadline_s), account)
+            ticket, lambda: self._join(load_trajectory(Path(folder), ticket, *of, deadline_s).charged_to(account))
         )
 
     def close(self) -> None:
@@ -351,7 +352,7 @@ class Engine:
         """Whether a stream's thread is stepping."""
         return "_loop" in self.__dict__ and self._loop.is_running
 
-    def _join(self, trajectory: Trajectory, account: Account | None = None) -> Ticket:
+    def _join(self, trajectory: Trajectory) -> Ticket:
         if self._lost is not None:
             raise self._lost
         if len(self._joining) + len(self._batch) >= self.settings.max_queued:
@@ -361,7 +362,6 @@ class Engine:
         trajectory.fit = self.memory.check(trajectory)
         if trajectory.terms.preview_every:
             _ = self.previewer  # fitted here where no file beside the model has the map, rather than between two steps
-        trajectory.account = account or trajectory.account
         trajectory.account.enter()
         self._joining.append(trajectory)
         if self._streams:

@@ -91,6 +91,11 @@ class Trajectory:
         self._denoising_since_s = self.submitted_s
         self._pace_from: tuple[int, float] | None = None  # (steps done, time) when denoising began here
 
+    def charged_to(self, account: Account | None) -> Trajectory:
+        """Itself, whose work is added to this account."""
+        self.account = account or self.account
+        return self
+
     # --- where it stands ------------------------------------------------------------------------------------------
 
     @property

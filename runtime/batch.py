@@ -27,6 +27,7 @@ from .events import (
 from .finite import FiniteWatch
 from .layout import Layouts
 from .memory import MemoryBudget
+from .meter import Meter
 from .models.fit import Fit
 from .models.model import Model
 from .models.registry import EXPERTS
@@ -34,7 +35,6 @@ from .preview import AnyPreviewer
 from .resume import save_trajectory
 from .scheduler import Scheduler, Work
 from .trajectory import Trajectory
-from .usage import Meter
 
 logger = logging.getLogger(__name__)
 PREFETCH_STEPS = 3  # a copy takes 0.6 s (28.6 GB at 50 GB/s), less than a step of most sizes

@@ -28,6 +28,7 @@ from .device import expand_segments, text_cache_bytes
 from .events import DeviceLost, EngineFull, Event, Failed, Finished, Ticket, is_device_lost
 from .layout import Layouts
 from .memory import MemoryBudget, load_budget
+from .meter import Meter
 from .models.compiled import compile_trunk
 from .models.model import Model, load_model
 from .models.quantization import parse_quantize
@@ -40,7 +41,7 @@ from .scheduler import Scheduler, SchedulerConfig
 from .stream import StepLoop
 from .terms import Terms
 from .trajectory import Trajectory
-from .usage import Account, Meter
+from .usage import Account
 
 logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -13,8 +13,9 @@ import torch
 
 from skylapse.runtime.engine import Engine
 from skylapse.runtime.events import Checkpointed, Failed, Finished, Progress
+from skylapse.runtime.meter import Meter
 from skylapse.runtime.request import VideoRequest
-from skylapse.runtime.usage import Account, Meter, Usage
+from skylapse.runtime.usage import Account, Usage
 
 CPU = torch.device("cpu")
 

@@ -1,8 +1,8 @@
 """The ledger of what jobs have used: rows are added in the transaction that ends an attempt, and none is ever altered.
 
 An attempt that ends its job is the tenant's as a whole. One that was taken back (its engine died, drained or lost its
-lease) is the tenant's up to its newest checkpoint; the rest was in vain, is lost, and nobody pays for it. What an engine
-tells of an attempt that had ended before (the step that ran when its job was cancelled) becomes a row of its own.
+lease) is the tenant's up to its newest checkpoint; the rest was in vain, is lost, and nobody pays for it. What an
+engine tells of an attempt that had ended before (the step that ran when its job was cancelled) becomes another row.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def _used(record: Mapping[str, Any] | None) -> Used:
 class Ledger:
     """Its methods are part of a caller's transaction, who adds the tally as its last statement."""
 
-    def __init__(self, prices: Prices = Prices(), counters: Counters | None = None) -> None:
-        self.prices, self.counters = prices, counters or Counters()
+    def __init__(self, prices: Prices | None = None, counters: Counters | None = None) -> None:
+        self.prices, self.counters = prices or Prices(), counters or Counters()
 
     def ended(
         self,

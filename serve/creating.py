@@ -21,6 +21,7 @@ from .outbound import check_url
 from .schema import CreateVideo, ExtendVideo, RemixVideo, Sampling
 from .shape import shape_of
 from .sources import Source
+from .store.job_model import MODEL_ID
 from .store.jobs import (
     Bounds,
     IdempotencyConflict,
@@ -30,6 +31,7 @@ from .store.jobs import (
     StoreFull,
     new_job_id,
 )
+from .store.ledger import DEFAULT_CLASS
 
 TOKENS_PER_S = 4000.0  # of an engine that has not told yet: the demo model on two CPU cores
 MAX_KEY_CHARACTERS = 255
@@ -105,13 +107,14 @@ def make_job(context: Context, caller: Caller, draft: Draft, asked: Sampling, ke
     try:
         job = context.jobs.create(
             caller.tenant,
-            draft.request | {"inputs": sorted(draft.files)},
+            draft.request | {"inputs": sorted(draft.files), MODEL_ID: context.config.model_of(draft.model.name)},
             job_id=draft.job_id,
             priority=asked.priority,
             work=_work(context, draft),
             bounds=_bounds(context.config, caller.tenant),
             idempotency_key=idempotency,
             webhook_url=asked.webhook_url,
+            job_class=DEFAULT_CLASS,
         )
     except (QuotaExceeded, RateExceeded, StoreFull, IdempotencyConflict) as error:
         _forget(context.artifacts, draft)

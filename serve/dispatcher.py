@@ -43,7 +43,7 @@ class Dispatcher:
         self.config, self.processes = context.config, context.processes
         self.id = serve.get_replica_context().replica_id.unique_id
         self.engine = engine
-        self.leases = Leases(context.database, self.config.lease_s, self.config.max_attempts)
+        self.leases = Leases(context.database, self.config.lease_s, self.config.max_attempts, context.ledger)
         self.outbox = Outbox(context.database, self.config.webhook_attempts)
         self.sweeper = Sweeper(context)
         self.secret = open_secret(self.config)

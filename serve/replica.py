@@ -45,13 +45,14 @@ class EngineReplica:
         self.id = serve.get_replica_context().replica_id.unique_id
         self._load_times = (0.0, 0.0)
         self.engine = self.load()
-        self.measures = Measures()
+        self.measures = Measures(self.engine.meter, self.config.model)
+        self.database, self.counters = context.database, context.ledger.counters
         self.processes = Processes(context.database)
         self.config.scratch.mkdir(parents=True, exist_ok=True)
         sweep_scratch(self.config.scratch)
         self.worker = Worker(
             self.engine,
-            Leases(context.database, self.config.lease_s, self.config.max_attempts),
+            Leases(context.database, self.config.lease_s, self.config.max_attempts, context.ledger),
             context.artifacts,
             self.measures,
             scratch=self.config.scratch,
@@ -123,6 +124,7 @@ class EngineReplica:
                 told = facts | self.measures.facts | self._packs() | read_gpu()
                 told |= self.engine.decoders.report.facts | self.engine.model.residency.report.facts
                 self.processes.beat(self.id, ENGINE, told | {"running": len(self.worker.keeper.held)})
+                self.measures.tell(self.database, self.counters)
             except SQLAlchemyError as error:
                 logger.warning("no sign of life could be left: %s", type(error).__name__)
             if self._loop is not None and self.is_drained:

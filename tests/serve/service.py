@@ -160,11 +160,11 @@ class Crew:
         config = context.config
         self.context, self.config, self.working = context, config, working
         self.id = f"crew-{secrets.token_hex(4)}"
-        self.leases = Leases(context.database, config.lease_s, config.max_attempts)
+        self.leases = Leases(context.database, config.lease_s, config.max_attempts, context.ledger)
         self.outbox = Outbox(context.database, config.webhook_attempts)
         self.sweeper = Sweeper(context)
         self.secret = open_secret(config)
-        self.measures = Measures()
+        self.measures = Measures(engine.meter, config.model)
         self.worker = Worker(
             engine,
             self.leases,
@@ -210,6 +210,7 @@ class Crew:
         facts = {"model": self.config.model, "slots": self.config.engine_slots, **self.measures.facts}
         await asyncio.to_thread(beat, f"{self.id}-dispatcher", DISPATCHER, {"calls": len(self._calls)})
         await asyncio.to_thread(beat, f"{self.id}-engine", ENGINE, facts)
+        await asyncio.to_thread(self.measures.tell, self.context.database, self.context.ledger.counters)
 
     async def _tidy(self) -> None:
         await asyncio.to_thread(self.leases.expire)

@@ -9,7 +9,6 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 from sqlalchemy import case, func, select
 
 from .. import __version__
@@ -108,6 +107,6 @@ def _counted(metric: Metric, sets: Mapping[tuple[str, ...], Mapping[str, float]]
         total, buckets = 0.0, []
         for bound in (*map(str, table.BUCKETS), INFINITE):
             total += parts.get(bound, 0.0)
-            buckets.append((floatToGoString(bound), total))
+            buckets.append((bound if bound == INFINITE else str(float(bound)), total))
         histogram.add_metric(labels, buckets, parts.get(SUM, 0.0))
     return histogram

@@ -271,5 +271,5 @@ def test_prices_that_are_none_are_refused(fields: dict[str, Any]) -> None:
 
 
 def test_a_price_may_be_one_for_all_devices() -> None:
-    prices = ServeConfig(prices={"demo": 0.25}).price_list
+    prices = ServeConfig(prices={"demo": Decimal("0.25")}).price_list
     assert prices.of == {"demo": {"cpu": Decimal("0.25"), "cuda": Decimal("0.25")}} and prices.currency == "EUR"

@@ -78,6 +78,8 @@ class _Store(Collector):
         yield _gauge(table.ENGINES, _by_state(engines, self.context.config.model))
         for fact, metric in FACTS.items():
             yield _gauge(metric, [((p.id,), float(p.facts[fact])) for p in engines if p.facts.get(fact) is not None])
+        decoders = [((p.id, str(p.facts["decoder"])), 1.0) for p in engines if "decoder" in p.facts]
+        yield _gauge(table.ENGINE_DECODER, decoders)
 
 
 def _by_state(engines: Sequence[Process], model: str) -> Samples:

@@ -1,4 +1,4 @@
-"""`skylapse serve` whose engines write down how long they worked, where no kill can take it: run by test_accounting.py."""
+"""`skylapse serve` whose engines write down how long they worked, where no kill can take it."""
 
 from __future__ import annotations
 

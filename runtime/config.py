@@ -54,6 +54,7 @@ class Settings:
     log_to: Path | None = None  # SKYLAPSE_LOG_TO: a file, or a folder of one a process; None is stderr
     log_level: str = "info"  # SKYLAPSE_LOG_LEVEL: debug, info, warning or error, of the service's lines
     health_timeout_s: int = 30  # SKYLAPSE_HEALTH_TIMEOUT_S: a replica that is silent for three of these is replaced
+    revision: str | None = None  # SKYLAPSE_REVISION: the commit that an image was built from
     # secrets of the service, which belong into no file that a dashboard shows
     api_key: str | None = field(default=None, repr=False)  # SKYLAPSE_API_KEY: the local service's key
     database_url: str | None = field(default=None, repr=False)  # SKYLAPSE_DATABASE_URL: SQLAlchemy's, with a password
@@ -163,6 +164,7 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         "log_to": _path(given, "SKYLAPSE_LOG_TO"),
         "log_level": _choice(given, "SKYLAPSE_LOG_LEVEL", LOG_LEVELS),
         "health_timeout_s": _whole(given, "SKYLAPSE_HEALTH_TIMEOUT_S", 1, 3600),
+        "revision": given.get("SKYLAPSE_REVISION"),
         "api_key": given.get("SKYLAPSE_API_KEY"),
         "database_url": given.get("SKYLAPSE_DATABASE_URL"),
         "webhook_secret": given.get("SKYLAPSE_WEBHOOK_SECRET"),

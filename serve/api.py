@@ -6,6 +6,8 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -22,14 +24,16 @@ from .catalog import Catalog
 from .context import Context
 from .errors import ApiError, refused_field
 from .logs import JOB, REQUEST
-from .openapi import describe_api
-from .routes import characters, content, events, generations, health, models, page, remakes, session, videos
+from .openapi import MAKES, describe_api
+from .request_counter import RequestCounter
+from .routes import characters, content, events, generations, health, models, page, remakes, session, usage, videos
 from .signs import Signs
 from .store.jobs import NotFound
 from .watch import Watch
 
 logger = logging.getLogger(__name__)
-ROUTES = (characters, remakes, videos, content, events, generations, models, health, session, page)
+ROUTES = (characters, remakes, videos, content, events, generations, models, usage, health, session, page)
+MAKES_JOBS = (*MAKES, "generateVideo")  # operations
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -38,8 +42,23 @@ def create_app(context: Context, behind_proxy: bool = False) -> FastAPI:
 
     behind_proxy: Ray's proxy gives requests and answers their ids.
     """
-    app = FastAPI(title="skylapse", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
-    app.state.context = context
+    counter = RequestCounter(context.database, context.ledger.counters)
+
+    @asynccontextmanager
+    async def until_stopped(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        with suppress(SQLAlchemyError):
+            await counter.flush()
+
+    app = FastAPI(
+        title="skylapse",
+        version=__version__,
+        lifespan=until_stopped,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+    )
+    app.state.context, app.state.counter = context, counter
     app.state.catalog = Catalog(context.config)
     app.state.watch = Watch(context.jobs)
     app.state.signs = Signs(context.processes)
@@ -51,16 +70,16 @@ def create_app(context: Context, behind_proxy: bool = False) -> FastAPI:
     app.add_exception_handler(NotFound, _not_found)
     app.add_exception_handler(SQLAlchemyError, _store_away)
     app.add_exception_handler(Exception, _broken)
-    app.add_middleware(Labelled, behind_proxy=behind_proxy)
+    app.add_middleware(Labelled, counter=counter, behind_proxy=behind_proxy)
     describe_api(app)
     return app
 
 
 class Labelled:
-    """Gives every answer an id, which the logs name, and the time that it took."""
+    """Gives every answer an id, which the logs name, and the time that it took; and counts it."""
 
-    def __init__(self, app: ASGIApp, behind_proxy: bool = False) -> None:
-        self.app, self.behind_proxy = app, behind_proxy
+    def __init__(self, app: ASGIApp, counter: RequestCounter, behind_proxy: bool = False) -> None:
+        self.app, self.counter, self.behind_proxy = app, counter, behind_proxy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,6 +95,7 @@ class Labelled:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                self.counter.answered(scope, status)
                 headers = MutableHeaders(scope=message)
                 if not self.behind_proxy:
                     headers["x-request-id"] = request_id
@@ -86,6 +106,11 @@ class Labelled:
 
         try:
             await self.app(scope, receive, labelled)
+        except Exception:
+            if not status:  # it is answered outside of this
+                status = 500
+                self.counter.answered(scope, status)
+            raise
         finally:
             _log_answer(scope, status, time.perf_counter() - began_s)
 
@@ -111,6 +136,8 @@ def _answer(error: ApiError) -> JSONResponse:
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
+    if error.status not in (401, 403) and getattr(request.scope.get("route"), "operation_id", None) in MAKES_JOBS:
+        request.app.state.counter.refused(error.code or "invalid_request")
     return _answer(error)
 
 

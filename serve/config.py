@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .model_entry import (
     BOTH,
@@ -22,9 +23,11 @@ from .model_entry import (
     groups_of,
     known_quantize,
 )
+from .prices import Prices, by_device
 
 MIB = 2**20
 ONE_MODELS = ("model", "revision", "fingerprint", "canary")  # fields that say nothing where there are several models
+Price = Annotated[Decimal, Field(ge=0, le=10**6, decimal_places=9, allow_inf_nan=False)]
 
 
 class ServeConfig(BaseModel):
@@ -75,7 +78,12 @@ class ServeConfig(BaseModel):
     max_media_pixels: Count = 40_000_000  # of one picture or frame; telephones make 24 million
     max_media_seconds: Positive = 120.0
 
+    # what a second of an engine costs: model, or * for all others -> a price, or one for each of cpu and cuda
+    prices: dict[str, Price | dict[Literal["cpu", "cuda"], Price]] = {}
+    currency: Annotated[str, Field(pattern="^[A-Z]{3}$")] = "EUR"
+
     # answers
+    metrics_open: bool = False  # /metrics to everybody; else it needs a key of scope operator, but on loopback
     downloads: Literal["proxy", "redirect"] = "proxy"  # redirect: 307 to a presigned URL, on a bucket alone
     session_s: Positive = 12 * 3600.0  # life of a browser's cookie
 
@@ -127,6 +135,10 @@ class ServeConfig(BaseModel):
     def scratch(self) -> Path:
         """For files that nobody needs after a restart."""
         return self.folder / "scratch"
+
+    @property
+    def price_list(self) -> Prices:
+        return Prices(by_device(self.prices), self.currency)
 
     @property
     def entries(self) -> tuple[ModelEntry, ...]:

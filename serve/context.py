@@ -12,6 +12,7 @@ from .config import ServeConfig
 from .store.database import Database
 from .store.jobs import JobStore
 from .store.keys import SCOPES, KeyStore
+from .store.ledger import Ledger
 from .store.processes import Processes
 from .store.sessions import Sessions
 
@@ -27,6 +28,7 @@ class Context:
     sessions: Sessions
     processes: Processes
     artifacts: ArtifactStore
+    ledger: Ledger
 
 
 def open_context(arguments: Mapping[str, Any] | ServeConfig) -> Context:
@@ -46,13 +48,15 @@ def open_context(arguments: Mapping[str, Any] | ServeConfig) -> Context:
     keys = KeyStore(database)
     if settings.api_key:
         keys.ensure(TENANT, settings.api_key, SCOPES, MAX_PRIORITY)
+    ledger = Ledger(config.price_list)
     artifacts = ArtifactStore(config.artifacts, **config.artifacts_options)
     return Context(
         config,
         database,
-        JobStore(database),
+        JobStore(database, ledger),
         keys,
         Sessions(database),
         Processes(database),
         artifacts,
+        ledger,
     )

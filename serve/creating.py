@@ -30,6 +30,7 @@ from .store.jobs import (
     StoreFull,
     new_job_id,
 )
+from .store.ledger import DEFAULT_CLASS
 
 TOKENS_PER_S = 4000.0  # of an engine that has not told yet: the demo model on two CPU cores
 MAX_KEY_CHARACTERS = 255
@@ -116,6 +117,7 @@ def make_job(context: Context, caller: Caller, draft: Draft, asked: Sampling, ke
             model=draft.model.served,
             variant=variant,
             revision=revision,
+            job_class=DEFAULT_CLASS,
         )
     except (QuotaExceeded, RateExceeded, StoreFull, IdempotencyConflict) as error:
         _forget(context.artifacts, draft)

@@ -58,7 +58,7 @@ class Dispatcher:
         self.config, self.processes = context.config, context.processes
         self.id = serve.get_replica_context().replica_id.unique_id
         self.callers = [Caller(group, engines[group.deployment]) for group in self.config.groups]
-        self.leases = Leases(context.database, self.config.lease_s, self.config.max_attempts)
+        self.leases = Leases(context.database, self.config.lease_s, self.config.max_attempts, context.ledger)
         self.outbox = Outbox(context.database, self.config.webhook_attempts)
         self.sweeper = Sweeper(context)
         self.secret = open_secret(self.config)

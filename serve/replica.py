@@ -84,12 +84,13 @@ class EngineReplica:
         """Load the model, and take work from then on."""
         self._load_times = (0.0, 0.0)
         self.engine = in_thread(self.load)
-        self.measures = Measures()
+        self.measures = Measures(self.engine.meter, self.group.name)
+        self.database, self.counters = context.database, context.ledger.counters
         self.config.scratch.mkdir(parents=True, exist_ok=True)
         sweep_scratch(self.config.scratch)
         self.worker = Worker(
             self.engine,
-            Leases(context.database, self.config.lease_s, self.config.max_attempts),
+            Leases(context.database, self.config.lease_s, self.config.max_attempts, context.ledger),
             context.artifacts,
             self.measures,
             scratch=self.config.scratch,
@@ -192,6 +193,8 @@ class EngineReplica:
                 if read_facts is None and self._standing["state"] == READY:
                     read_facts = self._facts_reader()
                 self.processes.beat(self.id, ENGINE, self._standing | (read_facts() if read_facts else {}))
+                if read_facts:
+                    self.measures.tell(self.database, self.counters)
             except SQLAlchemyError as error:
                 logger.warning("no sign of life could be left: %s", type(error).__name__)
             if self._standing["state"] == READY and self._loop is not None and self.is_drained:

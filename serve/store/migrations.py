@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection, Table, func, insert, inspect, select, text
 
-from .tables import jobs, metadata, versions
+from .tables import jobs, ledger, metadata, metrics, versions
 
 Step = Callable[[Connection], None]
 
@@ -25,7 +25,13 @@ def _models(connection: Connection) -> None:
     add_columns(connection, jobs, "model", "variant", "revision", "fingerprint")
 
 
-STEPS: tuple[Step, ...] = (_first, _models)
+def _accounting(connection: Connection) -> None:
+    """The ledger of what jobs have used, and counters that never fall."""
+    metadata.create_all(connection, tables=[ledger, metrics])
+    add_columns(connection, jobs, "job_class", "attempt_usage", "kept_usage", "usage")
+
+
+STEPS: tuple[Step, ...] = (_first, _models, _accounting)
 
 
 def add_columns(connection: Connection, table: Table, *names: str) -> None:

@@ -67,6 +67,11 @@ jobs = Table(
     Column("variant", String(16)),  # of the model, for whose engines the job was made
     Column("revision", String(200)),  # of the hub's, where the model is one: as it was made for, then as it was claimed
     Column("fingerprint", String(64)),  # of the weights that work on it, from its first claim on
+    Column("job_class", String(32)),  # the operator's class of its tenant, a label of metrics; null: default
+    # what it has used: the newest attempt as it was last told and by its newest checkpoint, and all of it at the end
+    Column("attempt_usage", JSON(none_as_null=True)),
+    Column("kept_usage", JSON(none_as_null=True)),
+    Column("usage", JSON(none_as_null=True)),
     CheckConstraint(f"state in {STATES}", name="jobs_state"),
 )
 Index("jobs_waiting", jobs.c.state, jobs.c.lease_until, jobs.c.priority)
@@ -136,4 +141,42 @@ processes = Table(  # who is alive, and what each knows: dispatchers, engines
     Column("kind", String(16), nullable=False),
     Column("seen_at", Float, nullable=False),
     Column("facts", JSON, nullable=False),
+)
+
+ledger = Table(  # what jobs have used: a row is added when an attempt at one ends, and none is altered
+    "ledger",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("at", Float, nullable=False),
+    Column("day", String(10), nullable=False),  # of `at`, by UTC
+    Column("job_id", String(64), nullable=False),  # which may be deleted
+    Column("epoch", Integer, nullable=False),  # of the attempt; 0: a correction of all earlier ones
+    Column("tenant", String(64), nullable=False),
+    Column("model", Text, nullable=False),
+    Column("job_class", String(32), nullable=False),
+    Column("reason", String(64), nullable=False),  # why it ended: completed, an error's code, deleted, taken_back, ...
+    Column("jobs", Integer, nullable=False),  # 1 in the row with which the job ended
+    Column("completed", Integer, nullable=False),
+    Column("device", String(16)),
+    Column("engine_seconds", Float, nullable=False),  # the tenant's
+    Column("evaluations", Integer, nullable=False),
+    Column("steps_computed", Integer, nullable=False),
+    Column("steps_skipped", Integer, nullable=False),
+    Column("lost_seconds", Float, nullable=False),  # nobody's: of steps that have to be taken again
+    Column("lost_steps", Integer, nullable=False),
+    Column("frames", Integer, nullable=False),
+    Column("video_seconds", Float, nullable=False),
+    Column("cost_nanos", BigInteger),  # billionths of the currency's unit; null: there was no price
+    Column("currency", String(3)),
+)
+Index("ledger_by_tenant", ledger.c.tenant, ledger.c.day)
+Index("ledger_by_job", ledger.c.job_id)
+
+metrics = Table(  # counters and histograms, which never fall
+    "metrics",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("labels", Text, primary_key=True),  # their values, as JSON in the order of metrics_table.py
+    Column("part", String(16), primary_key=True),  # "": a counter; a bucket's upper bound, or `sum`
+    Column("value", Float, nullable=False),
 )

@@ -164,26 +164,28 @@ class Crew:
         config = context.config
         self.context, self.config, self.working = context, config, working
         self.id = f"crew-{secrets.token_hex(4)}"
-        self.leases = Leases(context.database, config.lease_s, config.max_attempts)
+        self.leases = Leases(context.database, config.lease_s, config.max_attempts, context.ledger)
         self.outbox = Outbox(context.database, config.webhook_attempts)
         self.sweeper = Sweeper(context)
         self.secret = open_secret(config)
-        self.measures = Measures()
         engines = engine if isinstance(engine, Mapping) else {"Engine": engine}
         self.groups = [config.group(deployment) for deployment in engines]
+        self.measures = [
+            Measures(engine.meter, group.name) for group, engine in zip(self.groups, engines.values(), strict=True)
+        ]
         self.workers = [
             Worker(
                 engine,
                 self.leases,
                 context.artifacts,
-                self.measures,
+                measures,
                 scratch=config.scratch,
                 stage_deadline_s=config.stage_deadline_s,
                 checkpoint_every=config.checkpoint_every,
                 queue=group.queue,
                 revision=group.revision,
             )
-            for group, engine in zip(self.groups, engines.values(), strict=True)
+            for group, engine, measures in zip(self.groups, engines.values(), self.measures, strict=True)
         ]
         self._calls: list[set[asyncio.Task[str | None]]] = [set() for _ in self.groups]
 
@@ -221,9 +223,10 @@ class Crew:
     async def _beat(self) -> None:
         beat = self.context.processes.beat
         await asyncio.to_thread(beat, f"{self.id}-dispatcher", DISPATCHER, {"calls": sum(map(len, self._calls))})
-        for index, group in enumerate(self.groups):
-            facts = {**group.facts, "state": READY, "slots": group.engine_slots, **self.measures.facts}
+        for index, (group, measures) in enumerate(zip(self.groups, self.measures, strict=True)):
+            facts = {**group.facts, "state": READY, "slots": group.engine_slots, **measures.facts}
             await asyncio.to_thread(beat, f"{self.id}-engine-{index}", ENGINE, facts)
+            await asyncio.to_thread(measures.tell, self.context.database, self.context.ledger.counters)
 
     async def _tidy(self) -> None:
         await asyncio.to_thread(self.leases.expire)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, inspect, select, text
+from dataclasses import replace
 
+from sqlalchemy import Connection, func, inspect, select, text
+
+from skylapse.runtime.usage import Usage
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.jobs import JobStore
+from skylapse.serve.store.leases import Leases
+from skylapse.serve.store.ledger import Used
 from skylapse.serve.store.migrations import STEPS, migrate
-from skylapse.serve.store.tables import versions
+from skylapse.serve.store.tables import ledger, versions
 
 
 def add_a_column(connection: Connection) -> None:
@@ -56,16 +61,42 @@ def test_a_step_that_fails_leaves_the_store_as_it_was(database: Database) -> Non
     database.migrate()
 
 
+ADDED = ("model", "variant", "revision", "fingerprint", "job_class", "attempt_usage", "kept_usage", "usage")
+
+
+def as_the_release_before(database: Database) -> None:
+    """The first release's store: without the ledger, the counters, and the columns that came later."""
+    with database.write() as connection:
+        for table in ("ledger", "metrics"):
+            connection.execute(text(f"drop table {table}"))
+        for column in ADDED:
+            connection.execute(text(f"alter table jobs drop column {column}"))
+        connection.execute(text("delete from schema_version where version > 1"))
+
+
 def test_a_store_of_the_first_release_gets_what_is_new_and_keeps_its_jobs(database: Database) -> None:
-    """Made as that release made it: without the columns that came later."""
-    added = ("model", "variant", "revision", "fingerprint")
     store = JobStore(database)
     job = store.create("a", {"prompt": "a star"})
-    with database.write() as connection:
-        for name in added:
-            connection.execute(text(f"alter table jobs drop column {name}"))
-        connection.execute(text("delete from schema_version where version > 1"))
-    assert not columns(database) & {*added}
+    as_the_release_before(database)
+    assert not columns(database) & {*ADDED}
     database.migrate()
-    assert columns(database) >= {*added} and store.get("a", job.id) == job
+    assert columns(database) >= {*ADDED}
+    assert store.get("a", job.id) == replace(job, job_class=None)
     assert store.create("a", {"prompt": "a star"}, model="demo").model == "demo"
+
+
+def test_a_store_of_the_release_before_gets_a_ledger_and_keeps_its_jobs(database: Database) -> None:
+    store, leases = JobStore(database), Leases(database)
+    waits, runs = (store.create("a", {"prompt": "a star", "model": "demo"}) for _ in range(2))
+    as_the_release_before(database)
+    for _ in range(2):
+        database.migrate()
+    assert {*ADDED} <= columns(database)
+    assert store.get("a", waits.id).usage is None
+    for job in leases.claim("an engine", count=2):
+        assert leases.complete(job, {}, Used(Usage(1.0, 2, 1), "cpu"))
+    usage = store.get("a", runs.id).usage
+    assert usage is not None and usage["engine_seconds"] == 1.0
+    with database.read() as connection:
+        assert connection.scalar(select(func.sum(ledger.c.jobs))) == 2
+        assert set(connection.scalars(select(ledger.c.job_class))) == {"default"}

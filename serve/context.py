@@ -14,6 +14,7 @@ from .store.jobs import JobStore
 from .store.keys import SCOPES, KeyStore
 from .store.processes import Processes
 from .store.sessions import Sessions
+from .tracing import Tracer, open_tracer
 
 TENANT, MAX_PRIORITY = "local", 100  # of the operator's own key, SKYLAPSE_API_KEY
 
@@ -27,6 +28,7 @@ class Context:
     sessions: Sessions
     processes: Processes
     artifacts: ArtifactStore
+    tracer: Tracer | None  # None: no traces are wanted
 
 
 def open_context(arguments: Mapping[str, Any] | ServeConfig) -> Context:
@@ -55,4 +57,5 @@ def open_context(arguments: Mapping[str, Any] | ServeConfig) -> Context:
         Sessions(database),
         Processes(database),
         artifacts,
+        open_tracer(),
     )

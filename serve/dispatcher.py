@@ -24,11 +24,13 @@ from .logs import log_as_json
 from .store.leases import Leases
 from .store.outbox import Outbox
 from .store.processes import DISPATCHER
+from .store.traces import JobTraces
 from .sweep import Sweeper
+from .tracing import job_span
 from .webhooks import deliver_due, open_secret
 
 logger = logging.getLogger(__name__)
-LOOK_S, BEAT_S, EXPIRE_S, SWEEP_S = 0.1, 1.0, 1.0, 5.0
+LOOK_S, BEAT_S, EXPIRE_S, TRACE_S, SWEEP_S = 0.1, 1.0, 1.0, 1.0, 5.0
 PAUSE_S = 0.3  # after a call that found no job
 OUTAGE_S = 1.0  # between two looks whether store or artifacts are back
 MAX_CALLS = 256  # that wait or work at a time; Serve scales engines by them
@@ -45,6 +47,7 @@ class Dispatcher:
         self.engine = engine
         self.leases = Leases(context.database, self.config.lease_s, self.config.max_attempts)
         self.outbox = Outbox(context.database, self.config.webhook_attempts)
+        self.traces, self.tracer = JobTraces(context.database), context.tracer
         self.sweeper = Sweeper(context)
         self.secret = open_secret(self.config)
         self._calls: set[asyncio.Task[None]] = set()
@@ -59,6 +62,7 @@ class Dispatcher:
                 (self._expire, EXPIRE_S),
                 (self._beat, BEAT_S),
                 (self._deliver, LOOK_S),
+                (self._trace, TRACE_S),
                 (self._sweep, SWEEP_S),
             )
             self._loops = [asyncio.ensure_future(self._every(seconds, work)) for work, seconds in loops]
@@ -71,6 +75,8 @@ class Dispatcher:
             loop.cancel()
         with suppress(SQLAlchemyError):
             await asyncio.to_thread(self.processes.leave, self.id)
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
 
     async def _every(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
         """For ever. An outage is waited for; an error of ours ends the loop, and Serve replaces the dispatcher."""
@@ -115,10 +121,17 @@ class Dispatcher:
                 logger.warning("the lease of job %s was not renewed; it is %s", job.id, job.state)
 
     async def _beat(self) -> None:
-        await asyncio.to_thread(self.processes.beat, self.id, DISPATCHER, {"calls": len(self._calls)})
+        traced = {} if self.tracer is None else self.tracer.facts
+        await asyncio.to_thread(self.processes.beat, self.id, DISPATCHER, {"calls": len(self._calls), **traced})
 
     async def _deliver(self) -> None:
-        await deliver_due(self.outbox, self.secret, self.config)
+        await deliver_due(self.outbox, self.secret, self.config, tracer=self.tracer)
+
+    async def _trace(self) -> None:
+        """Write the spans of jobs that have ended, whoever ended them."""
+        if self.tracer is not None:
+            for ended in await asyncio.to_thread(self.traces.take):
+                self.tracer.write(job_span(*ended))
 
     async def _sweep(self) -> None:
         await asyncio.to_thread(self.sweeper.sweep)

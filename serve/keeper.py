@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from .engine.job_spans import JobSpans
 from .store.jobs import Job
 from .store.leases import Leases, Standing
 
@@ -26,8 +27,8 @@ LOST, STALLED, DRAINED = "lost", "stalled", "drained"
 class Held:
     """A job that is being worked on. `stop` is called once, from the thread, when `reason` is there."""
 
-    def __init__(self, job: Job, stop: Callable[[], None]) -> None:
-        self.job, self._stop = job, stop
+    def __init__(self, job: Job, stop: Callable[[], None], spans: JobSpans) -> None:
+        self.job, self._stop, self.spans = job, stop, spans
         self.reason: str | None = None
         self.moved_s = time.monotonic()
         self.standing = Standing("encode", job.step, job.num_steps)
@@ -56,8 +57,8 @@ class Keeper:
         self._thread.start()
 
     @contextmanager
-    def holding(self, job: Job, stop: Callable[[], None]) -> Iterator[Held]:
-        held = Held(job, stop)
+    def holding(self, job: Job, stop: Callable[[], None], spans: JobSpans) -> Iterator[Held]:
+        held = Held(job, stop, spans)
         with self._lock:
             self._held[job.id] = held
         try:

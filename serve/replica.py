@@ -41,7 +41,7 @@ class EngineReplica:
         began_s = time.perf_counter()
         context = open_context(config)
         log_as_json()
-        self.config = context.config
+        self.config, self.tracer = context.config, context.tracer
         self.id = serve.get_replica_context().replica_id.unique_id
         self._load_times = (0.0, 0.0)
         self.engine = self.load()
@@ -57,6 +57,7 @@ class EngineReplica:
             scratch=self.config.scratch,
             stage_deadline_s=self.config.stage_deadline_s,
             checkpoint_every=self.config.checkpoint_every,
+            tracer=self.tracer,
         )
         self._checked_s = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -111,6 +112,8 @@ class EngineReplica:
         await asyncio.to_thread(self.worker.close)
         with suppress(SQLAlchemyError):
             await asyncio.to_thread(self.processes.leave, self.id)
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
 
     def _beat(self) -> None:
         """Leave a sign every second, with what is known of this engine; begin to drain when Serve has begun to."""
@@ -121,6 +124,7 @@ class EngineReplica:
         while not self._closing.wait(BEAT_S):
             try:
                 told = facts | self.measures.facts | self._packs() | read_gpu()
+                told |= {} if self.tracer is None else self.tracer.facts
                 told |= self.engine.decoders.report.facts | self.engine.model.residency.report.facts
                 self.processes.beat(self.id, ENGINE, told | {"running": len(self.worker.keeper.held)})
             except SQLAlchemyError as error:

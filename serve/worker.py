@@ -31,11 +31,13 @@ from .artifacts import ArtifactStore
 from .aside import Aside
 from .asking import INPUTS, LATENTS, input_key, preview_every
 from .clip import finished, preview_webp, shown
+from .engine.job_spans import JobSpans
 from .failures import failure
 from .keeper import DRAINED, STALLED, Held, Keeper
 from .measures import Measures
 from .store.jobs import Job
 from .store.leases import Leases, Standing
+from .tracing import Tracer
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,9 +57,10 @@ class Worker:
         scratch: Path,
         stage_deadline_s: float,
         checkpoint_every: int,
+        tracer: Tracer | None = None,
     ) -> None:
         self.engine, self.leases, self.artifacts, self.measures = engine, leases, artifacts, measures
-        self.scratch, self.checkpoint_every = scratch, checkpoint_every
+        self.scratch, self.checkpoint_every, self.tracer = scratch, checkpoint_every, tracer
         self.keeper = Keeper(leases, stage_deadline_s)
         self.is_lost = False  # nothing comes out of this engine any more
         self._running = 0
@@ -110,12 +113,13 @@ class Worker:
             if work is not None:
                 loop.call_soon_threadsafe(work.cancel)
 
-        with self.keeper.holding(job, stop) as held:
+        with self.keeper.holding(job, stop, JobSpans(self.tracer, job, self.leases.lease_s)) as held:
             work = loop.create_task(self._work(job, held, folder))
             await asyncio.wait([work])
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
         if not work.cancelled():
             return work.result()
+        held.spans.end(held.reason or "stopped", is_error=held.reason == STALLED)
         self.measures.ended(held.reason or "stopped")
         if held.reason == DRAINED:
             await persist(partial(self.leases.release, job))
@@ -124,6 +128,7 @@ class Worker:
 
     async def _work(self, job: Job, held: Held, folder: Path) -> None:
         held.report(Standing("encode", job.step, job.num_steps))
+        held.spans.reach("encode")
         aside = Aside()
         try:
             files = await persist(partial(self._inputs, job, folder))
@@ -132,20 +137,25 @@ class Worker:
                 raise ended.error
             began_s = time.perf_counter()
             held.report(replace(held.standing, stage="finish", eta_s=0.0))
+            held.spans.reach("finish")
             artifacts = await asyncio.to_thread(finished, job.request, files, ended.video, folder)
+            held.spans.reach("store")
             stored = {}
             for variant, path in artifacts.files.items():
                 key = f"jobs/{job.id}/{job.epoch}/{path.name}"
                 stored[variant] = asdict(await persist(partial(self.artifacts.write, key, path, replace=True)))
             aside.drop()
+            held.spans.end("completed")
             if await persist(partial(self.leases.complete, job, stored)):
                 self.measures.ended("completed", time.perf_counter() - began_s)
         except DeviceLost as error:
             self.is_lost = True
+            held.spans.end("device_lost", is_error=True)
             logger.error("job %s is given back: %s", job.id, error)
             await persist(partial(self.leases.release, job))
         except Exception as error:
             code, message = failure(error)
+            held.spans.end(code, is_error=True)
             logger.warning("job %s failed: %s", job.id, code, exc_info=error if code == "internal_error" else None)
             if await persist(partial(self.leases.fail, job, code, message)):
                 self.measures.ended("failed")
@@ -190,6 +200,9 @@ class Worker:
                     last = event
                     stage = "denoise" if event.step < event.num_steps else "decode"
                     held.report(Standing(stage, event.step, event.num_steps, event.eta_s))
+                    held.spans.reach("denoise", ago_s=event.step_s)  # the first one is told of after it
+                    held.spans.note(steps=event.num_steps, steps_skipped=event.num_skipped)
+                    held.spans.reach(stage)
                 elif isinstance(event, Preview):
                     aside.put("preview", partial(self._show, job, event))
                 elif isinstance(event, Checkpointed):

@@ -17,6 +17,7 @@ from sqlalchemy.sql.elements import ColumnElement
 from .database import Database, now
 from .outbox import enqueue
 from .tables import COMPLETED, FAILED, IN_PROGRESS, QUEUED, idempotency, jobs, rates
+from .traces import DELETED, keep_job_span
 
 UNFINISHED = (QUEUED, IN_PROGRESS)
 
@@ -74,6 +75,8 @@ class Job:
     error_code: str | None
     error_message: str | None
     webhook_url: str | None
+    queued_at: float | None
+    trace: str | None
 
     @property
     def has_ended(self) -> bool:
@@ -106,6 +109,7 @@ class JobStore:
         bounds: Bounds = Bounds(),
         idempotency_key: tuple[str, str, str] | None = None,
         webhook_url: str | None = None,
+        trace: str | None = None,
     ) -> Job:
         """A queued job, or the one that the same idempotency key made before.
 
@@ -122,7 +126,7 @@ class JobStore:
             sequence = (connection.scalar(select(func.max(jobs.c.sequence))) or 0) + 1
             job_id = job_id or new_job_id()
             values = dict(id=job_id, sequence=sequence, tenant=tenant, request=dict(request), created_at=now())
-            values |= dict(priority=priority, work=work, webhook_url=webhook_url)
+            values |= dict(priority=priority, work=work, webhook_url=webhook_url, trace=trace)
             connection.execute(insert(jobs).values(**values))
             if idempotency_key is not None:
                 route, key, digest = idempotency_key
@@ -177,6 +181,8 @@ class JobStore:
         """Forget a job, and with it the lease of whoever works on it; returns what it was, for its artifacts' sake."""
         with self.database.write() as connection:
             job = one(connection, and_(jobs.c.id == job_id, jobs.c.tenant == tenant))
+            if not job.has_ended:
+                keep_job_span(connection, job_id, DELETED)
             connection.execute(delete_rows(idempotency).where(idempotency.c.job_id == job_id))
             connection.execute(delete_rows(jobs).where(jobs.c.id == job_id))
             return job
@@ -254,7 +260,11 @@ def ended(state: str) -> dict[str, Any]:
 
 
 def tell(connection: Connection, job_id: str) -> None:
-    """Put the event of a job's end into the outbox, in the transaction that ends it."""
-    row = connection.execute(select(jobs.c.state, jobs.c.webhook_url).where(jobs.c.id == job_id)).one()
+    """Put a job's event into the outbox and its span among those to export, in the transaction that ends it."""
+    wanted = select(jobs.c.state, jobs.c.webhook_url, jobs.c.trace).where(jobs.c.id == job_id)
+    row = connection.execute(wanted).one()
     if row.webhook_url is not None:
-        enqueue(connection, job_id, row.webhook_url, "video.completed" if row.state == COMPLETED else "video.failed")
+        event = "video.completed" if row.state == COMPLETED else "video.failed"
+        enqueue(connection, job_id, row.webhook_url, event, row.trace)
+    if row.trace is not None:
+        keep_job_span(connection, job_id)

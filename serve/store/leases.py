@@ -108,7 +108,7 @@ class Leases:
 
     def release(self, job: Job) -> bool:
         """Give it back unfinished (drain, preemption), which counts against nobody."""
-        return self._write(job, dict(state=QUEUED, lease_until=None, owner=None, stage=None))
+        return self._write(job, dict(state=QUEUED, lease_until=None, owner=None, stage=None, queued_at=now()))
 
     def expire(self, owner: str | None = None) -> list[Job]:
         """Take back what nobody renews, or at once what `owner` held, whose death was seen.
@@ -170,6 +170,7 @@ class Leases:
     def _take_back(self, connection: Connection, job: Job) -> None:
         attempts = job.attempts + int(job.is_suspect)
         values: dict[str, Any] = dict(state=QUEUED, lease_until=None, owner=None, is_suspect=True, attempts=attempts)
+        values |= dict(queued_at=now())
         if attempts >= self.max_attempts:
             message = f"The engine died {attempts} times while it worked on this job alone."
             values = dict(**ended(FAILED), attempts=attempts, error_code="crashed", error_message=message)

@@ -7,10 +7,11 @@ the release before it does not miss; what nobody reads any more is removed by a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Column, Connection, func, insert, inspect, select, text
 
-from .tables import metadata, versions
+from .tables import job_traces, jobs, metadata, outbox, versions
 
 Step = Callable[[Connection], None]
 
@@ -20,7 +21,21 @@ def _first(connection: Connection) -> None:
     metadata.create_all(connection)
 
 
-STEPS: tuple[Step, ...] = (_first,)
+def _traces(connection: Connection) -> None:
+    """Jobs keep where their trace begins, and since when they wait."""
+    for column in (jobs.c.trace, jobs.c.queued_at, outbox.c.trace):
+        _add(connection, column)
+    job_traces.create(connection, checkfirst=True)
+
+
+STEPS: tuple[Step, ...] = (_first, _traces)
+
+
+def _add(connection: Connection, column: Column[Any]) -> None:
+    """Add a column that may be null, unless the store was made with it."""
+    if column.name not in {found["name"] for found in inspect(connection).get_columns(column.table.name)}:
+        kind = column.type.compile(connection.dialect)
+        connection.execute(text(f"alter table {column.table.name} add column {column.name} {kind}"))
 
 
 def migrate(connection: Connection, steps: tuple[Step, ...] = STEPS) -> int:

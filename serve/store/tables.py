@@ -60,6 +60,8 @@ jobs = Table(
     Column("error_code", String(64)),
     Column("error_message", Text),
     Column("webhook_url", Text),  # told once it has ended
+    Column("queued_at", Float),  # since when it waits again, after an engine had it; null: since it was created
+    Column("trace", String(64)),  # where its trace begins, as W3C's traceparent; null: there is none (tracing.py)
     CheckConstraint(f"state in {STATES}", name="jobs_state"),
 )
 Index("jobs_waiting", jobs.c.state, jobs.c.lease_until, jobs.c.priority)
@@ -119,8 +121,18 @@ outbox = Table(  # webhook events: written with the end of their job, delivered 
     Column("delivered_at", Float),
     Column("failed_at", Float),  # given up
     Column("last_error", String(200)),
+    Column("trace", String(64)),  # of its job
 )
 Index("outbox_due", outbox.c.delivered_at, outbox.c.failed_at, outbox.c.next_at)
+
+job_traces = Table(  # spans of whole jobs: written with the end of their job, taken away by who exports them
+    "job_traces",
+    metadata,
+    Column("job_id", String(64), primary_key=True),
+    Column("trace", String(64), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("facts", JSON, nullable=False),
+)
 
 processes = Table(  # who is alive, and what each knows: dispatchers, engines
     "processes",

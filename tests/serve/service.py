@@ -31,7 +31,9 @@ from skylapse.serve.store.keys import SCOPES
 from skylapse.serve.store.leases import Leases
 from skylapse.serve.store.outbox import Outbox
 from skylapse.serve.store.processes import DISPATCHER, ENGINE
+from skylapse.serve.store.traces import JobTraces
 from skylapse.serve.sweep import Sweeper
+from skylapse.serve.tracing import job_span
 from skylapse.serve.webhooks import deliver_due, open_secret
 from skylapse.serve.worker import Worker
 
@@ -162,6 +164,7 @@ class Crew:
         self.id = f"crew-{secrets.token_hex(4)}"
         self.leases = Leases(context.database, config.lease_s, config.max_attempts)
         self.outbox = Outbox(context.database, config.webhook_attempts)
+        self.traces = JobTraces(context.database)
         self.sweeper = Sweeper(context)
         self.secret = open_secret(config)
         self.measures = Measures()
@@ -173,6 +176,7 @@ class Crew:
             scratch=config.scratch,
             stage_deadline_s=config.stage_deadline_s,
             checkpoint_every=config.checkpoint_every,
+            tracer=context.tracer,
         )
         self._calls: set[asyncio.Task[str | None]] = set()
 
@@ -182,6 +186,7 @@ class Crew:
             for task, seconds in (
                 (self._call, LOOK_S),
                 (self._deliver, LOOK_S),
+                (self._trace, LOOK_S),
                 (self._beat, BEAT_S),
                 (self._tidy, BEAT_S),
             ):
@@ -203,7 +208,12 @@ class Crew:
             self._calls.add(asyncio.create_task(self.worker.run_next(f"{self.id}-{secrets.token_hex(4)}")))
 
     async def _deliver(self) -> None:
-        await deliver_due(self.outbox, self.secret, self.config)
+        await deliver_due(self.outbox, self.secret, self.config, tracer=self.context.tracer)
+
+    async def _trace(self) -> None:
+        if self.context.tracer is not None:
+            for ended in await asyncio.to_thread(self.traces.take):
+                self.context.tracer.write(job_span(*ended))
 
     async def _beat(self) -> None:
         beat = self.context.processes.beat

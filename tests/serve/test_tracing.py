@@ -27,7 +27,6 @@ from skylapse.serve.tracing import Parent, Span, Tracer, given, job_span, open_t
 CLIENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 STAGES = ["encode", "denoise", "decode", "finish", "store"]
 PROMPT = "an unmistakable zeppelin"
-Endpoint = Collector
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def named(*names: str) -> object:
 
 
 def begun(jobs: JobStore, tracer: Tracer, traceparent: str | None = None) -> Job:
-    job_id = f"video_{jobs.page('a', 100)[0].__len__() + 1:032x}"
+    job_id = f"video_{len(jobs.page('a', 100)[0]) + 1:032x}"
     request = {"model": "demo", "kind": "generate", "prompt": PROMPT}
     return jobs.create("a", request, job_id=job_id, trace=tracer.begin(job_id, traceparent))
 
@@ -65,12 +64,6 @@ def test_a_job_has_exactly_its_spans_with_right_parents_and_times(
 ) -> None:
     pytest.importorskip("ray")
     from .service import SMALL, serving
-
-    async def hear(port: list[int], heard: asyncio.Event) -> None:
-        async with receiver() as there:
-            port.append(there.port)
-            while not there.requests:
-                await asyncio.sleep(0.02)
 
     async def play() -> None:
         async with receiver() as there:

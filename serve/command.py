@@ -26,7 +26,7 @@ from .config import ServeConfig
 from .context import MAX_PRIORITY, TENANT, Context, open_context
 from .ready import in_words
 from .store.keys import PREFIX, SCOPES
-from .store.processes import DISPATCHER, ENGINE
+from .store.processes import DISPATCHER, ENGINE, READY
 
 READY_S = 120.0
 # Serve notices a dead proxy after 3 checks, and by default makes one in 10 s: the port would be dead for half a minute.
@@ -158,7 +158,8 @@ def _wait_until_ready(context: Context, stopped: Event) -> bool:
     """Whether a dispatcher and an engine have given a sign; False where it was told to stop before."""
     until_s = time.monotonic() + READY_S
     while time.monotonic() < until_s:
-        facts = {process.kind: process.facts for process in context.processes.alive(3.0)}
+        alive = context.processes.alive(3.0)
+        facts = {process.kind: process.facts for process in alive if process.facts.get("state", READY) == READY}
         if {DISPATCHER, ENGINE} <= facts.keys():
             if "ready_s" in facts[ENGINE]:  # else it is of an earlier version, and of this folder's last service
                 print(in_words(facts[ENGINE]), file=sys.stderr)

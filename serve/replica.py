@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -18,19 +19,20 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..runtime.engine import Engine
 from ..runtime.warm_up import warm_up
-from .context import open_context
+from .context import Context, open_context
 from .gpu import gpu_reader
 from .logs import log_as_json
 from .measures import Measures
 from .ready import StartTimes, in_words
 from .store.leases import Leases
-from .store.processes import ENGINE, Processes
+from .store.processes import DRAINING, ENGINE, FAILED, LOADING, READY
 from .sweep import sweep_scratch
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
 BEAT_S = 1.0
 NICE = 10
+MAX_REASON = 1000  # characters of why a start failed
 UNCHECKED_S = 5.0  # health checks come every second; a replica that is being drained gets none
 
 
@@ -38,15 +40,26 @@ class EngineReplica:
     """`run_next` is an ongoing Serve request while its job is worked on, so Serve sees the load and lets it end."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        began_s = time.perf_counter()
+        self._began_s = time.perf_counter()
         context = open_context(config)
         log_as_json()
-        self.config, self.tracer = context.config, context.tracer
+        self.config, self.processes, self.tracer = context.config, context.processes, context.tracer
         self.id = serve.get_replica_context().replica_id.unique_id
+        self._standing: dict[str, Any] = {"model": self.config.model, "state": LOADING}
+        self._closing = threading.Event()
+        self._beating = threading.Thread(target=self._beat, name="skylapse-heartbeat", daemon=True)
+        self._beating.start()
+        try:
+            self._open(context)
+        except Exception as error:
+            self._tell_failure(error)
+            raise
+
+    def _open(self, context: Context) -> None:
+        """Load the model, and take work from then on."""
         self._load_times = (0.0, 0.0)
         self.engine = self.load()
         self.measures = Measures()
-        self.processes = Processes(context.database)
         self.config.scratch.mkdir(parents=True, exist_ok=True)
         sweep_scratch(self.config.scratch)
         self.worker = Worker(
@@ -62,11 +75,19 @@ class EngineReplica:
         self._checked_s = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._packed = (0, 0)
-        self._closing = threading.Event()
-        self.started = StartTimes(*self._load_times, time.perf_counter() - began_s).facts
+        self.started = StartTimes(*self._load_times, time.perf_counter() - self._began_s).facts
         logger.info(in_words(self.started))
-        self._beating = threading.Thread(target=self._beat, name="skylapse-heartbeat", daemon=True)
-        self._beating.start()
+        self._standing = self._standing | {"state": READY}
+
+    def _tell_failure(self, error: Exception) -> None:
+        """Leave the reason in the store: Serve would tell it after twenty tries, and whoever waits reads it there."""
+        self._closing.set()
+        self._beating.join()
+        reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+        logger.error("the engine did not start: %s", reason)
+        facts = {"state": FAILED, "error": reason, "is_mistake": isinstance(error, ValueError | FileNotFoundError)}
+        with suppress(SQLAlchemyError):
+            self.processes.beat(self.id, ENGINE, self._standing | facts)
 
     def load(self) -> Engine:
         """The engine, and what its first request would otherwise wait for."""
@@ -117,22 +138,34 @@ class EngineReplica:
 
     def _beat(self) -> None:
         """Leave a sign every second, with what is known of this engine; begin to drain when Serve has begun to."""
-        device = self.engine.device
-        read_gpu = gpu_reader(device.index or 0) if device.type == "cuda" else dict
-        facts = {"model": self.config.model, "device": str(device), "slots": self.config.engine_slots}
-        facts |= {"gpus": ray.get_gpu_ids(), **self.started}
-        while not self._closing.wait(BEAT_S):
+        read_facts: Callable[[], dict[str, Any]] | None = None
+        while True:
             try:
-                told = facts | self.measures.facts | self._packs() | read_gpu()
-                told |= {} if self.tracer is None else self.tracer.facts
-                told |= self.engine.decoders.report.facts | self.engine.model.residency.report.facts
-                self.processes.beat(self.id, ENGINE, told | {"running": len(self.worker.keeper.held)})
+                if read_facts is None and self._standing["state"] == READY:
+                    read_facts = self._facts_reader()
+                self.processes.beat(self.id, ENGINE, self._standing | (read_facts() if read_facts else {}))
             except SQLAlchemyError as error:
                 logger.warning("no sign of life could be left: %s", type(error).__name__)
-            if self._loop is not None and self.is_drained:
+            if self._standing["state"] == READY and self._loop is not None and self.is_drained:
                 logger.info("this engine is being stopped: what does not fit is given back")
+                self._standing = self._standing | {"state": DRAINING}
                 asyncio.run_coroutine_threadsafe(self.worker.drain(0.7 * self.config.drain_s), self._loop)
+            if self._closing.wait(BEAT_S):
                 return
+
+    def _facts_reader(self) -> Callable[[], dict[str, Any]]:
+        """What is told of an engine that takes work."""
+        device = self.engine.device
+        read_gpu = gpu_reader(device.index or 0) if device.type == "cuda" else dict
+        fixed = {"device": str(device), "slots": self.config.engine_slots, "gpus": ray.get_gpu_ids(), **self.started}
+
+        def read() -> dict[str, Any]:
+            told = fixed | self.measures.facts | self._packs() | read_gpu()
+            told |= self.engine.decoders.report.facts | self.engine.model.residency.report.facts
+            told |= {} if self.tracer is None else self.tracer.facts
+            return told | {"running": len(self.worker.keeper.held)}
+
+        return read
 
     def _packs(self) -> dict[str, float]:
         """Mean tokens of the packs since the last sign, where there were any."""

@@ -81,7 +81,9 @@ class Running:
         if self.driver.poll() is not None:
             raise AssertionError(f"the service ended:\n{(self.data / 'driver.log').read_text()[-2000:]}")
         with suppress(httpx.HTTPError):
-            return self.client.get("/readyz").status_code == 200 and bool(self.client.get("/healthz").json()["engines"])
+            return self.client.get("/readyz").status_code == 200 and any(
+                engine.get("state", "ready") == "ready" for engine in self.client.get("/healthz").json()["engines"]
+            )
         return False
 
     def stop(self) -> None:

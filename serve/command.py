@@ -25,7 +25,7 @@ from ..runtime.options import Parser, add_device
 from .config import ServeConfig
 from .context import MAX_PRIORITY, TENANT, Context, open_context
 from .ready import in_words
-from .store.keys import PREFIX, SCOPES
+from .store.keys import ENVIRONMENT, FILE, PREFIX, TENANT_SCOPES
 from .store.processes import DISPATCHER, ENGINE
 
 READY_S = 120.0
@@ -162,12 +162,13 @@ def _local_key(context: Context, wanted: str | None) -> str:
     """The key of this machine's own tenant: the operator's, or one that is made at the first start and kept."""
     if wanted is not None:  # the context has seen to it
         return wanted
+    context.keys.manage(ENVIRONMENT, None, TENANT, TENANT_SCOPES)
     path = context.config.folder / "api_key"
     if not path.exists():
         path.touch(mode=0o600)
         path.write_text(PREFIX + secrets.token_urlsafe(32) + "\n")
     key = path.read_text().strip()
-    context.keys.ensure(TENANT, key, SCOPES, MAX_PRIORITY)
+    context.keys.manage(FILE, key, TENANT, TENANT_SCOPES, MAX_PRIORITY)
     return key
 
 

@@ -16,6 +16,7 @@ import torch
 from ray import serve
 from sqlalchemy.exc import SQLAlchemyError
 
+from ..runtime.config import load_settings
 from ..runtime.engine import Engine
 from ..runtime.warm_up import warm_up
 from .context import open_context
@@ -24,7 +25,7 @@ from .logs import log_as_json
 from .measures import Measures
 from .ready import StartTimes, in_words
 from .store.leases import Leases
-from .store.processes import ENGINE, Processes
+from .store.processes import ENGINE
 from .sweep import sweep_scratch
 from .worker import Worker
 
@@ -46,12 +47,12 @@ class EngineReplica:
         self._load_times = (0.0, 0.0)
         self.engine = self.load()
         self.measures = Measures()
-        self.processes = Processes(context.database)
+        self.processes, self.tenants = context.processes, context.tenants
         self.config.scratch.mkdir(parents=True, exist_ok=True)
         sweep_scratch(self.config.scratch)
         self.worker = Worker(
             self.engine,
-            Leases(context.database, self.config.lease_s, self.config.max_attempts),
+            Leases(context.database, self.config.lease_s, self.config.max_attempts, load_settings().tenant_weights),
             context.artifacts,
             self.measures,
             scratch=self.config.scratch,
@@ -60,6 +61,7 @@ class EngineReplica:
         )
         self._checked_s = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._released = asyncio.Event()  # calls that a drained engine keeps to itself may return
         self._packed = (0, 0)
         self._closing = threading.Event()
         self.started = StartTimes(*self._load_times, time.perf_counter() - began_s).facts
@@ -95,6 +97,9 @@ class EngineReplica:
             self._loop = asyncio.get_running_loop()
             # They wait for store, disk and encoder. Python's default is as many as there are cores, and 4.
             self._loop.set_default_executor(ThreadPoolExecutor(32, thread_name_prefix="skylapse"))
+        if self.worker.is_draining:  # an answer would bring the next call at once: Serve prefers who has little to do
+            await self._released.wait()
+            return None
         return await asyncio.shield(asyncio.ensure_future(self.worker.run_next(owner)))
 
     def check_health(self) -> None:
@@ -113,7 +118,10 @@ class EngineReplica:
             await asyncio.to_thread(self.processes.leave, self.id)
 
     def _beat(self) -> None:
-        """Leave a sign every second, with what is known of this engine; begin to drain when Serve has begun to."""
+        """Leave a sign every second, with what is known of this engine, and take what operators have set.
+
+        An engine begins to drain when an operator asks it to, or Serve has begun to stop it.
+        """
         device = self.engine.device
         read_gpu = gpu_reader(device.index or 0) if device.type == "cuda" else dict
         facts = {"model": self.config.model, "device": str(device), "slots": self.config.engine_slots}
@@ -122,13 +130,25 @@ class EngineReplica:
             try:
                 told = facts | self.measures.facts | self._packs() | read_gpu()
                 told |= self.engine.decoders.report.facts | self.engine.model.residency.report.facts
-                self.processes.beat(self.id, ENGINE, told | {"running": len(self.worker.keeper.held)})
+                told |= {"running": len(self.worker.keeper.held), "draining": self.worker.is_draining}
+                is_asked = self.processes.beat(self.id, ENGINE, told)
+                self.engine.weigh_tenants(self.tenants.weights())
+                if is_asked and not self.worker.is_draining:
+                    logger.info("an operator has this engine drained: it takes no more jobs")
+                    self._drain()
             except SQLAlchemyError as error:
                 logger.warning("no sign of life could be left: %s", type(error).__name__)
             if self._loop is not None and self.is_drained:
                 logger.info("this engine is being stopped: what does not fit is given back")
-                asyncio.run_coroutine_threadsafe(self.worker.drain(0.7 * self.config.drain_s), self._loop)
+                self._drain()
+                self._loop.call_soon_threadsafe(self._released.set)
                 return
+
+    def _drain(self) -> None:
+        """Called by the thread that leaves signs."""
+        self.worker.is_draining = True
+        if self._loop is not None:  # else nothing was ever asked of this engine
+            asyncio.run_coroutine_threadsafe(self.worker.drain(0.7 * self.config.drain_s), self._loop)
 
     def _packs(self) -> dict[str, float]:
         """Mean tokens of the packs since the last sign, where there were any."""

@@ -7,10 +7,11 @@ the release before it does not miss; what nobody reads any more is removed by a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Column, Connection, func, insert, inspect, select, text
 
-from .tables import metadata, versions
+from .tables import api_keys, audit, metadata, processes, tenants, versions
 
 Step = Callable[[Connection], None]
 
@@ -20,7 +21,22 @@ def _first(connection: Connection) -> None:
     metadata.create_all(connection)
 
 
-STEPS: tuple[Step, ...] = (_first,)
+def _operation(connection: Connection) -> None:
+    """Settings of tenants, the audit, named keys that tell of their use, engines that are asked to drain."""
+    metadata.create_all(connection, tables=[tenants, audit])
+    for column in (api_keys.c.name, api_keys.c.last_used_at, api_keys.c.managed_by, processes.c.drain_asked_at):
+        add_column(connection, column)
+
+
+STEPS: tuple[Step, ...] = (_first, _operation)
+
+
+def add_column(connection: Connection, column: Column[Any]) -> None:
+    """Add a column that may be null to its table, unless a new store's first step has made it."""
+    table = column.table.name
+    if column.name not in {found["name"] for found in inspect(connection).get_columns(table)}:
+        kind = column.type.compile(connection.dialect)
+        connection.execute(text(f"alter table {table} add column {column.name} {kind}"))
 
 
 def migrate(connection: Connection, steps: tuple[Step, ...] = STEPS) -> int:

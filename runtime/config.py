@@ -14,6 +14,7 @@ from ..kernels import weight_formats
 from ..kernels.backends import parse
 
 MIB = 2**20
+MIN_KEY_CHARACTERS = 16  # of a service's key that somebody thought of
 DECODERS = ("auto", "eager", "onnxruntime", "inductor", "tensorrt")
 OFFLOAD = ("auto", "none", "all")  # which parts of a model may leave the device while nothing needs them
 QUANTIZE = weight_formats.words()  # what the weights of a denoiser's blocks may be kept in
@@ -50,6 +51,7 @@ class Settings:
     quantize: str = "none"  # SKYLAPSE_QUANTIZE: fp8 or int8 weights in the denoiser's blocks
     offload: str = "auto"  # SKYLAPSE_OFFLOAD: auto moves what does not fit, none nothing, all every part
     kernels: Mapping[str, str] = field(default_factory=dict)  # SKYLAPSE_KERNELS: "attention=sdpa"
+    data: Path = Path("skylapse-data")  # SKYLAPSE_DATA: a service's jobs, keys and files
     # secrets of the service, which belong into no file that a dashboard shows
     api_key: str | None = field(default=None, repr=False)  # SKYLAPSE_API_KEY: the local service's key
     database_url: str | None = field(default=None, repr=False)  # SKYLAPSE_DATABASE_URL: SQLAlchemy's, with a password
@@ -146,7 +148,8 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         "quantize": _choice(given, "SKYLAPSE_QUANTIZE", QUANTIZE),
         "offload": _choice(given, "SKYLAPSE_OFFLOAD", OFFLOAD),
         "kernels": _kernels(given, "SKYLAPSE_KERNELS"),
-        "api_key": given.get("SKYLAPSE_API_KEY"),
+        "data": _folder(given, "SKYLAPSE_DATA"),
+        "api_key": _key(given, "SKYLAPSE_API_KEY"),
         "database_url": given.get("SKYLAPSE_DATABASE_URL"),
         "webhook_secret": given.get("SKYLAPSE_WEBHOOK_SECRET"),
         "decode_chunk": _whole(given, "SKYLAPSE_DECODE_CHUNK", 1, 64),
@@ -203,6 +206,12 @@ def _switch(given: Mapping[str, str], name: str) -> bool | None:
 def _choice(given: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str | None:
     if name in given and given[name] not in allowed:
         raise ValueError(f"{name} must be {' or '.join(allowed)}, got {given[name]!r}")
+    return given.get(name)
+
+
+def _key(given: Mapping[str, str], name: str) -> str | None:
+    if name in given and len(given[name]) < MIN_KEY_CHARACTERS:  # what it is, is repeated nowhere
+        raise ValueError(f"{name} must have at least {MIN_KEY_CHARACTERS} characters, got {len(given[name])}")
     return given.get(name)
 
 

@@ -6,7 +6,7 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
@@ -251,6 +251,10 @@ class Engine:
             ticket,
             lambda: self._join(load_trajectory(Path(folder), ticket, self.model, self.text_cache, deadline_s)),
         )
+
+    def weigh_tenants(self, weights: Mapping[str, float]) -> None:
+        """Take an operator's weights of tenants, in the place of SKYLAPSE_TENANT_WEIGHTS where both name one."""
+        self._batch.scheduler.weigh({**self.settings.tenant_weights, **weights})
 
     def close(self) -> None:
         """Stop the thread that streams have started, if any, and a build; requests stay where they are."""

@@ -20,6 +20,7 @@ from .. import __version__
 from .catalog import Catalog
 from .context import Context
 from .errors import ApiError
+from .key_use import KeyUse
 from .openapi import describe_api
 from .routes import characters, content, events, generations, health, models, page, remakes, session, videos
 from .store.jobs import NotFound
@@ -39,6 +40,7 @@ def create_app(context: Context, behind_proxy: bool = False) -> FastAPI:
     app.state.context = context
     app.state.catalog = Catalog(context.config)
     app.state.watch = Watch(context.jobs)
+    app.state.key_use = KeyUse(context.keys)
     for routes in ROUTES:
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _refused)

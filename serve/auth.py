@@ -10,7 +10,7 @@ from fastapi import Depends, Request
 
 from .errors import ApiError
 from .routes.session import COOKIE, check_origin
-from .store.keys import ApiKey
+from .store.keys import OPERATOR, ApiKey
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Caller:
 def _may(scope: str) -> Callable[[Request], Caller]:
     def find(request: Request) -> Caller:
         key = _key(request)
-        if scope not in key.scopes and "admin" not in key.scopes:
-            message = f"This key may not {scope}."
+        if scope not in key.scopes and (scope == OPERATOR or "admin" not in key.scopes):
+            message = f"This key may not {'administer the service' if scope == OPERATOR else scope}."
             raise ApiError(403, message, code="insufficient_permissions", type="permission_error")
         return Caller(key.tenant, key)
 
@@ -47,8 +47,10 @@ def _key(request: Request) -> ApiKey:
         message = "Incorrect API key provided, or none: it goes into the header 'Authorization: Bearer ...'."
         raise ApiError(401, message, code="invalid_api_key", type="authentication_error")
     assert isinstance(key, ApiKey)
+    request.app.state.key_use.note(key.id)
     return key
 
 
 Reader = Annotated[Caller, Depends(_may("read"))]
 Writer = Annotated[Caller, Depends(_may("write"))]
+Operator = Annotated[Caller, Depends(_may(OPERATOR))]  # of all tenants; a cookie never has the scope

@@ -1,4 +1,4 @@
-"""`skylapse serve` and `skylapse keys`: one machine's service, and who may use it."""
+"""`skylapse serve`: one machine's service."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..runtime.options import Parser, add_device
 from .config import ServeConfig
 from .context import MAX_PRIORITY, TENANT, Context, open_context
 from .ready import in_words
-from .store.keys import PREFIX, SCOPES
+from .store.keys import ENVIRONMENT, FILE, PREFIX, TENANT_SCOPES
 from .store.processes import DISPATCHER, ENGINE, READY
 
 READY_S = 120.0
@@ -68,25 +68,6 @@ def serve(arguments: Sequence[str], settings: Settings) -> int:
             stopped.wait()
     finally:
         _stop()
-    return 0
-
-
-def keys(arguments: Sequence[str], settings: Settings) -> int:
-    """Make, list and revoke API keys."""
-    options = _keys_parser().parse_args(arguments)
-    store = open_context(ServeConfig(data=options.data)).keys
-    if options.command == "create":
-        valid_s = None if options.days is None else options.days * 86400.0
-        key, text = store.create(
-            options.tenant, options.scope or SCOPES[:2], max_priority=options.max_priority, valid_s=valid_s
-        )
-        print(json.dumps({"id": key.id, "tenant": key.tenant, "scopes": key.scopes, "key": text}))
-    elif options.command == "list":
-        for key in store.page():
-            times = {"created_at": key.created_at, "expires_at": key.expires_at, "revoked_at": key.revoked_at}
-            print(json.dumps({"id": key.id, "tenant": key.tenant, "scopes": key.scopes, **times}))
-    elif not store.revoke(options.id):
-        raise ValueError(f"there is no valid key {options.id!r}")
     return 0
 
 
@@ -182,12 +163,13 @@ def _local_key(context: Context, wanted: str | None) -> str:
     """The key of this machine's own tenant: the operator's, or one that is made at the first start and kept."""
     if wanted is not None:  # the context has seen to it
         return wanted
+    context.keys.manage(ENVIRONMENT, None, TENANT, TENANT_SCOPES)
     path = context.config.folder / "api_key"
     if not path.exists():
         path.touch(mode=0o600)
         path.write_text(PREFIX + secrets.token_urlsafe(32) + "\n")
     key = path.read_text().strip()
-    context.keys.ensure(TENANT, key, SCOPES, MAX_PRIORITY)
+    context.keys.manage(FILE, key, TENANT, TENANT_SCOPES, MAX_PRIORITY)
     return key
 
 
@@ -217,20 +199,4 @@ def _serve_parser() -> argparse.ArgumentParser:
     option("--engines", type=int, metavar="N", help="engine replicas, each with the model (default: 1)")
     option("--ingresses", type=int, metavar="N", help="replicas that answer requests (default: 1)")
     option("--config", metavar="FILE", help="more settings, as JSON; docs/deploy.md has them all")
-    return parser
-
-
-def _keys_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="skylapse keys", description="Who may use the service.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    create = commands.add_parser("create", help="a new key, shown this once", allow_abbrev=False)
-    create.add_argument("--tenant", default=TENANT, help="whose jobs and quotas (default: local)")
-    create.add_argument("--scope", action="append", choices=SCOPES, help="default: read and write")
-    create.add_argument("--max-priority", type=int, default=0, metavar="N", help="highest priority of its jobs")
-    create.add_argument("--days", type=float, metavar="N", help="how long it is valid (default: for ever)")
-    listing = commands.add_parser("list", help="every key, without its text", allow_abbrev=False)
-    revoke = commands.add_parser("revoke", help="end a key", allow_abbrev=False)
-    revoke.add_argument("id", metavar="KEY_ID")
-    for command in (create, listing, revoke):
-        command.add_argument("--data", default="skylapse-data", metavar="DIR", help="default: skylapse-data")
     return parser

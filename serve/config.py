@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..runtime.config import QUANTIZE
+from ..runtime.config import QUANTIZE, load_settings
 
 MIB = 2**20
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -21,7 +21,7 @@ class ServeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     # where things are
-    data: str = "skylapse-data"  # a folder, for whatever has no place of its own below
+    data: str = Field(default_factory=lambda: str(load_settings().data))  # for whatever has no place of its own below
     database_url: str = ""  # SQLAlchemy's; "": SQLite in the folder. SKYLAPSE_DATABASE_URL where it holds a password
     artifacts_url: str = ""  # fsspec's, such as s3://bucket/prefix; "": in the folder
     artifacts_options: dict[str, Any] = {}  # of that filesystem: endpoint_url, key, secret, ...

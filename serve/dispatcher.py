@@ -23,7 +23,7 @@ from .context import open_context
 from .logs import log_as_json
 from .store.leases import Leases
 from .store.outbox import Outbox
-from .store.processes import DISPATCHER
+from .store.processes import DISPATCHER, ENGINE
 from .store.traces import JobTraces
 from .sweep import Sweeper
 from .tracing import job_span
@@ -52,6 +52,7 @@ class Dispatcher:
         self.secret = open_secret(self.config)
         self._calls: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
+        self._kept = 0  # calls that engines which drain may keep
         self._pause_until_s = self._store_was_away_s = float("-inf")
 
     async def check_health(self) -> None:
@@ -93,11 +94,15 @@ class Dispatcher:
             await asyncio.sleep(seconds)
 
     async def _call(self) -> None:
-        """Keep as many calls going as there are jobs that wait, and that calls of this dispatcher work on."""
+        """Keep as many calls going as there are jobs that wait, and that calls of this dispatcher work on.
+
+        Engines that drain keep calls to themselves, up to their slots, so there are so many more.
+        """
         if time.monotonic() < self._pause_until_s:
             return
         waiting, mine = await asyncio.to_thread(self.leases.load, self.id)
-        for _ in range(min(MAX_CALLS, waiting + mine) - len(self._calls)):
+        kept = self._kept if waiting else 0
+        for _ in range(min(MAX_CALLS, waiting + mine + kept) - len(self._calls)):
             call = asyncio.ensure_future(self._run_next(f"{self.id}-{secrets.token_hex(4)}"))
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
@@ -123,6 +128,8 @@ class Dispatcher:
     async def _beat(self) -> None:
         traced = {} if self.tracer is None else self.tracer.facts
         await asyncio.to_thread(self.processes.beat, self.id, DISPATCHER, {"calls": len(self._calls), **traced})
+        engines = await asyncio.to_thread(self.processes.alive, kind=ENGINE)
+        self._kept = sum(engine.facts.get("slots", 0) for engine in engines if engine.facts.get("draining"))
 
     async def _deliver(self) -> None:
         await deliver_due(self.outbox, self.secret, self.config, tracer=self.tracer)

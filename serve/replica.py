@@ -17,6 +17,7 @@ import torch
 from ray import serve
 from sqlalchemy.exc import SQLAlchemyError
 
+from ..runtime.config import load_settings
 from ..runtime.engine import Engine
 from ..runtime.warm_up import warm_up
 from .context import Context, open_context
@@ -43,7 +44,8 @@ class EngineReplica:
         self._began_s = time.perf_counter()
         context = open_context(config)
         log_as_json()
-        self.config, self.processes, self.tracer = context.config, context.processes, context.tracer
+        self.config, self.tracer = context.config, context.tracer
+        self.processes, self.tenants = context.processes, context.tenants
         self.id = serve.get_replica_context().replica_id.unique_id
         self._standing: dict[str, Any] = {"model": self.config.model, "state": LOADING}
         self._closing = threading.Event()
@@ -64,7 +66,7 @@ class EngineReplica:
         sweep_scratch(self.config.scratch)
         self.worker = Worker(
             self.engine,
-            Leases(context.database, self.config.lease_s, self.config.max_attempts),
+            Leases(context.database, self.config.lease_s, self.config.max_attempts, load_settings().tenant_weights),
             context.artifacts,
             self.measures,
             scratch=self.config.scratch,
@@ -74,6 +76,7 @@ class EngineReplica:
         )
         self._checked_s = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._released = asyncio.Event()  # calls that a drained engine keeps to itself may return
         self._packed = (0, 0)
         self.started = StartTimes(*self._load_times, time.perf_counter() - self._began_s).facts
         logger.info(in_words(self.started))
@@ -117,6 +120,9 @@ class EngineReplica:
             self._loop = asyncio.get_running_loop()
             # They wait for store, disk and encoder. Python's default is as many as there are cores, and 4.
             self._loop.set_default_executor(ThreadPoolExecutor(32, thread_name_prefix="skylapse"))
+        if self.worker.is_draining:  # an answer would bring the next call at once: Serve prefers who has little to do
+            await self._released.wait()
+            return None
         return await asyncio.shield(asyncio.ensure_future(self.worker.run_next(owner)))
 
     def check_health(self) -> None:
@@ -137,21 +143,40 @@ class EngineReplica:
             await asyncio.to_thread(self.tracer.close)
 
     def _beat(self) -> None:
-        """Leave a sign every second, with what is known of this engine; begin to drain when Serve has begun to."""
+        """Leave a sign every second, with what is known of this engine, and take what operators have set."""
         read_facts: Callable[[], dict[str, Any]] | None = None
         while True:
+            is_asked = False
             try:
-                if read_facts is None and self._standing["state"] == READY:
+                if read_facts is None and self._standing["state"] != LOADING:
                     read_facts = self._facts_reader()
-                self.processes.beat(self.id, ENGINE, self._standing | (read_facts() if read_facts else {}))
+                is_asked = self.processes.beat(self.id, ENGINE, self._standing | (read_facts() if read_facts else {}))
+                if read_facts is not None:
+                    self.engine.weigh_tenants(self.tenants.weights())
             except SQLAlchemyError as error:
                 logger.warning("no sign of life could be left: %s", type(error).__name__)
-            if self._standing["state"] == READY and self._loop is not None and self.is_drained:
-                logger.info("this engine is being stopped: what does not fit is given back")
-                self._standing = self._standing | {"state": DRAINING}
-                asyncio.run_coroutine_threadsafe(self.worker.drain(0.7 * self.config.drain_s), self._loop)
+            if read_facts is not None:
+                self._drain_where_due(is_asked)
             if self._closing.wait(BEAT_S):
                 return
+
+    def _drain_where_due(self, is_asked: bool) -> None:
+        """Begin to drain when an operator asks for it, or Serve has begun to stop this engine."""
+        if is_asked and self._standing["state"] == READY:
+            logger.info("an operator has this engine drained: it takes no more jobs")
+            self._drain(DRAINING, 0.7 * self.config.drain_s)
+        if self._loop is not None and not self._released.is_set() and self.is_drained:
+            if self._standing["state"] == READY:
+                logger.info("this engine is being stopped: what does not fit is given back")
+                self._drain(DRAINING, 0.7 * self.config.drain_s)
+            self._loop.call_soon_threadsafe(self._released.set)
+
+    def _drain(self, state: str, budget_s: float) -> None:
+        """Take no more, and give back what does not fit into so many seconds; called by the thread that leaves signs."""
+        self._standing = self._standing | {"state": state}
+        self.worker.is_draining = True
+        if self._loop is not None:  # else nothing was ever asked of this engine
+            asyncio.run_coroutine_threadsafe(self.worker.drain(budget_s), self._loop)
 
     def _facts_reader(self) -> Callable[[], dict[str, Any]]:
         """What is told of an engine that takes work."""
@@ -163,7 +188,7 @@ class EngineReplica:
             told = fixed | self.measures.facts | self._packs() | read_gpu()
             told |= self.engine.decoders.report.facts | self.engine.model.residency.report.facts
             told |= {} if self.tracer is None else self.tracer.facts
-            return told | {"running": len(self.worker.keeper.held)}
+            return told | {"running": len(self.worker.keeper.held), "draining": self.worker.is_draining}
 
         return read
 

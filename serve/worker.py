@@ -63,6 +63,7 @@ class Worker:
         self.scratch, self.checkpoint_every, self.tracer = scratch, checkpoint_every, tracer
         self.keeper = Keeper(leases, stage_deadline_s)
         self.is_lost = False  # nothing comes out of this engine any more
+        self.is_draining = False  # no job is begun any more
         self._running = 0
         self._has_suspect = False
         self._claiming = asyncio.Lock()
@@ -70,7 +71,7 @@ class Worker:
     async def run_next(self, owner: str) -> str | None:
         """Claim a job as `owner` and work on it to its end; its id, or None where there was none to claim."""
         async with self._claiming:
-            if self.is_lost or self._has_suspect:
+            if self.is_lost or self.is_draining or self._has_suspect:
                 return None
             found = await persist(partial(self.leases.claim, owner, is_idle=self._running == 0))
             if not found:
@@ -87,7 +88,11 @@ class Worker:
         return job.id
 
     async def drain(self, budget_s: float) -> None:
-        """Finish what fits into so many seconds by estimate; give the rest back, to go on from its checkpoint."""
+        """Begin nothing more, and finish what fits into so many seconds by estimate.
+
+        The rest is given back, to go on from its checkpoint elsewhere.
+        """
+        self.is_draining = True
         until_s = time.monotonic() + budget_s
         for held in self.keeper.held:
             if held.standing.eta_s is None or held.standing.eta_s > budget_s / 2:

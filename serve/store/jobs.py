@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Integer, Row, and_, cast, func, insert, or_, 
 from sqlalchemy import delete as delete_rows
 from sqlalchemy.sql.elements import ColumnElement
 
+from .audit import Actor, record
 from .database import Database, now
 from .outbox import enqueue
 from .tables import COMPLETED, FAILED, IN_PROGRESS, QUEUED, idempotency, jobs, rates
@@ -110,19 +111,22 @@ class JobStore:
         idempotency_key: tuple[str, str, str] | None = None,
         webhook_url: str | None = None,
         trace: str | None = None,
+        by: Actor | None = None,
     ) -> Job:
         """A queued job, or the one that the same idempotency key made before.
 
         work: estimated seconds of one engine. idempotency_key: (route, key, digest of the request). Raises
         QuotaExceeded, RateExceeded or StoreFull, and IdempotencyConflict where the key was used with another digest.
-        Once this returns, the job is not lost.
+        Once this returns, the job is not lost. by: the operator who tries a job again.
         """
         with self.database.write() as connection:
-            self._lock(connection, f"create {tenant}")  # creates of a tenant are counted and numbered one by one
+            self.database.lock(
+                connection, f"create {tenant}"
+            )  # creates of a tenant are counted and numbered one by one
             if idempotency_key is not None and (job := self._made_before(connection, tenant, *idempotency_key)):
                 return job
             self._check(connection, tenant, bounds)
-            self._lock(connection, "sequence")
+            self.database.lock(connection, "sequence")
             sequence = (connection.scalar(select(func.max(jobs.c.sequence))) or 0) + 1
             job_id = job_id or new_job_id()
             values = dict(id=job_id, sequence=sequence, tenant=tenant, request=dict(request), created_at=now())
@@ -132,6 +136,7 @@ class JobStore:
                 route, key, digest = idempotency_key
                 row = dict(tenant=tenant, route=route, key=key, digest=digest, job_id=job_id, created_at=now())
                 connection.execute(insert(idempotency).values(**row))
+            record(connection, by, "job.retry", job_id, None, {"retried_from": request.get("retried_from")})
             return one(connection, jobs.c.id == job_id)
 
     def get(self, tenant: str, job_id: str) -> Job:
@@ -168,13 +173,15 @@ class JobStore:
         with self.database.read() as connection:
             return connection.scalar(select(func.count()).where(jobs.c.state == QUEUED, before)) or 0
 
-    def cancel(self, tenant: str, job_id: str) -> Job:
+    def cancel(self, tenant: str, job_id: str, by: Actor | None = None) -> Job:
         """End a job with `cancelled`, unless it has ended; whoever works on it has lost the lease, and stops."""
         with self.database.write() as connection:
             mine = and_(jobs.c.id == job_id, jobs.c.tenant == tenant)
+            before = one(connection, mine).state if by else None
             unfinished = update(jobs).where(mine, jobs.c.state.in_(UNFINISHED))
             if connection.execute(unfinished.values(**ended(FAILED), **CANCELLED)).rowcount:
                 tell(connection, job_id)
+                record(connection, by, "job.cancel", job_id, {"state": before}, {"state": FAILED})
             return one(connection, mine)
 
     def delete(self, tenant: str, job_id: str) -> Job:
@@ -218,11 +225,6 @@ class JobStore:
             raise RateExceeded(f"{bounds.per_minute} jobs were made in this minute, which is all that this tenant may")
         else:
             connection.execute(update(rates).where(here).values(creates=made + 1))
-
-    def _lock(self, connection: Connection, name: str) -> None:
-        """Wait for others that hold this name; SQLite's writers are alone anyway."""
-        if not self.database.is_sqlite:
-            connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(name))))
 
     def _made_before(self, connection: Connection, tenant: str, route: str, key: str, digest: str) -> Job | None:
         table = idempotency

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, case, func, or_, select, update
+from sqlalchemy import Connection, Row, and_, case, func, or_, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from .database import Database, now
-from .jobs import Job, ended, one, tell, to_job
-from .tables import COMPLETED, FAILED, IN_PROGRESS, QUEUED, jobs
+from .jobs import UNFINISHED, Job, ended, one, tell, to_job
+from .tables import COMPLETED, FAILED, IN_PROGRESS, QUEUED, jobs, tenants
 
 CHANGED = dict(version=jobs.c.version + 1)
 
@@ -34,13 +34,25 @@ class Standing:
 class Leases:
     """Every method is one transaction. Those that take a job return whether it was still its holder's."""
 
-    def __init__(self, database: Database, lease_s: float = 6.0, max_attempts: int = 3) -> None:
+    def __init__(
+        self,
+        database: Database,
+        lease_s: float = 6.0,
+        max_attempts: int = 3,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """weights: of tenants for which the operator has set none in the store."""
         self.database, self.lease_s, self.max_attempts = database, lease_s, max_attempts
+        named = [(jobs.c.tenant == tenant, weight) for tenant, weight in (weights or {}).items()]
+        self._weight = func.coalesce(tenants.c.weight, *((case(*named),) if named else ()), 1.0)
 
     # --- who works on what ----------------------------------------------------------------------------------------
 
     def claim(self, owner: str, count: int = 1, is_idle: bool = True) -> list[Job]:
-        """Up to `count` jobs for `owner`: by priority, then between tenants by how many each has running, then by age.
+        """Up to `count` jobs for `owner`: by priority, then between tenants by weight, then by age.
+
+        First is the tenant that has the fewest jobs running for its weight, and of these the one that was given the
+        least work for its weight: engines that take one job at a time see none running when they claim.
 
         A suspect (its engine died under it) is handed out alone, and only to an engine that does nothing else; others
         get nothing while it is first in line, or a busy engine would never come to it.
@@ -53,10 +65,17 @@ class Leases:
                 .subquery()
             )
             waiting = (
-                select(jobs.c.id, jobs.c.is_suspect)
+                select(jobs.c.id, jobs.c.is_suspect, jobs.c.tenant, jobs.c.work, jobs.c.started_at)
+                .add_columns(self._weight.label("weight"))
                 .outerjoin(running, running.c.tenant == jobs.c.tenant)
+                .outerjoin(tenants, tenants.c.name == jobs.c.tenant)
                 .where(jobs.c.state == QUEUED)
-                .order_by(jobs.c.priority.desc(), func.coalesce(running.c.running, 0), jobs.c.sequence)
+                .order_by(
+                    jobs.c.priority.desc(),
+                    func.coalesce(running.c.running, 0) / self._weight,
+                    func.coalesce(tenants.c.served, 0.0),
+                    jobs.c.sequence,
+                )
                 .limit(count)
                 .with_for_update(of=jobs, skip_locked=True)
             )
@@ -78,6 +97,7 @@ class Leases:
             connection.execute(
                 update(jobs).where(jobs.c.id.in_(chosen), jobs.c.state == QUEUED).values(**claimed, **CHANGED)
             )
+            self._charge(connection, [row for row in found if row.id in chosen and row.started_at is None])
             rows = connection.execute(select(jobs).where(jobs.c.id.in_(chosen)).order_by(jobs.c.sequence))
             return [to_job(row) for row in rows]
 
@@ -155,6 +175,21 @@ class Leases:
         return self._end(job, dict(**ended(FAILED), error_code=code, error_message=message))
 
     # --- what they use --------------------------------------------------------------------------------------------
+
+    def _charge(self, connection: Connection, claimed: Sequence[Row[Any]]) -> None:
+        """Add first claims to their tenants' accounts. One that comes back starts level with the least served."""
+        shares: dict[str, float] = {}
+        for row in claimed:
+            shares[row.tenant] = shares.get(row.tenant, 0.0) + row.work / row.weight
+        for tenant, share in sorted(shares.items()):
+            others = select(func.min(func.coalesce(tenants.c.served, 0.0))).select_from(jobs)
+            others = others.outerjoin(tenants, tenants.c.name == jobs.c.tenant)
+            least = connection.scalar(others.where(jobs.c.state.in_(UNFINISHED), jobs.c.tenant != tenant))
+            if least is None:  # nobody to be fair to
+                continue
+            self.database.insert_missing(connection, tenants, name=tenant)
+            served = case((tenants.c.served < least, least), else_=tenants.c.served)
+            connection.execute(update(tenants).where(tenants.c.name == tenant).values(served=served + share))
 
     def _write(self, job: Job, values: dict[str, Any]) -> bool:
         with self.database.write() as connection:

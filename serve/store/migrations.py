@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Column, Connection, func, insert, inspect, select, text
 
-from .tables import job_traces, jobs, metadata, outbox, versions
+from .tables import api_keys, audit, job_traces, jobs, metadata, outbox, processes, tenants, versions
 
 Step = Callable[[Connection], None]
 
@@ -21,21 +21,29 @@ def _first(connection: Connection) -> None:
     metadata.create_all(connection)
 
 
+def _operation(connection: Connection) -> None:
+    """Settings of tenants, the audit, named keys that tell of their use, engines that are asked to drain."""
+    metadata.create_all(connection, tables=[tenants, audit])
+    for column in (api_keys.c.name, api_keys.c.last_used_at, api_keys.c.managed_by, processes.c.drain_asked_at):
+        add_column(connection, column)
+
+
 def _traces(connection: Connection) -> None:
     """Jobs keep where their trace begins, and since when they wait."""
     for column in (jobs.c.trace, jobs.c.queued_at, outbox.c.trace):
-        _add(connection, column)
-    job_traces.create(connection, checkfirst=True)
+        add_column(connection, column)
+    metadata.create_all(connection, tables=[job_traces])
 
 
-STEPS: tuple[Step, ...] = (_first, _traces)
+STEPS: tuple[Step, ...] = (_first, _operation, _traces)
 
 
-def _add(connection: Connection, column: Column[Any]) -> None:
-    """Add a column that may be null, unless the store was made with it."""
-    if column.name not in {found["name"] for found in inspect(connection).get_columns(column.table.name)}:
+def add_column(connection: Connection, column: Column[Any]) -> None:
+    """Add a column that may be null to its table, unless a new store's first step has made it."""
+    table = column.table.name
+    if column.name not in {found["name"] for found in inspect(connection).get_columns(table)}:
         kind = column.type.compile(connection.dialect)
-        connection.execute(text(f"alter table {column.table.name} add column {column.name} {kind}"))
+        connection.execute(text(f"alter table {table} add column {column.name} {kind}"))
 
 
 def migrate(connection: Connection, steps: tuple[Step, ...] = STEPS) -> int:

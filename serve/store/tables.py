@@ -78,6 +78,9 @@ api_keys = Table(
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float),
     Column("revoked_at", Float),
+    Column("name", String(100)),
+    Column("last_used_at", Float),  # to the minute
+    Column("managed_by", String(16)),  # `environment`, `file`: its text is set there, and a new one ends this key
 )
 
 idempotency = Table(
@@ -141,4 +144,29 @@ processes = Table(  # who is alive, and what each knows: dispatchers, engines
     Column("kind", String(16), nullable=False),
     Column("seen_at", Float, nullable=False),
     Column("facts", JSON, nullable=False),
+    Column("drain_asked_at", Float),  # an engine reads it with its next sign
+)
+
+tenants = Table(  # what the operator has set for a tenant; null: as the configuration has it
+    "tenants",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("quota", Integer),
+    Column("creates_per_minute", Integer),
+    Column("weight", Float),
+    Column("job_class", String(32)),
+    Column("served", Float, nullable=False, default=0.0),  # seconds of engines claimed, divided by its weight
+)
+
+audit = Table(  # what operators changed; rows are added and never altered
+    "audit",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("at", Float, nullable=False),
+    Column("actor", String(200), nullable=False),  # a key's id, or `cli:` and the account
+    Column("action", String(64), nullable=False),  # such as key.create
+    Column("target", String(128), nullable=False),  # id of what was changed
+    Column("before", JSON),
+    Column("after", JSON),
+    Column("request_id", String(64)),
 )

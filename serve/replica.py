@@ -172,7 +172,7 @@ class EngineReplica:
             self._loop.call_soon_threadsafe(self._released.set)
 
     def _drain(self, state: str, budget_s: float) -> None:
-        """Take no more, and give back what does not fit into so many seconds; called by the thread that leaves signs."""
+        """Take no more and give back what does not fit into so many seconds; called by the thread that leaves signs."""
         self._standing = self._standing | {"state": state}
         self.worker.is_draining = True
         if self._loop is not None:  # else nothing was ever asked of this engine

@@ -39,6 +39,8 @@ class ServeConfig(BaseModel):
     ingresses: Count = 1
     engine_gpus: Share = 1.0  # of a GPU, that Ray counts an engine on cuda as; below 1 engines share one
     warm_up: bool | None = None  # make what first requests would wait for, at the start; None: on cuda
+    gpu_health: bool = True  # engines drain when NVML reports a fault of their GPU, and do not start on a faulty one
+    ignored_xids: tuple[Count, ...] = ()  # faults for which they do not: the driver's Xid numbers
     engine_slots: Count = 8  # requests that one engine works on at a time
 
     # jobs

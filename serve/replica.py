@@ -21,12 +21,13 @@ from ..runtime.config import load_settings
 from ..runtime.engine import Engine
 from ..runtime.warm_up import warm_up
 from .context import Context, open_context
-from .gpu import gpu_reader
+from .engine.gpu_health import GpuHealth, GpuWatch
+from .gpu import gpu_reader, open_nvml
 from .logs import log_as_json
 from .measures import Measures
 from .ready import StartTimes, in_words
 from .store.leases import Leases
-from .store.processes import DRAINING, ENGINE, FAILED, LOADING, READY
+from .store.processes import DRAINING, ENGINE, FAILED, LOADING, READY, SICK
 from .sweep import sweep_scratch
 from .worker import Worker
 
@@ -60,6 +61,7 @@ class EngineReplica:
     def _open(self, context: Context) -> None:
         """Load the model, and take work from then on."""
         self._load_times = (0.0, 0.0)
+        self.gpu = self.watch_gpu()
         self.engine = self.load()
         self.measures = Measures()
         self.config.scratch.mkdir(parents=True, exist_ok=True)
@@ -77,6 +79,7 @@ class EngineReplica:
         self._checked_s = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._released = asyncio.Event()  # calls that a drained engine keeps to itself may return
+        self._sick_s: float | None = None  # since when
         self._packed = (0, 0)
         self.started = StartTimes(*self._load_times, time.perf_counter() - self._began_s).facts
         logger.info(in_words(self.started))
@@ -91,6 +94,13 @@ class EngineReplica:
         facts = {"state": FAILED, "error": reason, "is_mistake": isinstance(error, ValueError | FileNotFoundError)}
         with suppress(SQLAlchemyError):
             self.processes.beat(self.id, ENGINE, self._standing | facts)
+
+    def watch_gpu(self) -> GpuWatch | None:
+        """Look after the GPU that this engine is about to load onto. GpuSick where nothing can work on it."""
+        if not self.config.gpu_health or self.config.device == "cpu" or not torch.cuda.is_available():
+            return None
+        opened = open_nvml(0)  # the only one that Ray shows
+        return None if opened is None else GpuWatch(GpuHealth(*opened, self.config.ignored_xids))
 
     def load(self) -> Engine:
         """The engine, and what its first request would otherwise wait for."""
@@ -132,11 +142,15 @@ class EngineReplica:
             raise RuntimeError("the engine's device is lost, or a stage of it has stalled")
         if not self.worker.keeper.is_alive:
             raise RuntimeError("the thread that keeps leases has died")
+        if self._sick_s is not None and self._is_rid_of_jobs:
+            raise RuntimeError(f"the GPU is sick: {self._standing['reason']}")
 
     async def __del__(self) -> None:
         """Called by Serve when nothing is ongoing any more."""
         self._closing.set()
         await asyncio.to_thread(self.worker.close)
+        if self.gpu is not None:
+            await asyncio.to_thread(self.gpu.close)
         with suppress(SQLAlchemyError):
             await asyncio.to_thread(self.processes.leave, self.id)
         if self.tracer is not None:
@@ -161,7 +175,11 @@ class EngineReplica:
                 return
 
     def _drain_where_due(self, is_asked: bool) -> None:
-        """Begin to drain when an operator asks for it, or Serve has begun to stop this engine."""
+        """Begin to drain when the GPU is sick, an operator asks for it, or Serve has begun to stop this engine."""
+        if self.gpu is not None and self.gpu.reason is not None and self._sick_s is None:
+            self._standing = self._standing | {"reason": self.gpu.reason}
+            self._drain(SICK, 0.0)
+            self._sick_s = time.monotonic()
         if is_asked and self._standing["state"] == READY:
             logger.info("an operator has this engine drained: it takes no more jobs")
             self._drain(DRAINING, 0.7 * self.config.drain_s)
@@ -178,6 +196,12 @@ class EngineReplica:
         if self._loop is not None:  # else nothing was ever asked of this engine
             asyncio.run_coroutine_threadsafe(self.worker.drain(budget_s), self._loop)
 
+    @property
+    def _is_rid_of_jobs(self) -> bool:
+        """Whether an engine that drains has given all back, or had time enough to: a sick GPU may never end a step."""
+        assert self._sick_s is not None
+        return self.worker.is_idle or time.monotonic() - self._sick_s > self.config.drain_s
+
     def _facts_reader(self) -> Callable[[], dict[str, Any]]:
         """What is told of an engine that takes work."""
         device = self.engine.device
@@ -188,6 +212,7 @@ class EngineReplica:
             told = fixed | self.measures.facts | self._packs() | read_gpu()
             told |= self.engine.decoders.report.facts | self.engine.model.residency.report.facts
             told |= {} if self.tracer is None else self.tracer.facts
+            told |= {} if self.gpu is None else self.gpu.health.facts
             return told | {"running": len(self.worker.keeper.held), "draining": self.worker.is_draining}
 
         return read

@@ -102,6 +102,11 @@ class Worker:
         for held in self.keeper.held:
             held.end(DRAINED)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it works on no job, and has given back those that it does not."""
+        return self._running == 0
+
     def close(self) -> None:
         self.keeper.close()
         self.engine.close()

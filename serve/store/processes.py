@@ -15,6 +15,7 @@ from .tables import processes
 ENGINE, DISPATCHER = "engine", "dispatcher"
 # `state` of an engine's facts; one of an earlier release tells none, and takes work. A failed one tells its `error`.
 LOADING, READY, DRAINING, FAILED = "loading", "ready", "draining", "failed"
+SICK = "sick"  # it drains because of its GPU, and its facts have the `reason`; Serve replaces it
 
 
 @dataclass(frozen=True)

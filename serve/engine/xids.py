@@ -2,7 +2,7 @@
 
 Source: NVIDIA, "Analyzing Xid Errors with the Xid Catalog" (docs.nvidia.com/deploy/xid-errors, drivers up to R575), of
 which `action` is the column "Resolution Bucket (Immediate Action)". Rows that the catalog calls unused, or that belong
-to units no engine uses (display, video, copies of one error for each unit), are left out: like any Xid that is not here,
+to units no engine uses (display, video, copies of one error for each unit), are left out: like any that is not here,
 they are told and drain nothing. Damage shows in ECC counters, NVML's recovery action or CUDA's own errors as well.
 """
 

@@ -1,4 +1,4 @@
-"""The table of what fits for people: a line a model, size and precision, a column a card; and a line a model in short."""
+"""The table of what fits for people: a line a model, size and precision, a column a card; and a line a model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def markdown(tables: Sequence[ModelTable]) -> str:
 
 
 def overview(tables: Sequence[ModelTable]) -> str:
-    """Hub id, tasks, the model's own clip, and the smallest cards that make it: bf16, the same with all parts on it, fp8."""
+    """Hub id, tasks, the model's own clip, and the smallest cards that make it: bf16, with all parts on it, fp8."""
     head = ("hub id", "makes a clip from", "its own clip", "GPU in bf16", "with all parts on it", "in fp8")
     return "\n".join([_line(head), "|" + "---|" * len(head), *map(_line, map(_in_short, tables))]) + "\n"
 

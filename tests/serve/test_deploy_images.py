@@ -1,4 +1,4 @@
-"""What images and pods bring with them: operators, TensorRT, the list of packages, models on a volume; the page's steps."""
+"""What images and pods bring with them: operators, TensorRT, the list of packages, models; the page's own steps."""
 
 from __future__ import annotations
 

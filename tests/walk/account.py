@@ -6,12 +6,12 @@ import os
 import pwd
 import re
 import secrets
-import selectors
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -108,18 +108,21 @@ def _pip_settings() -> str:
 
 
 class Terminal:
-    """A shell in which commands are typed one after the other."""
+    """A shell in which commands are typed one after the other. What it says is read at once, whoever looks at it."""
 
     def __init__(self, account: Account, cwd: Path, until_s: float) -> None:
-        self.account, self.until_s, self.said = account, until_s, ""
+        self.until_s, self.said = until_s, ""
         self.process = account.start(["bash", "--noprofile", "--norc"], cwd)
+        self._heard = threading.Condition()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def run(self, command: str) -> str:
         """Type a command and wait for its end; its output. AssertionError where it failed, or took too long."""
         mark = secrets.token_hex(8)
         began_s, before = time.monotonic(), len(self.said)
         self._type(f"{command}\nprintf '\\n{mark} %s\\n' $?\n")
-        status = self.wait_for(rf"\n{mark} (\d+)\n", command)
+        status = self._wait_for(rf"\n{mark} (\d+)\n", command, before)
         told = self.said[before:].partition(f"\n{mark}")[0].strip()
         print(f"  {time.monotonic() - began_s:6.1f} s  $ {command.splitlines()[0]}", flush=True)
         assert status == "0", f"$ {command}\nended with {status}:\n{told[-4000:]}"
@@ -127,42 +130,44 @@ class Terminal:
 
     def start(self, command: str, ready: str) -> str:
         """Type a command that stays, and wait until it says `ready`; the pattern's group."""
-        began_s = time.monotonic()
+        began_s, before = time.monotonic(), len(self.said)
         self._type(f"exec {command}\n")
-        found = self.wait_for(ready, command)
+        found = self._wait_for(ready, command, before)
         print(f"  {time.monotonic() - began_s:6.1f} s  $ {command} ...", flush=True)
         return found
 
     def interrupt(self) -> int:
         """Ctrl-C; the exit status."""
         self.process.send_signal(signal.SIGINT)
-        self._type(None)
         return self.process.wait(max(1.0, self.until_s - time.monotonic()))
 
-    def wait_for(self, pattern: str, command: str) -> str:
-        assert self.process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.process.stdout, selectors.EVENT_READ)
-            searched = max(0, len(self.said) - 200)
-            while (found := re.search(pattern, self.said[searched:])) is None:
-                left_s = self.until_s - time.monotonic()
-                assert left_s > 0, f"$ {command}\nis not done, and the walk's time is over:\n{self.said[-4000:]}"
-                if selector.select(left_s):
-                    read = os.read(self.process.stdout.fileno(), 65536)
-                    assert read, f"$ {command}\nended with {self.process.wait(10)}:\n{self.said[-4000:]}"
-                    self.said += read.decode(errors="replace")
-        return found[1] if found.re.groups else found[0]
-
-    def _type(self, text: str | None) -> None:
-        assert self.process.stdin is not None
-        if text is None:
-            self.process.stdin.close()
-        else:
-            self.process.stdin.write(text.encode())
-            self.process.stdin.flush()
-
     def close(self) -> None:
-        if self.process.poll() is None:
-            self._type(None)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(5)
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        self._listener.join(5)
+
+    def _type(self, text: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(text.encode())
+        self.process.stdin.flush()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        while read := os.read(self.process.stdout.fileno(), 65536):
+            with self._heard:
+                self.said += read.decode(errors="replace")
+                self._heard.notify_all()
+        with self._heard:
+            self._heard.notify_all()
+
+    def _wait_for(self, pattern: str, command: str, start: int) -> str:
+        with self._heard:
+            while (found := re.search(pattern, self.said[start:])) is None:
+                left_s = self.until_s - time.monotonic()
+                told = f"$ {command}\n{{}}:\n{self.said[start:][-4000:]}"
+                assert left_s > 0, told.format("is not done, and the walk's time is over")
+                assert self._listener.is_alive(), told.format("ended before it was ready")
+                self._heard.wait(min(left_s, 1.0))
+        return found[1]

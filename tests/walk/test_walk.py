@@ -1,4 +1,4 @@
-"""README from the top, as a stranger who copies every line: a fresh clone, a fresh account without a home, a long TMPDIR.
+"""README from the top, as a stranger who copies every line: a fresh clone, an account without a home, a long TMPDIR.
 
 `make test-walk` runs it, in at most ten minutes; it needs root, to make the account, and what pip asks of the network.
 """

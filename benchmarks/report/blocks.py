@@ -11,10 +11,17 @@
     <!-- from: docs/performance.md | In short -->
     ...
     <!-- /from -->
+    <!-- metrics: counter -->
+    ...
+    <!-- /metrics -->
+    <!-- xids: drain -->
+    ...
+    <!-- /xids -->
 
 Fields are those of a spread: median, q1, q3, low, high, n; the last part multiplies them. A comparison's name is
 `NAME: OF / TO`. A table is of the figures whose names begin with its second part, or of all. Models are those of a
 folder of `bench fits`, a line each. What is from another document is the text under that heading, without its comments.
+Metrics are the service's, of one kind; Xids those that drain an engine, or that are told alone.
 """
 
 from __future__ import annotations
@@ -30,12 +37,15 @@ from ..fits.table import read as read_fits
 from ..record import read_any
 from ..track.compare import figures
 from .load import AnyResult
+from .reference import metrics_table, xids_table
 from .tables import table
 
 FIGURE = re.compile(r"(<!-- figure: (.*?) -->)(.*?)(<!-- /figure -->)", re.DOTALL)
 TABLE = re.compile(r"(<!-- table: (.*?) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 MODELS = re.compile(r"(<!-- models: (.*?) -->\n)(.*?)(<!-- /models -->)", re.DOTALL)
 OTHER = re.compile(r"(<!-- from: (.*?) -->\n)(.*?)(<!-- /from -->)", re.DOTALL)
+METRICS = re.compile(r"(<!-- metrics: (.*?) -->\n)(.*?)(<!-- /metrics -->)", re.DOTALL)
+XIDS = re.compile(r"(<!-- xids: (.*?) -->\n)(.*?)(<!-- /xids -->)", re.DOTALL)
 COMMENT = re.compile(r"<!-- .*? -->", re.DOTALL)
 
 
@@ -49,7 +59,14 @@ class Blocks:
 
     def filled(self, text: str, name: str) -> str:
         """A document with every block as the results have it; what cannot be filled stays as it is."""
-        fills = ((FIGURE, self._figure), (TABLE, self._table), (MODELS, self._models), (OTHER, self._other))
+        fills: tuple[tuple[re.Pattern[str], Callable[[list[str]], str]], ...] = (
+            (FIGURE, self._figure),
+            (TABLE, self._table),
+            (MODELS, self._models),
+            (OTHER, self._other),
+            (METRICS, lambda parts: metrics_table(*parts)),
+            (XIDS, lambda parts: xids_table(*parts)),
+        )
         for pattern, fill in fills:
             text = pattern.sub(partial(self._put, fill, name), text)
         return text

@@ -44,11 +44,12 @@ def open_context(arguments: Mapping[str, Any] | ServeConfig) -> Context:
     Secrets come from the environment where the configuration, which a cluster's dashboard shows, has none.
     """
     config = with_secrets(arguments if isinstance(arguments, ServeConfig) else ServeConfig(**arguments))
+    tracer = open_tracer()  # before anything is made: a variable of its may be wrong
     make_folder(config.folder)
     make_folder(config.scratch, is_ours=True)
     database = Database(config.database)
     database.migrate()
-    context = stand_on(config, database)
+    context = stand_on(config, database, tracer)
     context.artifacts.prepare()
     if api_key := load_settings().api_key:
         context.keys.manage(ENVIRONMENT, api_key, TENANT, TENANT_SCOPES, MAX_PRIORITY)
@@ -65,7 +66,7 @@ def with_secrets(config: ServeConfig) -> ServeConfig:
     return config
 
 
-def stand_on(config: ServeConfig, database: Database) -> Context:
+def stand_on(config: ServeConfig, database: Database, tracer: Tracer | None = None) -> Context:
     """What stands on a store that is open; nothing is made, and nothing is changed."""
     return Context(
         config,
@@ -78,5 +79,5 @@ def stand_on(config: ServeConfig, database: Database) -> Context:
         TenantStore(database),
         AllJobs(database),
         Audit(database),
-        open_tracer(),
+        tracer,
     )

@@ -244,6 +244,7 @@ class _Lines:
 # need, what they do).
 ELSEWHERE = {
     "serve": ("serve.command", "serve", "serve the OpenAI Videos API on this machine"),
+    "usage": ("serve.usage_command", "serve", "what tenants have used, and what it costs"),
     "keys": ("serve.commands.keys", "serve", "make, list and revoke the service's API keys"),
     "compile": ("runtime.compile_command", "compile", "build a faster decoder for this machine"),
     "kernels": ("runtime.doctor", "gpu", "which kernels run on this machine, and why"),

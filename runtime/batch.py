@@ -27,6 +27,7 @@ from .events import (
 from .finite import FiniteWatch
 from .layout import Layouts
 from .memory import MemoryBudget
+from .meter import Meter
 from .models.fit import Fit
 from .models.model import Model
 from .models.registry import EXPERTS
@@ -54,6 +55,7 @@ class Batch:
         self.waiting: dict[Ticket, Trajectory] = {}  # hold no memory yet
         self.active: dict[Ticket, Trajectory] = {}
         self.layouts = Layouts(model)
+        self.meter = Meter(model.device)
         self.num_packs = self.num_pack_tokens = 0  # evaluated since the start, all branches
         self._finite = FiniteWatch(model.device)
         self._told: list[Event] = []  # of the tick that is running
@@ -69,13 +71,15 @@ class Batch:
 
     def leave(self, ticket: Ticket) -> None:
         """Forget a request and free what it holds; an unknown ticket is no error."""
-        self.waiting.pop(ticket, None)
-        if self.active.pop(ticket, None) is not None:
-            self.layouts.forget(ticket)
+        for there in (self.waiting, self.active):
+            if (t := there.pop(ticket, None)) is not None:
+                t.account.leave()
+        self.layouts.forget(ticket)
 
     def tick(self) -> list[Event]:
         """A chunk of encoding, a chunk of decoding, and a step of as many requests as fit; whose caches carry them
         further without the model take several."""
+        self.meter.begin()
         for event in self._stages():
             self._told.append(event)
         self.scheduler.forget_idle_tenants({t.terms.tenant for t in (*self.active.values(), *self.waiting.values())})
@@ -148,16 +152,20 @@ class Batch:
             t.work()
         except Exception as error:  # a request that fails, fails alone; the caller is told by event
             return [self._fail_or_raise(t, error)]
+        finally:
+            self._charge([t])
         if t.video is None:
             return []
+        self.meter.read(wait=True)  # its frames are on the host, so the device has come so far
         self.leave(t.ticket)
-        return [Finished(t.ticket, t.video)]
+        return [Finished(t.ticket, replace(t.video, metadata=replace(t.video.metadata, usage=t.account.usage)))]
 
     # --- denoising ------------------------------------------------------------------------------------------------
 
     def _denoise(self) -> Iterator[Event]:
         ready = [t for t in self.active.values() if t.stage == "denoise"]
         stepped, failed = skip_ahead(ready)
+        self._charge([taken.trajectory for taken in stepped])
         for ticket, error in failed.items():
             yield self._fail_or_raise(self.active[ticket], error)
         # who is due has a preview or a checkpoint of the step just taken to come first
@@ -179,7 +187,18 @@ class Batch:
                     yield self._fail_or_raise(t, error)
             self.scheduler.served([works[ticket] for ticket in chosen])
             self._prefetch(members)
+            self._charge(members)
         yield from self._report([taken for taken in stepped if taken.trajectory.ticket in self.active])
+
+    def _charge(self, trajectories: Sequence[Trajectory]) -> None:
+        """Their own work since the last charge (solvers, caches, frames), by tokens."""
+        self.meter.charge([(t.account, t.num_tokens) for t in trajectories])
+
+    def _charge_step(self, members: Sequence[Trajectory], outcomes: Sequence[Outcome]) -> None:
+        """A step that was shared: by tokens times evaluations."""
+        pairs = zip(members, outcomes, strict=True)
+        weights = [(t.account, t.num_tokens * t.plan.num_branches * outcome.computed) for t, outcome in pairs]
+        self.meter.charge(weights, is_step=True)
 
     def _evaluate(self, members: Sequence[Trajectory]) -> list[tuple[Trajectory, Outcome | Exception]]:
         """Outcomes of a pack; one that fails is split and tried again, until who is to blame fails alone.
@@ -193,8 +212,10 @@ class Batch:
         except Exception as error:
             if is_device_lost(error):
                 raise
+            self._charge(members)
             failure = _typed(error)
         else:
+            self._charge_step(members, outcomes)
             self.num_packs += 1
             self.num_pack_tokens += sum(t.num_tokens * t.plan.num_branches for t in members)
             return list(zip(members, outcomes, strict=True))
@@ -270,6 +291,8 @@ class Batch:
                 yield from self._deliver(t)
             except Exception as error:  # a full disk, a preview without memory: nobody else's
                 yield self._fail_or_raise(t, error)
+            if t.is_due:
+                self._charge([t])
 
     def _deliver(self, t: Trajectory) -> Iterator[Event]:
         """The preview and the checkpoint that are due after the step just taken."""
@@ -282,7 +305,8 @@ class Batch:
         if terms.checkpoint_every and step % terms.checkpoint_every == 0 and step < t.num_steps:
             assert terms.checkpoint_dir is not None
             save_trajectory(t, terms.checkpoint_dir)
-            yield Checkpointed(t.ticket, step, terms.checkpoint_dir)
+            self.meter.read()  # the latents are on the host, so the device has come so far
+            yield Checkpointed(t.ticket, step, terms.checkpoint_dir, t.account.usage)
 
 
 def _work(t: Trajectory) -> Work:

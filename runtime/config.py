@@ -52,6 +52,7 @@ class Settings:
     offload: str = "auto"  # SKYLAPSE_OFFLOAD: auto moves what does not fit, none nothing, all every part
     kernels: Mapping[str, str] = field(default_factory=dict)  # SKYLAPSE_KERNELS: "attention=sdpa"
     data: Path = Path("skylapse-data")  # SKYLAPSE_DATA: a service's jobs, keys and files
+    revision: str | None = None  # SKYLAPSE_REVISION: the commit that an image was built from
     # secrets of the service, which belong into no file that a dashboard shows
     api_key: str | None = field(default=None, repr=False)  # SKYLAPSE_API_KEY: the local service's key
     database_url: str | None = field(default=None, repr=False)  # SKYLAPSE_DATABASE_URL: SQLAlchemy's, with a password
@@ -149,6 +150,7 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         "offload": _choice(given, "SKYLAPSE_OFFLOAD", OFFLOAD),
         "kernels": _kernels(given, "SKYLAPSE_KERNELS"),
         "data": _folder(given, "SKYLAPSE_DATA"),
+        "revision": given.get("SKYLAPSE_REVISION"),
         "api_key": _key(given, "SKYLAPSE_API_KEY"),
         "database_url": given.get("SKYLAPSE_DATABASE_URL"),
         "webhook_secret": given.get("SKYLAPSE_WEBHOOK_SECRET"),

@@ -114,8 +114,9 @@ def evaluate(model: Model, members: Sequence[Trajectory], layouts: Layouts, apar
 
 def take(trajectory: Trajectory, outcome: Outcome, previewer: AnyPreviewer | None = None) -> Taken:
     """The request's own part of a step: its solver, and its cache. previewer: see `Trajectory.advance`."""
-    latents = trajectory.current
+    latents, num_branches = trajectory.current, trajectory.plan.num_branches
     trajectory.advance(outcome.velocities, previewer)
+    trajectory.account.stepped(num_branches if outcome.computed else 0)
     if outcome.computed:
         trajectory.cache.computed(outcome.state, latents)
     else:

@@ -28,6 +28,7 @@ from .device import expand_segments, text_cache_bytes
 from .events import DeviceLost, EngineFull, Event, Failed, Finished, Ticket, is_device_lost
 from .layout import Layouts
 from .memory import MemoryBudget, load_budget
+from .meter import Meter
 from .models.compiled import compile_trunk
 from .models.model import Model, load_model
 from .models.quantization import parse_quantize
@@ -40,6 +41,7 @@ from .scheduler import Scheduler, SchedulerConfig
 from .stream import StepLoop
 from .terms import Terms
 from .trajectory import Trajectory
+from .usage import Account
 
 logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -140,6 +142,10 @@ class Engine:
         return self._batch.num_packs, self._batch.num_pack_tokens
 
     @property
+    def meter(self) -> Meter:
+        return self._batch.meter
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 
@@ -235,21 +241,27 @@ class Engine:
         finally:
             del self._listeners[ticket]
 
-    def stream(self, request: VideoRequest, latents: Tensor | None = None, **terms: Any) -> AsyncGenerator[Event, None]:
+    def stream(
+        self, request: VideoRequest, latents: Tensor | None = None, account: Account | None = None, **terms: Any
+    ) -> AsyncGenerator[Event, None]:
         """The events of one request, as they happen; leaving the loop early aborts it.
 
         Steps run in a thread of their own, shared by all streams of the engine, so the event loop never waits for the
-        device. The first event raises what `submit` raises.
+        device. The first event raises what `submit` raises. account: what the request uses is added to it.
         """
-        ticket = next(self._tickets)
-        return self._loop.events(ticket, lambda: self._join(self._trajectory(ticket, request, latents, Terms(**terms))))
-
-    def stream_resumed(self, folder: str | Path, deadline_s: float | None = None) -> AsyncGenerator[Event, None]:
-        """As `stream`, of a request that goes on from its checkpoint. The first event raises what `resume` raises."""
         ticket = next(self._tickets)
         return self._loop.events(
             ticket,
-            lambda: self._join(load_trajectory(Path(folder), ticket, self.model, self.text_cache, deadline_s)),
+            lambda: self._join(self._trajectory(ticket, request, latents, Terms(**terms)).charged_to(account)),
+        )
+
+    def stream_resumed(
+        self, folder: str | Path, deadline_s: float | None = None, account: Account | None = None
+    ) -> AsyncGenerator[Event, None]:
+        """As `stream`, of a request that goes on from its checkpoint. The first event raises what `resume` raises."""
+        ticket, of = next(self._tickets), (self.model, self.text_cache)
+        return self._loop.events(
+            ticket, lambda: self._join(load_trajectory(Path(folder), ticket, *of, deadline_s).charged_to(account))
         )
 
     def weigh_tenants(self, weights: Mapping[str, float]) -> None:
@@ -349,12 +361,11 @@ class Engine:
         if self._lost is not None:
             raise self._lost
         if len(self._joining) + len(self._batch) >= self.settings.max_queued:
-            raise EngineFull(
-                f"{self.settings.max_queued} requests are queued or running, which is all this engine takes"
-            )
+            raise EngineFull(f"{self.settings.max_queued} requests are queued or running, all that this engine takes")
         trajectory.fit = self.memory.check(trajectory)
         if trajectory.terms.preview_every:
             _ = self.previewer  # fitted here where no file beside the model has the map, rather than between two steps
+        trajectory.account.enter()
         self._joining.append(trajectory)
         if self._streams:
             self._loop.notify()
@@ -365,8 +376,7 @@ class Engine:
         while self._joining:
             self._batch.join(self._joining.popleft())
         while self._aborted:
-            ticket = self._aborted.popleft()
-            self._batch.leave(ticket)
+            self._batch.leave(ticket := self._aborted.popleft())
             self._kept = [event for event in self._kept if event.ticket != ticket]
 
 

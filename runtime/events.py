@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .request import Video
+    from .usage import Usage
 
 Ticket = int
 
@@ -19,7 +20,8 @@ class Progress:
     """Step `step` of `num_steps` is done.
 
     step_s: seconds a step so far, whatever else ran in between. eta_s: at that pace, until the last step.
-    num_skipped: steps so far that a cache answered.
+    num_skipped: steps so far that a cache answered. usage: what the request has used in this engine so far; on a GPU
+    without what it is still working on.
     """
 
     ticket: Ticket
@@ -28,6 +30,7 @@ class Progress:
     step_s: float = field(default=0.0, compare=False)
     eta_s: float = field(default=0.0, compare=False)
     num_skipped: int = field(default=0, compare=False)
+    usage: Usage | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +44,12 @@ class Preview:
 
 @dataclass(frozen=True)
 class Checkpointed:
-    """The request can be resumed after step `step` from `folder`."""
+    """The request can be resumed after step `step` from `folder`; usage: what it had used in this engine by then."""
 
     ticket: Ticket
     step: int
     folder: Path
+    usage: Usage | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # torch-free and numpy-free: a request is made and refused be
     from PIL import Image
 
     from .cache.step_cache import CacheReport
+    from .usage import Usage
 
     Frames: TypeAlias = NDArray[np.uint8]  # [frames, height, width, 3]
     ImageSource: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]  # an array is [height, width, 3]
@@ -171,6 +172,7 @@ class VideoMetadata:
     )  # prompt, negative_prompt -> its last that were not read
     peak_bytes: int | None = None  # most device memory held meanwhile, by all; None where the device does not count it
     lossy_kernels: tuple[str, ...] = ()  # asked for, and less exact than rounding alone: ("attention=sage",)
+    usage: Usage | None = None  # in the engine that finished it; without what an engine did before a checkpoint
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -42,6 +42,7 @@ from .sampler.solver import get_solver
 from .sampler.state import add_noise, predict_clean, state_bytes
 from .step_plan import StepPlan, plan_steps
 from .terms import Terms
+from .usage import Account
 from .vae.codec import VideoCodec
 
 
@@ -60,6 +61,7 @@ class Trajectory:
         assert request.num_inference_steps is not None
         self.ticket, self.model, self.request = ticket, model, request
         self.terms = terms or Terms()
+        self.account = Account()
         width, height, num_frames = request.size
         self.shape = model.codec.latent_shape(num_frames, height, width)
         _check_latents(latents, self.shape)
@@ -88,6 +90,11 @@ class Trajectory:
         self._frames: list[np.ndarray] = []
         self._denoising_since_s = self.submitted_s
         self._pace_from: tuple[int, float] | None = None  # (steps done, time) when denoising began here
+
+    def charged_to(self, account: Account | None) -> Trajectory:
+        """Itself, whose work is added to this account."""
+        self.account = account or self.account
+        return self
 
     # --- where it stands ------------------------------------------------------------------------------------------
 
@@ -135,7 +142,8 @@ class Trajectory:
         first, since_s = self._pace_from
         step_s = (now_s - since_s) / (step - first)
         num_skipped = self.cache.trace[:step].count("0")
-        return Progress(self.ticket, step, self.num_steps, step_s, step_s * (self.num_steps - step), num_skipped)
+        eta_s, usage = step_s * (self.num_steps - step), self.account.usage
+        return Progress(self.ticket, step, self.num_steps, step_s, eta_s, num_skipped, usage)
 
     @property
     def places(self) -> list[tuple[int, int]]:

@@ -32,6 +32,28 @@ class VideoError(BaseModel):
     message: str
 
 
+class Cost(BaseModel):
+    """amount: decimal, as text, so that nothing is rounded."""
+
+    amount: str
+    currency: str
+
+
+class VideoUsage(BaseModel):
+    """What a video has used of engines. Steps that were lost with an engine are not in it.
+
+    engine_seconds: its share of the time in which engines worked. device: null where none has begun.
+    """
+
+    engine_seconds: float
+    device: Literal["cpu", "cuda"] | None
+    steps_computed: int
+    steps_skipped: int
+    evaluations: int
+    frames: int
+    cost: Cost | None
+
+
 class Video(BaseModel):
     """OpenAI's 13 keys, and ours."""
 
@@ -59,6 +81,8 @@ class Video(BaseModel):
     resumed_from_step: int | None
     native_size: str
     native_frames: int
+    usage: VideoUsage | None  # once it has ended
+    inference_time_s: float | None  # from when an engine took it until it ended
 
 
 class Preview(BaseModel):
@@ -119,6 +143,29 @@ class Model(BaseModel):
 class ModelList(BaseModel):
     object: Literal["list"]
     data: list[Model]
+
+
+class UsageBucket(BaseModel):
+    """Of the jobs that ended on a day, of a tenant, by a model; null where they are not told apart."""
+
+    object: Literal["usage.bucket"]
+    day: str | None
+    tenant: str | None
+    model: str | None
+    jobs: int
+    completed: int
+    failed: int
+    engine_seconds: float
+    video_seconds: float
+    cost: Cost | None
+
+
+class UsageList(BaseModel):
+    object: Literal["list"]
+    data: list[UsageBucket]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class Generated(BaseModel):

@@ -6,6 +6,8 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -21,13 +23,15 @@ from .catalog import Catalog
 from .context import Context
 from .errors import ApiError
 from .key_use import KeyUse
-from .openapi import describe_api
-from .routes import characters, content, events, generations, health, models, page, remakes, session, videos
+from .openapi import MAKES, describe_api
+from .request_counter import RequestCounter
+from .routes import characters, content, events, generations, health, models, page, remakes, session, usage, videos
 from .store.jobs import NotFound
 from .watch import Watch
 
 logger = logging.getLogger(__name__)
-ROUTES = (characters, remakes, videos, content, events, generations, models, health, session, page)
+ROUTES = (characters, remakes, videos, content, events, generations, models, usage, health, session, page)
+MAKES_JOBS = (*MAKES, "generateVideo")  # operations
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -36,8 +40,17 @@ def create_app(context: Context, behind_proxy: bool = False) -> FastAPI:
 
     behind_proxy: Ray's proxy gives requests and answers their ids.
     """
-    app = FastAPI(title="skylapse", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
-    app.state.context = context
+    counter = RequestCounter(context.database, context.ledger.counters)
+
+    @asynccontextmanager
+    async def until_stopped(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        with suppress(SQLAlchemyError):
+            await counter.flush()
+
+    urls = dict(docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    app = FastAPI(title="skylapse", version=__version__, lifespan=until_stopped, **urls)
+    app.state.context, app.state.counter = context, counter
     app.state.catalog = Catalog(context.config)
     app.state.watch = Watch(context.jobs)
     app.state.key_use = KeyUse(context.keys)
@@ -49,27 +62,30 @@ def create_app(context: Context, behind_proxy: bool = False) -> FastAPI:
     app.add_exception_handler(NotFound, _not_found)
     app.add_exception_handler(SQLAlchemyError, _store_away)
     app.add_exception_handler(Exception, _broken)
-    app.add_middleware(Labelled, behind_proxy=behind_proxy)
+    app.add_middleware(Labelled, counter=counter, behind_proxy=behind_proxy)
     describe_api(app)
     return app
 
 
 class Labelled:
-    """Gives every answer an id, which the logs name, and the time that it took."""
+    """Gives every answer an id, which the logs name, and the time that it took; and counts it."""
 
-    def __init__(self, app: ASGIApp, behind_proxy: bool = False) -> None:
-        self.app, self.behind_proxy = app, behind_proxy
+    def __init__(self, app: ASGIApp, counter: RequestCounter, behind_proxy: bool = False) -> None:
+        self.app, self.counter, self.behind_proxy = app, counter, behind_proxy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        began_s = time.perf_counter()
+        began_s, has_answered = time.perf_counter(), False
         given = Headers(scope=scope).get("x-request-id", "") if self.behind_proxy else ""
         request_id = given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def labelled(message: Message) -> None:
+            nonlocal has_answered
             if message["type"] == "http.response.start":
+                has_answered = True
+                self.counter.answered(scope, message["status"])
                 headers = MutableHeaders(scope=message)
                 if not self.behind_proxy:
                     headers["x-request-id"] = request_id
@@ -78,7 +94,12 @@ class Labelled:
                 headers.setdefault("x-content-type-options", "nosniff")
             await send(message)
 
-        await self.app(scope, receive, labelled)
+        try:
+            await self.app(scope, receive, labelled)
+        except Exception:
+            if not has_answered:  # it is, outside of this
+                self.counter.answered(scope, 500)
+            raise
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
@@ -90,6 +111,8 @@ def _answer(error: ApiError) -> JSONResponse:
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
+    if error.status not in (401, 403) and getattr(request.scope.get("route"), "operation_id", None) in MAKES_JOBS:
+        request.app.state.counter.refused(error.code or "invalid_request")
     return _answer(error)
 
 

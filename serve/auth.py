@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from .errors import ApiError
+from .loopback import is_from_loopback
 from .routes.session import COOKIE, check_origin
 from .store.keys import OPERATOR, ApiKey
 
@@ -51,6 +52,28 @@ def _key(request: Request) -> ApiKey:
     return key
 
 
+def is_operator(request: Request, key: ApiKey) -> bool:
+    """Whether this key sees all tenants: by its scope alone, which a browser's cookie never carries."""
+    return "operator" in key.scopes and "authorization" in request.headers
+
+
+def _reads_usage(request: Request) -> Caller:
+    key = _key(request)
+    if is_operator(request, key):
+        return Caller(key.tenant, key)
+    return _may("read")(request)
+
+
+def check_scrapes(request: Request) -> None:
+    """Whether /metrics may be read: on loopback by everybody, else with a key of scope operator. ApiError 401, 403."""
+    if request.app.state.context.config.metrics_open or is_from_loopback(request):
+        return
+    if not is_operator(request, _key(request)):
+        message = "Metrics need a key of scope operator, or metrics_open in the service's configuration."
+        raise ApiError(403, message, code="insufficient_permissions", type="permission_error")
+
+
 Reader = Annotated[Caller, Depends(_may("read"))]
 Writer = Annotated[Caller, Depends(_may("write"))]
 Operator = Annotated[Caller, Depends(_may(OPERATOR))]  # of all tenants; a cookie never has the scope
+UsageReader = Annotated[Caller, Depends(_reads_usage)]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..runtime.config import QUANTIZE, load_settings
+from .prices import Prices, by_device
 
 MIB = 2**20
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Price = Annotated[Decimal, Field(ge=0, le=10**6, decimal_places=9, allow_inf_nan=False)]
 
 
 class ServeConfig(BaseModel):
@@ -60,7 +63,12 @@ class ServeConfig(BaseModel):
     max_media_pixels: Count = 4096 * 4096  # of one picture
     max_media_seconds: Positive = 120.0
 
+    # what a second of an engine costs: model, or * for all others -> a price, or one for each of cpu and cuda
+    prices: dict[str, Price | dict[Literal["cpu", "cuda"], Price]] = {}
+    currency: Annotated[str, Field(pattern="^[A-Z]{3}$")] = "EUR"
+
     # answers
+    metrics_open: bool = False  # /metrics to everybody; else it needs a key of scope operator, but on loopback
     downloads: Literal["proxy", "redirect"] = "proxy"  # redirect: 307 to a presigned URL, on a bucket alone
     session_s: Positive = 12 * 3600.0  # life of a browser's cookie
 
@@ -98,6 +106,10 @@ class ServeConfig(BaseModel):
     def scratch(self) -> Path:
         """For files that nobody needs after a restart."""
         return self.folder / "scratch"
+
+    @property
+    def price_list(self) -> Prices:
+        return Prices(by_device(self.prices), self.currency)
 
     def model_of(self, name: str | None) -> str | None:
         """The model behind a name that a client used, or None where there is none of that name."""

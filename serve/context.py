@@ -15,6 +15,7 @@ from .store.audit import Audit
 from .store.database import Database
 from .store.jobs import JobStore
 from .store.keys import ENVIRONMENT, TENANT_SCOPES, KeyStore
+from .store.ledger import Ledger
 from .store.processes import Processes
 from .store.sessions import Sessions
 from .store.tenants import TenantStore
@@ -35,6 +36,7 @@ class Context:
     tenants: TenantStore
     all_jobs: AllJobs
     audit: Audit
+    ledger: Ledger
     tracer: Tracer | None = None  # None: no traces are wanted
 
 
@@ -68,10 +70,11 @@ def with_secrets(config: ServeConfig) -> ServeConfig:
 
 def stand_on(config: ServeConfig, database: Database, tracer: Tracer | None = None) -> Context:
     """What stands on a store that is open; nothing is made, and nothing is changed."""
+    ledger = Ledger(config.price_list)
     return Context(
         config,
         database,
-        JobStore(database),
+        JobStore(database, ledger),
         KeyStore(database),
         Sessions(database),
         Processes(database),
@@ -79,5 +82,6 @@ def stand_on(config: ServeConfig, database: Database, tracer: Tracer | None = No
         TenantStore(database),
         AllJobs(database),
         Audit(database),
+        ledger,
         tracer,
     )

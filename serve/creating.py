@@ -21,6 +21,7 @@ from .outbound import check_url
 from .schema import CreateVideo, ExtendVideo, RemixVideo, Sampling
 from .shape import shape_of
 from .sources import Source
+from .store.job_model import MODEL_ID
 from .store.jobs import (
     Bounds,
     IdempotencyConflict,
@@ -30,6 +31,7 @@ from .store.jobs import (
     StoreFull,
     new_job_id,
 )
+from .store.ledger import DEFAULT_CLASS
 
 TOKENS_PER_S = 4000.0  # of an engine that has not told yet: the demo model on two CPU cores
 MAX_KEY_CHARACTERS = 255
@@ -114,7 +116,7 @@ def make_job(
     try:
         job = context.jobs.create(
             caller.tenant,
-            draft.request | {"inputs": sorted(draft.files)},
+            draft.request | {"inputs": sorted(draft.files), MODEL_ID: context.config.model_of(draft.model.name)},
             job_id=draft.job_id,
             priority=asked.priority,
             work=_work(context, draft),
@@ -122,6 +124,7 @@ def make_job(
             idempotency_key=idempotency,
             webhook_url=asked.webhook_url,
             trace=None if context.tracer is None else context.tracer.begin(draft.job_id, traceparent),
+            job_class=DEFAULT_CLASS,
         )
     except (QuotaExceeded, RateExceeded, StoreFull, IdempotencyConflict) as error:
         _forget(context.artifacts, draft)

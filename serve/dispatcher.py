@@ -45,7 +45,7 @@ class Dispatcher:
         self.config, self.processes = context.config, context.processes
         self.id = serve.get_replica_context().replica_id.unique_id
         self.engine = engine
-        self.leases = Leases(context.database, self.config.lease_s, self.config.max_attempts)
+        self.leases = Leases(context.database, self.config.lease_s, self.config.max_attempts, context.ledger)
         self.outbox = Outbox(context.database, self.config.webhook_attempts)
         self.traces, self.tracer = JobTraces(context.database), context.tracer
         self.sweeper = Sweeper(context)

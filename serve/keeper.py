@@ -14,9 +14,11 @@ from contextlib import contextmanager
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from ..runtime.usage import Account, Usage
 from .engine.job_spans import JobSpans
 from .store.jobs import Job
 from .store.leases import Leases, Standing
+from .store.ledger import Used
 
 logger = logging.getLogger(__name__)
 LOOK_S = 0.05  # between two looks for jobs that were cancelled or taken away: they stop within this and a step
@@ -25,10 +27,14 @@ LOST, STALLED, DRAINED = "lost", "stalled", "drained"
 
 
 class Held:
-    """A job that is being worked on. `stop` is called once, from the thread, when `reason` is there."""
+    """A job that is being worked on. `stop` is called once, from the thread, when `reason` is there.
 
-    def __init__(self, job: Job, stop: Callable[[], None], spans: JobSpans) -> None:
-        self.job, self._stop, self.spans = job, stop, spans
+    account: what this attempt has used.
+    """
+
+    def __init__(self, job: Job, account: Account, stop: Callable[[], None], spans: JobSpans) -> None:
+        self.job, self.account, self._stop, self.spans = job, account, stop, spans
+        self.told_usage = Usage()
         self.reason: str | None = None
         self.moved_s = time.monotonic()
         self.standing = Standing("encode", job.step, job.num_steps)
@@ -48,8 +54,8 @@ class Held:
 class Keeper:
     """Renews every third of a lease and looks in between."""
 
-    def __init__(self, leases: Leases, stage_deadline_s: float) -> None:
-        self.leases, self.stage_deadline_s = leases, stage_deadline_s
+    def __init__(self, leases: Leases, stage_deadline_s: float, device: str) -> None:
+        self.leases, self.stage_deadline_s, self.device = leases, stage_deadline_s, device
         self._held: dict[str, Held] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -57,8 +63,8 @@ class Keeper:
         self._thread.start()
 
     @contextmanager
-    def holding(self, job: Job, stop: Callable[[], None], spans: JobSpans) -> Iterator[Held]:
-        held = Held(job, stop, spans)
+    def holding(self, job: Job, account: Account, stop: Callable[[], None], spans: JobSpans) -> Iterator[Held]:
+        held = Held(job, account, stop, spans)
         with self._lock:
             self._held[job.id] = held
         try:
@@ -107,11 +113,19 @@ class Keeper:
                 h.end(LOST)
 
     def _report(self, held: list[Held]) -> None:
-        untold = [(h, h.standing) for h in held if not h.is_told and h.reason is None]
-        if untold:
-            self.leases.report([(h.job, standing) for h, standing in untold])
+        """Under the lease, so that a killed engine takes with it no more than what it did since the last look."""
+        held = [h for h in held if h.reason is None]
+        untold = [(h, h.standing) for h in held if not h.is_told]
+        used = [(h, usage) for h in held if (usage := h.account.usage) is not h.told_usage]
+        if untold or used:
+            self.leases.report(
+                [(h.job, standing) for h, standing in untold],
+                [(h.job, Used(usage, self.device)) for h, usage in used],
+            )
         for h, standing in untold:
             h.is_told = h.standing is standing
+        for h, usage in used:
+            h.told_usage = usage
 
     def _look(self, held: list[Held]) -> None:
         lost = self.leases.lost([h.job for h in held if h.reason is None])

@@ -1,8 +1,8 @@
 """Every metric that `/metrics` shows: its name, kind, labels and how many series it may have.
 
 Counters and histograms are rows of the store (store/counters.py), added in the transaction that makes what they count,
-so they never fall. Gauges are read when they are asked for (metrics.py). Names and labels are a contract with dashboards
-and alerts: a new release adds, and renames nothing.
+so they never fall. Gauges are read when they are asked for (metrics.py). Names and labels are a contract with
+dashboards and alerts: a new release adds, and renames nothing.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ BACKLOG = _metric(GAUGE, "backlog_seconds", "model", 1, "Estimated seconds of on
 JOBS_IN_PROGRESS = _metric(GAUGE, "jobs_in_progress", "model", 1, "Jobs that engines work on")
 WEBHOOKS_WAITING = _metric(GAUGE, "webhooks_waiting", "", 1, "Webhook events that are neither delivered nor given up")
 DISPATCHERS = _metric(GAUGE, "dispatchers", "", 1, "Dispatchers that are alive")
-ENGINES = _metric(GAUGE, "engines", "model state", 4, "Engines that are alive: starting, idle, busy, draining")
+ENGINES = _metric(GAUGE, "engines", "model state", 4, "Engines that are alive: loading, ready, draining, failed")
 ENGINE_MEMORY = _metric(
     GAUGE, "engine_memory_utilization_ratio", "engine", 8, "Share of its memory that an engine's device has in use"
 )

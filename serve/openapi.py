@@ -9,7 +9,19 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from .answers import Error, Generated, Health, Model, ModelList, Ready, Video, VideoDeleted, VideoEvent, VideoList
+from .answers import (
+    Error,
+    Generated,
+    Health,
+    Model,
+    ModelList,
+    Ready,
+    UsageList,
+    Video,
+    VideoDeleted,
+    VideoEvent,
+    VideoList,
+)
 from .creating import MAX_KEY_CHARACTERS
 from .schema import VIDEO_ID, CreateVideo, EditVideo, ExtendVideo, Generation, ImageReference, RemixVideo
 
@@ -27,6 +39,7 @@ ANSWERS: dict[str, type[BaseModel]] = {
     "deleteVideo": VideoDeleted,
     "listModels": ModelList,
     "retrieveModel": Model,
+    "getUsage": UsageList,
     "health": Health,
     "ready": Ready,
 }
@@ -91,7 +104,8 @@ ERRORS = {
     "listModels": ALWAYS,
     "health": (),
     "ready": ("503",),
-    "metrics": ("503",),
+    "getUsage": ("400", *ALWAYS),
+    "metrics": ALWAYS,
 }
 LINKS = ("retrieveVideo", "cancelVideo", "remixVideo", "deleteVideo", "streamVideoEvents", "downloadVideo")
 

@@ -63,12 +63,19 @@ class EngineReplica:
         self._load_times = (0.0, 0.0)
         self.gpu = self.watch_gpu()
         self.engine = self.load()
-        self.measures = Measures()
+        self.measures = Measures(self.engine.meter, self.config.model)
+        self.database, self.counters = context.database, context.ledger.counters
         self.config.scratch.mkdir(parents=True, exist_ok=True)
         sweep_scratch(self.config.scratch)
         self.worker = Worker(
             self.engine,
-            Leases(context.database, self.config.lease_s, self.config.max_attempts, load_settings().tenant_weights),
+            Leases(
+                context.database,
+                self.config.lease_s,
+                self.config.max_attempts,
+                context.ledger,
+                load_settings().tenant_weights,
+            ),
             context.artifacts,
             self.measures,
             scratch=self.config.scratch,
@@ -166,6 +173,7 @@ class EngineReplica:
                     read_facts = self._facts_reader()
                 is_asked = self.processes.beat(self.id, ENGINE, self._standing | (read_facts() if read_facts else {}))
                 if read_facts is not None:
+                    self.measures.tell(self.database, self.counters)
                     self.engine.weigh_tenants(self.tenants.weights())
             except SQLAlchemyError as error:
                 logger.warning("no sign of life could be left: %s", type(error).__name__)

@@ -23,6 +23,7 @@ from pydantic import (
 
 from ..runtime.cache.spec import check_cache
 from .multipart import MAX_IMAGE_URL_BYTES
+from .prices import Cost
 from .store.jobs import Job
 from .store.tables import COMPLETED, FAILED
 
@@ -199,6 +200,18 @@ def show_video(job: Job, expires_after_s: float | None = None) -> dict[str, Any]
         "resumed_from_step": job.resumed_from_step,
         "native_size": request.get("native_size"),
         "native_frames": request.get("native_frames"),
+        "usage": None if job.usage is None else _show_used(job.usage),
+        "inference_time_s": None if job.ended_at is None or job.started_at is None else job.ended_at - job.started_at,
+    }
+
+
+def _show_used(usage: dict[str, Any]) -> dict[str, Any]:
+    """What a job has used of engines in all, as its row keeps it."""
+    nanos, currency = usage["cost_nanos"], usage["currency"]
+    return {
+        "engine_seconds": round(usage["engine_seconds"], 6),
+        **{name: usage[name] for name in ("device", "steps_computed", "steps_skipped", "evaluations", "frames")},
+        "cost": None if nanos is None else Cost(nanos, currency).show(),
     }
 
 

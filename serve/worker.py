@@ -26,7 +26,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..runtime.engine import Engine
 from ..runtime.events import Checkpointed, DeviceLost, Event, Failed, Finished, Preview, Progress
+from ..runtime.finish import Artifact
+from ..runtime.request import Video
 from ..runtime.resume import INDEX
+from ..runtime.usage import Account, Usage
 from .artifacts import ArtifactStore
 from .aside import Aside
 from .asking import INPUTS, LATENTS, input_key, preview_every
@@ -37,11 +40,13 @@ from .keeper import DRAINED, STALLED, Held, Keeper
 from .measures import Measures
 from .store.jobs import Job
 from .store.leases import Leases, Standing
+from .store.ledger import Used
 from .tracing import Tracer
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.1, 2.0
+LOOK_S = 0.02  # between two looks whether an engine is through with a job that was aborted
 
 
 class Worker:
@@ -61,7 +66,8 @@ class Worker:
     ) -> None:
         self.engine, self.leases, self.artifacts, self.measures = engine, leases, artifacts, measures
         self.scratch, self.checkpoint_every, self.tracer = scratch, checkpoint_every, tracer
-        self.keeper = Keeper(leases, stage_deadline_s)
+        self.stage_deadline_s = stage_deadline_s
+        self.keeper = Keeper(leases, stage_deadline_s, engine.device.type)
         self.is_lost = False  # nothing comes out of this engine any more
         self.is_draining = False  # no job is begun any more
         self._running = 0
@@ -117,26 +123,41 @@ class Worker:
         """Work on a job while the lease is kept; `held.reason` tells what ended it early."""
         loop = asyncio.get_running_loop()
         folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix=f"{job.id}-", dir=self.scratch))
-        work: asyncio.Task[None] | None = None
+        work: asyncio.Task[bool] | None = None
+        account = Account()
 
         def stop() -> None:
             if work is not None:
                 loop.call_soon_threadsafe(work.cancel)
 
-        with self.keeper.holding(job, stop, JobSpans(self.tracer, job, self.leases.lease_s)) as held:
+        with self.keeper.holding(job, account, stop, JobSpans(self.tracer, job, self.leases.lease_s)) as held:
             work = loop.create_task(self._work(job, held, folder))
             await asyncio.wait([work])
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-        if not work.cancelled():
-            return work.result()
-        held.spans.end(held.reason or "stopped", is_error=held.reason == STALLED)
-        self.measures.ended(held.reason or "stopped")
-        if held.reason == DRAINED:
-            await persist(partial(self.leases.release, job))
-        elif held.reason == STALLED:
-            self.is_lost = True
+        if work.cancelled():
+            held.spans.end(held.reason or "stopped", is_error=held.reason == STALLED)
+            self.measures.ended(held.reason or "stopped")
+            if held.reason == DRAINED:
+                await persist(partial(self.leases.release, job))
+            elif held.reason == STALLED:
+                self.is_lost = True
+        elif work.result():
+            return
+        await self._settle(job, account)
 
-    async def _work(self, job: Job, held: Held, folder: Path) -> None:
+    async def _settle(self, job: Job, account: Account) -> None:
+        """Write down what a job used that this worker has not ended, once its engine is through with it."""
+        until_s = time.monotonic() + self.stage_deadline_s
+        while account.is_open and not self.is_lost and time.monotonic() < until_s:
+            self.engine.meter.read()
+            await asyncio.sleep(LOOK_S)
+        await persist(partial(self.leases.settle, job, self._used(account)))
+
+    def _used(self, account: Account) -> Used:
+        return Used(account.usage, self.engine.device.type)
+
+    async def _work(self, job: Job, held: Held, folder: Path) -> bool:
+        """Whether the job has ended with what it used; else somebody else ended it, or goes on with it."""
         held.report(Standing("encode", job.step, job.num_steps))
         held.spans.reach("encode")
         aside = Aside()
@@ -148,7 +169,7 @@ class Worker:
             began_s = time.perf_counter()
             held.report(replace(held.standing, stage="finish", eta_s=0.0))
             held.spans.reach("finish")
-            artifacts = await asyncio.to_thread(finished, job.request, files, ended.video, folder)
+            artifacts = await asyncio.to_thread(self._finish, job, held, files, ended.video, folder)
             held.spans.reach("store")
             stored = {}
             for variant, path in artifacts.files.items():
@@ -156,8 +177,11 @@ class Worker:
                 stored[variant] = asdict(await persist(partial(self.artifacts.write, key, path, replace=True)))
             aside.drop()
             held.spans.end("completed")
-            if await persist(partial(self.leases.complete, job, stored)):
-                self.measures.ended("completed", time.perf_counter() - began_s)
+            stages_s = {**ended.video.metadata.timings_s, "finish": time.perf_counter() - began_s}
+            used = self._used(held.account)
+            if await persist(partial(self.leases.complete, job, stored, used, stages_s)):
+                self.measures.ended("completed")
+                return True
         except DeviceLost as error:
             self.is_lost = True
             held.spans.end("device_lost", is_error=True)
@@ -167,10 +191,20 @@ class Worker:
             code, message = failure(error)
             held.spans.end(code, is_error=True)
             logger.warning("job %s failed: %s", job.id, code, exc_info=error if code == "internal_error" else None)
-            if await persist(partial(self.leases.fail, job, code, message)):
+            if await persist(partial(self.leases.fail, job, code, message, self._used(held.account))):
                 self.measures.ended("failed")
+                return True
         finally:
             aside.drop()
+        return False
+
+    def _finish(self, job: Job, held: Held, files: dict[str, Path], video: Video, folder: Path) -> Artifact:
+        """The clip's files; the time is the job's, as that of its encoding and decoding is."""
+        began_s = time.perf_counter()
+        try:
+            return finished(job.request, files, video, folder)
+        finally:
+            self.engine.meter.add_beside(held.account, time.perf_counter() - began_s)
 
     async def _denoise(
         self, job: Job, held: Held, aside: Aside, files: dict[str, Path], folder: Path
@@ -180,8 +214,7 @@ class Worker:
         if job.checkpoint is not None:
             await persist(partial(self._fetch, job.checkpoint, checkpoint))
             try:
-                events = self.engine.stream_resumed(checkpoint)
-                self.measures.resumed(max(0, job.step - job.checkpoint_step))
+                events = self.engine.stream_resumed(checkpoint, account=held.account)
                 return await self._follow(job, held, aside, events)
             except ValueError as error:  # another model's or release's, or broken; a request's own errors are events
                 logger.warning("job %s starts again: %s", job.id, error)
@@ -192,6 +225,7 @@ class Worker:
         events = self.engine.stream(
             request,
             latents,
+            held.account,
             tenant=job.tenant,
             priority=job.priority,
             preview_every=preview_every(job.request),
@@ -204,6 +238,7 @@ class Worker:
         self, job: Job, held: Held, aside: Aside, events: AsyncGenerator[Event, None]
     ) -> Finished | Failed:
         last: Progress | None = None
+        kept: dict[int, Usage] = {}  # step -> what had been used by then
         async with aclosing(events):
             async for event in events:
                 if isinstance(event, Progress):
@@ -216,7 +251,9 @@ class Worker:
                 elif isinstance(event, Preview):
                     aside.put("preview", partial(self._show, job, event))
                 elif isinstance(event, Checkpointed):
-                    aside.put("checkpoint", partial(self._keep, job, event.folder))
+                    assert event.usage is not None
+                    kept[event.step] = event.usage
+                    aside.put("checkpoint", partial(self._keep, job, event, kept))
                 elif isinstance(event, Finished):
                     self.measures.made(event.video, last, job.request["tokens"])
                     return event
@@ -245,16 +282,17 @@ class Worker:
                 file.write(piece)
         return path
 
-    async def _keep(self, job: Job, folder: Path) -> None:
+    async def _keep(self, job: Job, event: Checkpointed, kept: dict[int, Usage]) -> None:
         """Store the newest checkpoint, then let the job's row point at it."""
-        newest = await asyncio.to_thread(_snapshot, folder)
+        newest = await asyncio.to_thread(_snapshot, event.folder)
         if newest is None:
             return
         snapshot, step = newest
         prefix = f"jobs/{job.id}/{job.epoch}/checkpoint-{step}"
         for path in sorted(snapshot.iterdir()):
             await persist(partial(self.artifacts.write, f"{prefix}/{path.name}", path, replace=True))
-        if await persist(partial(self.leases.checkpoint, job, prefix, step)):
+        used = Used(kept.get(step, event.usage or Usage()), self.engine.device.type)
+        if await persist(partial(self.leases.checkpoint, job, prefix, step, used)):
             await asyncio.to_thread(self._forget, job, "checkpoint-", step)  # nobody else reads while the lease is ours
         if job.is_suspect:
             self._has_suspect = False  # it has got further than its engine did

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
+
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from sqlalchemy.exc import SQLAlchemyError
 
-from ..gauges import render
+from ..auth import check_scrapes
+from ..metrics import render
 from ..store.processes import DISPATCHER, ENGINE
 
 router = APIRouter(tags=["health"])
@@ -44,9 +48,13 @@ def ready(request: Request) -> JSONResponse:
 
 
 @router.get("/metrics", operation_id="metrics", response_class=Response)
-def metrics(request: Request) -> Response:
-    """Gauges from the store, the same on every ingress; engines' own are at their nodes' exporters."""
-    return Response(render(request.app.state.context), media_type="text/plain; version=0.0.4; charset=utf-8")
+async def metrics(request: Request) -> Response:
+    """Everything that Prometheus is told, from the store: the same on every ingress, which adds what it has counted."""
+    await asyncio.to_thread(check_scrapes, request)
+    with suppress(SQLAlchemyError):  # a store that only reads is enough for the rest
+        await request.app.state.counter.flush()
+    text = await asyncio.to_thread(render, request.app.state.context)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _models(request: Request) -> list[str]:

@@ -14,11 +14,15 @@ from sqlalchemy import Connection, Integer, Row, and_, cast, func, insert, or_, 
 from sqlalchemy import delete as delete_rows
 from sqlalchemy.sql.elements import ColumnElement
 
+from ..metrics_table import JOBS_CREATED
 from .audit import Actor, record
+from .counters import Tally
 from .database import Database, now
+from .job_model import model_of
+from .ledger import DEFAULT_CLASS, DELETED, NOTHING, Ledger
 from .outbox import enqueue
 from .tables import COMPLETED, FAILED, IN_PROGRESS, QUEUED, idempotency, jobs, rates
-from .traces import DELETED, keep_job_span
+from .traces import keep_job_span
 
 UNFINISHED = (QUEUED, IN_PROGRESS)
 
@@ -78,6 +82,10 @@ class Job:
     webhook_url: str | None
     queued_at: float | None
     trace: str | None
+    job_class: str | None = None
+    attempt_usage: dict[str, Any] | None = None
+    kept_usage: dict[str, Any] | None = None
+    usage: dict[str, Any] | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -96,8 +104,8 @@ class Bounds:
 class JobStore:
     """Every method is one transaction."""
 
-    def __init__(self, database: Database) -> None:
-        self.database = database
+    def __init__(self, database: Database, ledger: Ledger | None = None) -> None:
+        self.database, self.ledger = database, ledger or Ledger()
 
     def create(
         self,
@@ -111,13 +119,15 @@ class JobStore:
         idempotency_key: tuple[str, str, str] | None = None,
         webhook_url: str | None = None,
         trace: str | None = None,
+        job_class: str = DEFAULT_CLASS,
         by: Actor | None = None,
     ) -> Job:
         """A queued job, or the one that the same idempotency key made before.
 
-        work: estimated seconds of one engine. idempotency_key: (route, key, digest of the request). Raises
-        QuotaExceeded, RateExceeded or StoreFull, and IdempotencyConflict where the key was used with another digest.
-        Once this returns, the job is not lost. by: the operator who tries a job again.
+        work: estimated seconds of one engine. idempotency_key: (route, key, digest of the request). job_class: the
+        operator's class of the tenant. Raises QuotaExceeded, RateExceeded or StoreFull, and IdempotencyConflict where
+        the key was used with another digest. Once this returns, the job is not lost. by: the operator who tries a job
+        again.
         """
         with self.database.write() as connection:
             self.database.lock(
@@ -130,14 +140,17 @@ class JobStore:
             sequence = (connection.scalar(select(func.max(jobs.c.sequence))) or 0) + 1
             job_id = job_id or new_job_id()
             values = dict(id=job_id, sequence=sequence, tenant=tenant, request=dict(request), created_at=now())
-            values |= dict(priority=priority, work=work, webhook_url=webhook_url, trace=trace)
+            values |= dict(priority=priority, work=work, webhook_url=webhook_url, trace=trace, job_class=job_class)
             connection.execute(insert(jobs).values(**values))
             if idempotency_key is not None:
                 route, key, digest = idempotency_key
                 row = dict(tenant=tenant, route=route, key=key, digest=digest, job_id=job_id, created_at=now())
                 connection.execute(insert(idempotency).values(**row))
             record(connection, by, "job.retry", job_id, None, {"retried_from": request.get("retried_from")})
-            return one(connection, jobs.c.id == job_id)
+            job, tally = one(connection, jobs.c.id == job_id), Tally()
+            tally.add(JOBS_CREATED, model_of(job.request), str(job.request.get("kind", "generate")), job_class)
+            self.ledger.counters.add(connection, tally)
+            return job
 
     def get(self, tenant: str, job_id: str) -> Job:
         """NotFound for another tenant's job as for none."""
@@ -177,21 +190,31 @@ class JobStore:
         """End a job with `cancelled`, unless it has ended; whoever works on it has lost the lease, and stops."""
         with self.database.write() as connection:
             mine = and_(jobs.c.id == job_id, jobs.c.tenant == tenant)
-            before = one(connection, mine).state if by else None
-            unfinished = update(jobs).where(mine, jobs.c.state.in_(UNFINISHED))
-            if connection.execute(unfinished.values(**ended(FAILED), **CANCELLED)).rowcount:
-                tell(connection, job_id)
-                record(connection, by, "job.cancel", job_id, {"state": before}, {"state": FAILED})
+            job, tally = one(connection, mine, is_locked=True), Tally()
+            if job.has_ended:
+                return job
+            at = time_of(connection)
+            usage = self.ledger.ended(connection, tally, job, at, "cancelled", "cancelled")
+            connection.execute(update(jobs).where(mine).values(**ended(FAILED, at, usage), **CANCELLED))
+            tell(connection, job_id)
+            record(connection, by, "job.cancel", job_id, {"state": job.state}, {"state": FAILED})
+            self.ledger.counters.add(connection, tally)
             return one(connection, mine)
 
     def delete(self, tenant: str, job_id: str) -> Job:
-        """Forget a job, and with it the lease of whoever works on it; returns what it was, for its artifacts' sake."""
+        """Forget a job, and with it the lease of whoever works on it; returns what it was, for its artifacts' sake.
+
+        What it has used stays in the ledger.
+        """
         with self.database.write() as connection:
-            job = one(connection, and_(jobs.c.id == job_id, jobs.c.tenant == tenant))
+            mine = and_(jobs.c.id == job_id, jobs.c.tenant == tenant)
+            job, tally = one(connection, mine, is_locked=True), Tally()
             if not job.has_ended:
+                self.ledger.ended(connection, tally, job, time_of(connection), "cancelled", DELETED)
                 keep_job_span(connection, job_id, DELETED)
             connection.execute(delete_rows(idempotency).where(idempotency.c.job_id == job_id))
             connection.execute(delete_rows(jobs).where(jobs.c.id == job_id))
+            self.ledger.counters.add(connection, tally)
             return job
 
     def forget_idempotency(self, older_than_s: float) -> int:
@@ -245,8 +268,15 @@ def new_job_id() -> str:
     return f"video_{secrets.token_hex(16)}"
 
 
-def one(connection: Connection, where: ColumnElement[bool]) -> Job:
-    row = connection.execute(select(jobs).where(where)).one_or_none()
+def time_of(connection: Connection) -> float:
+    """Seconds since 1970 by the database's clock."""
+    return float(connection.execute(select(now())).scalar_one())
+
+
+def one(connection: Connection, where: ColumnElement[bool], is_locked: bool = False) -> Job:
+    """NotFound where there is none; is_locked: nobody else changes it before the transaction ends."""
+    query = select(jobs).where(where)
+    row = connection.execute(query.with_for_update() if is_locked else query).one_or_none()
     if row is None:
         raise NotFound("there is no such job")
     return to_job(row)
@@ -256,9 +286,10 @@ def to_job(row: Row[Any]) -> Job:
     return Job(**{field.name: getattr(row, field.name) for field in fields(Job)})
 
 
-def ended(state: str) -> dict[str, Any]:
-    """What an end changes in every case."""
-    return dict(state=state, ended_at=now(), lease_until=None, owner=None, stage=None, version=jobs.c.version + 1)
+def ended(state: str, at: float, usage: dict[str, Any]) -> dict[str, Any]:
+    """What an end changes in every case. usage: what the ledger says of the job."""
+    values = dict(state=state, ended_at=at, lease_until=None, owner=None, stage=None, version=jobs.c.version + 1)
+    return values | NOTHING | dict(usage=usage)
 
 
 def tell(connection: Connection, job_id: str) -> None:

@@ -14,8 +14,12 @@ from typing import Any
 from sqlalchemy import Connection, Row, and_, case, func, or_, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
+from ..metrics_table import QUEUE_WAIT, STAGE_SECONDS
+from .counters import Tally
 from .database import Database, now
-from .jobs import UNFINISHED, Job, ended, one, tell, to_job
+from .job_model import model_of
+from .jobs import UNFINISHED, Job, NotFound, ended, one, tell, time_of, to_job
+from .ledger import CRASHED, DEFAULT_CLASS, NOTHING, RELEASED, TAKEN_BACK, Ledger, Used
 from .tables import COMPLETED, FAILED, IN_PROGRESS, QUEUED, jobs, tenants
 
 CHANGED = dict(version=jobs.c.version + 1)
@@ -39,10 +43,12 @@ class Leases:
         database: Database,
         lease_s: float = 6.0,
         max_attempts: int = 3,
+        ledger: Ledger | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
         """weights: of tenants for which the operator has set none in the store."""
         self.database, self.lease_s, self.max_attempts = database, lease_s, max_attempts
+        self.ledger = ledger or Ledger()
         named = [(jobs.c.tenant == tenant, weight) for tenant, weight in (weights or {}).items()]
         self._weight = func.coalesce(tenants.c.weight, *((case(*named),) if named else ()), 1.0)
 
@@ -66,7 +72,7 @@ class Leases:
             )
             waiting = (
                 select(jobs.c.id, jobs.c.is_suspect, jobs.c.tenant, jobs.c.work, jobs.c.started_at)
-                .add_columns(self._weight.label("weight"))
+                .add_columns(self._weight.label("weight"), jobs.c.attempt_usage)
                 .outerjoin(running, running.c.tenant == jobs.c.tenant)
                 .outerjoin(tenants, tenants.c.name == jobs.c.tenant)
                 .where(jobs.c.state == QUEUED)
@@ -86,6 +92,10 @@ class Leases:
                 chosen = [row.id for row in itertools.takewhile(lambda row: not row.is_suspect, found)]
             if not chosen:
                 return []
+            tally = Tally()
+            if left := [row.id for row in found if row.id in chosen and row.attempt_usage is not None]:
+                for row in connection.execute(select(jobs).where(jobs.c.id.in_(left))).all():  # an older release's
+                    self.ledger.taken_back(connection, tally, to_job(row), time_of(connection))
             claimed = dict(
                 state=IN_PROGRESS,
                 epoch=jobs.c.epoch + 1,
@@ -93,13 +103,20 @@ class Leases:
                 lease_until=now() + self.lease_s,
                 started_at=func.coalesce(jobs.c.started_at, now()),
                 resumed_from_step=case((jobs.c.checkpoint.is_not(None), jobs.c.checkpoint_step)),
+                **NOTHING,
             )
             connection.execute(
                 update(jobs).where(jobs.c.id.in_(chosen), jobs.c.state == QUEUED).values(**claimed, **CHANGED)
             )
             self._charge(connection, [row for row in found if row.id in chosen and row.started_at is None])
             rows = connection.execute(select(jobs).where(jobs.c.id.in_(chosen)).order_by(jobs.c.sequence))
-            return [to_job(row) for row in rows]
+            claims = [to_job(row) for row in rows]
+            for job in claims:
+                if job.epoch == 1:
+                    waited_s, label = (job.started_at or 0.0) - job.created_at, job.job_class or DEFAULT_CLASS
+                    tally.observe(QUEUE_WAIT, model_of(job.request), label, seconds=waited_s)
+            self.ledger.counters.add(connection, tally)
+            return claims
 
     def load(self, owner_prefix: str) -> tuple[int, int]:
         """(jobs that wait, jobs that owners whose names begin so work on)."""
@@ -128,7 +145,16 @@ class Leases:
 
     def release(self, job: Job) -> bool:
         """Give it back unfinished (drain, preemption), which counts against nobody."""
-        return self._write(job, dict(state=QUEUED, lease_until=None, owner=None, stage=None, queued_at=now()))
+        with self.database.write() as connection:
+            now_is, tally = _now(connection, _held(job)), Tally()
+            if now_is is None:
+                return False
+            at = time_of(connection)
+            self.ledger.taken_back(connection, tally, now_is, at, RELEASED)
+            values = dict(state=QUEUED, lease_until=None, owner=None, stage=None, queued_at=at, **NOTHING)
+            connection.execute(update(jobs).where(jobs.c.id == job.id).values(**CHANGED | values))
+            self.ledger.counters.add(connection, tally)
+            return True
 
     def expire(self, owner: str | None = None) -> list[Job]:
         """Take back what nobody renews, or at once what `owner` held, whose death was seen.
@@ -139,40 +165,79 @@ class Leases:
         with self.database.write() as connection:
             gone = jobs.c.lease_until < now() if owner is None else jobs.c.owner == owner
             late = select(jobs).where(jobs.c.state == IN_PROGRESS, gone)
-            found = connection.execute(late.with_for_update(skip_locked=True)).all()
+            found, tally = connection.execute(late.with_for_update(skip_locked=True)).all(), Tally()
             for row in found:
-                self._take_back(connection, to_job(row))
+                self._take_back(connection, tally, to_job(row))
+            self.ledger.counters.add(connection, tally)
             ids = [row.id for row in found]
             return [to_job(row) for row in connection.execute(select(jobs).where(jobs.c.id.in_(ids)))]
 
     # --- how far it is --------------------------------------------------------------------------------------------
 
-    def report(self, news: Sequence[tuple[Job, Standing]]) -> None:
-        """Tell how far jobs are. A step never falls: what a resumed job does again is not told again."""
+    def report(self, news: Sequence[tuple[Job, Standing]], used: Sequence[tuple[Job, Used]] = ()) -> None:
+        """Tell how far jobs are, and what their attempts have used.
+
+        A step never falls: what a resumed job does again is not told again.
+        """
         with self.database.write() as connection:
             for job, at in news:
                 step = case((jobs.c.step < at.step, at.step), else_=jobs.c.step)
                 values = dict(stage=at.stage, step=step, num_steps=at.num_steps, eta_s=at.eta_s)
                 connection.execute(update(jobs).where(_held(job)).values(**CHANGED | values))
+            for job, now_used in used:
+                record = now_used.record(job.epoch)
+                connection.execute(update(jobs).where(_held(job)).values(attempt_usage=record))
 
     def preview(self, job: Job, preview: Mapping[str, Any]) -> bool:
         """Show this one from now on."""
         return self._write(job, dict(preview=dict(preview)))
 
-    def checkpoint(self, job: Job, key: str, step: int) -> bool:
-        """From now on the job resumes here. An attempt that got further is no crash of its own."""
-        return self._write(job, dict(checkpoint=key, checkpoint_step=step, attempts=0, is_suspect=False))
+    def checkpoint(self, job: Job, key: str, step: int, used: Used | None = None) -> bool:
+        """From now on the job resumes here. An attempt that got further is no crash of its own.
+
+        used: what the attempt had used by then, which is the tenant's whatever becomes of the engine.
+        """
+        kept = {} if used is None else dict(kept_usage=used.record(job.epoch))
+        return self._write(job, dict(checkpoint=key, checkpoint_step=step, attempts=0, is_suspect=False, **kept))
 
     def restart(self, job: Job) -> bool:
         """Forget a checkpoint that nobody can resume from (another model's, a broken one)."""
-        return self._write(job, dict(checkpoint=None, checkpoint_step=0, resumed_from_step=None))
+        with self.database.write() as connection:
+            now_is, tally = _now(connection, _held(job)), Tally()
+            if now_is is None:
+                return False
+            self.ledger.begun_again(connection, tally, now_is, time_of(connection))
+            values = dict(checkpoint=None, checkpoint_step=0, resumed_from_step=None, kept_usage=None)
+            connection.execute(update(jobs).where(jobs.c.id == job.id).values(**CHANGED | values))
+            self.ledger.counters.add(connection, tally)
+            return True
 
-    def complete(self, job: Job, artifacts: Mapping[str, Any]) -> bool:
-        """artifacts: variant -> key, bytes and sha256, immutable from now on."""
-        return self._end(job, dict(**ended(COMPLETED), artifacts=dict(artifacts)))
+    def complete(
+        self,
+        job: Job,
+        artifacts: Mapping[str, Any],
+        used: Used | None = None,
+        stages_s: Mapping[str, float] | None = None,
+    ) -> bool:
+        """artifacts: variant -> key, bytes and sha256, immutable from now on. used: the attempt's, else what it told.
 
-    def fail(self, job: Job, code: str, message: str) -> bool:
-        return self._end(job, dict(**ended(FAILED), error_code=code, error_message=message))
+        stages_s: seconds of encode, denoise, decode and finish.
+        """
+        return self._end(job, COMPLETED, dict(artifacts=dict(artifacts)), used, stages_s or {})
+
+    def fail(self, job: Job, code: str, message: str, used: Used | None = None) -> bool:
+        return self._end(job, FAILED, dict(error_code=code, error_message=message), used, {})
+
+    def settle(self, job: Job, used: Used) -> None:
+        """What an attempt came to whose lease is gone: the step that ran when its job was cancelled or taken away."""
+        with self.database.write() as connection:
+            now_is = _now(connection, jobs.c.id == job.id)
+            if now_is is not None and now_is.epoch == job.epoch and now_is.state == IN_PROGRESS:
+                record = used.record(job.epoch)
+                connection.execute(update(jobs).where(jobs.c.id == job.id).values(attempt_usage=record))
+                return
+            tally = self.ledger.settle(connection, job, now_is, time_of(connection), used)
+            self.ledger.counters.add(connection, tally)
 
     # --- what they use --------------------------------------------------------------------------------------------
 
@@ -195,23 +260,44 @@ class Leases:
         with self.database.write() as connection:
             return connection.execute(update(jobs).where(_held(job)).values(**CHANGED | values)).rowcount == 1
 
-    def _end(self, job: Job, values: dict[str, Any]) -> bool:
+    def _end(
+        self, job: Job, state: str, values: dict[str, Any], used: Used | None, stages_s: Mapping[str, float]
+    ) -> bool:
         with self.database.write() as connection:
-            if connection.execute(update(jobs).where(_held(job)).values(**values)).rowcount != 1:
+            now_is, tally = _now(connection, _held(job)), Tally()
+            if now_is is None:
                 return False
+            at, outcome = time_of(connection), values.get("error_code", state)
+            usage = self.ledger.ended(connection, tally, now_is, at, outcome, outcome, used)
+            connection.execute(update(jobs).where(jobs.c.id == job.id).values(**ended(state, at, usage), **values))
             tell(connection, job.id)
+            for stage, seconds in stages_s.items():
+                tally.observe(STAGE_SECONDS, model_of(job.request), stage, seconds=seconds)
+            self.ledger.counters.add(connection, tally)
             return True
 
-    def _take_back(self, connection: Connection, job: Job) -> None:
-        attempts = job.attempts + int(job.is_suspect)
+    def _take_back(self, connection: Connection, tally: Tally, job: Job) -> None:
+        attempts, at = job.attempts + int(job.is_suspect), time_of(connection)
         values: dict[str, Any] = dict(state=QUEUED, lease_until=None, owner=None, is_suspect=True, attempts=attempts)
-        values |= dict(queued_at=now())
-        if attempts >= self.max_attempts:
+        values |= dict(queued_at=at)
+        has_crashed = attempts >= self.max_attempts
+        if has_crashed:
             message = f"The engine died {attempts} times while it worked on this job alone."
-            values = dict(**ended(FAILED), attempts=attempts, error_code="crashed", error_message=message)
-        connection.execute(update(jobs).where(jobs.c.id == job.id).values(**CHANGED | values))
-        if one(connection, jobs.c.id == job.id).has_ended:
+            usage = self.ledger.ended(connection, tally, job, at, CRASHED, CRASHED)
+            values = dict(**ended(FAILED, at, usage), attempts=attempts, error_code=CRASHED, error_message=message)
+        else:
+            self.ledger.taken_back(connection, tally, job, at, TAKEN_BACK)
+        connection.execute(update(jobs).where(jobs.c.id == job.id).values(**CHANGED | NOTHING | values))
+        if has_crashed:
             tell(connection, job.id)
+
+
+def _now(connection: Connection, where: ColumnElement[bool]) -> Job | None:
+    """The job as it is, which nobody else changes before the transaction ends; None where there is none such."""
+    try:
+        return one(connection, where, is_locked=True)
+    except NotFound:
+        return None
 
 
 def _held(job: Job) -> ColumnElement[bool]:

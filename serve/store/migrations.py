@@ -11,7 +11,19 @@ from typing import Any
 
 from sqlalchemy import Column, Connection, func, insert, inspect, select, text
 
-from .tables import api_keys, audit, job_traces, jobs, metadata, outbox, processes, tenants, versions
+from .tables import (
+    api_keys,
+    audit,
+    job_traces,
+    jobs,
+    ledger,
+    metadata,
+    metrics,
+    outbox,
+    processes,
+    tenants,
+    versions,
+)
 
 Step = Callable[[Connection], None]
 
@@ -28,6 +40,13 @@ def _operation(connection: Connection) -> None:
         add_column(connection, column)
 
 
+def _accounting(connection: Connection) -> None:
+    """The ledger of what jobs have used, and counters that never fall."""
+    metadata.create_all(connection, tables=[ledger, metrics])
+    for column in (jobs.c.job_class, jobs.c.attempt_usage, jobs.c.kept_usage, jobs.c.usage):
+        add_column(connection, column)
+
+
 def _traces(connection: Connection) -> None:
     """Jobs keep where their trace begins, and since when they wait."""
     for column in (jobs.c.trace, jobs.c.queued_at, outbox.c.trace):
@@ -35,7 +54,7 @@ def _traces(connection: Connection) -> None:
     metadata.create_all(connection, tables=[job_traces])
 
 
-STEPS: tuple[Step, ...] = (_first, _operation, _traces)
+STEPS: tuple[Step, ...] = (_first, _operation, _accounting, _traces)
 
 
 def add_column(connection: Connection, column: Column[Any]) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, and_, delete, func, insert, select, update
 
+from ..metrics_table import WEBHOOKS
+from .counters import Counters, Tally
 from .database import Database, now
 from .tables import outbox
 
@@ -56,6 +58,7 @@ class Outbox:
     def __init__(self, database: Database, max_attempts: int = 12) -> None:
         self.database = database
         self.max_attempts = max_attempts
+        self.counters = Counters()
 
     def claim(self, count: int, attempt_s: float) -> list[Delivery]:
         """Up to `count` events that are due, oldest first; nobody else gets them for `attempt_s`.
@@ -85,8 +88,10 @@ class Outbox:
     def delivered(self, delivery: Delivery) -> None:
         """The receiver took it: also when another attempt has begun meanwhile, whose failure then changes nothing."""
         with self.database.write() as connection:
-            event = outbox.c.id == delivery.id
-            connection.execute(update(outbox).where(event).values(delivered_at=now(), failed_at=None, last_error=None))
+            event = and_(outbox.c.id == delivery.id, outbox.c.delivered_at.is_(None))
+            values = dict(delivered_at=now(), failed_at=None, last_error=None)
+            if connection.execute(update(outbox).where(event).values(**values)).rowcount:
+                self._count(connection, "delivered")
 
     def failed(self, delivery: Delivery, error: str, retry_after_s: float | None = None) -> bool:
         """Try again later, not before the receiver's Retry-After; returns whether this was the last attempt instead.
@@ -103,7 +108,14 @@ class Outbox:
             counted = connection.execute(
                 update(outbox).where(newest).values(**values, last_error=error[:MAX_ERROR_CHARS])
             ).rowcount
+            if counted:
+                self._count(connection, "given_up" if gives_up else "retried")
         return gives_up and counted == 1
+
+    def _count(self, connection: Connection, outcome: str) -> None:
+        tally = Tally()
+        tally.add(WEBHOOKS, outcome)
+        self.counters.add(connection, tally)
 
     def remove_old(self, older_than_s: float) -> int:
         """Forget events that were delivered or given up so long ago; returns how many."""

@@ -62,6 +62,11 @@ jobs = Table(
     Column("webhook_url", Text),  # told once it has ended
     Column("queued_at", Float),  # since when it waits again, after an engine had it; null: since it was created
     Column("trace", String(64)),  # where its trace begins, as W3C's traceparent; null: there is none (tracing.py)
+    Column("job_class", String(32)),  # the operator's class of its tenant, a label of metrics; null: default
+    # what it has used: the newest attempt as it was last told and by its newest checkpoint, and all of it at the end
+    Column("attempt_usage", JSON(none_as_null=True)),
+    Column("kept_usage", JSON(none_as_null=True)),
+    Column("usage", JSON(none_as_null=True)),
     CheckConstraint(f"state in {STATES}", name="jobs_state"),
 )
 Index("jobs_waiting", jobs.c.state, jobs.c.lease_until, jobs.c.priority)
@@ -169,4 +174,42 @@ audit = Table(  # what operators changed; rows are added and never altered
     Column("before", JSON),
     Column("after", JSON),
     Column("request_id", String(64)),
+)
+
+ledger = Table(  # what jobs have used: a row is added when an attempt at one ends, and none is altered
+    "ledger",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("at", Float, nullable=False),
+    Column("day", String(10), nullable=False),  # of `at`, by UTC
+    Column("job_id", String(64), nullable=False),  # which may be deleted
+    Column("epoch", Integer, nullable=False),  # of the attempt; 0: a correction of all earlier ones
+    Column("tenant", String(64), nullable=False),
+    Column("model", Text, nullable=False),
+    Column("job_class", String(32), nullable=False),
+    Column("reason", String(64), nullable=False),  # why it ended: completed, an error's code, deleted, taken_back, ...
+    Column("jobs", Integer, nullable=False),  # 1 in the row with which the job ended
+    Column("completed", Integer, nullable=False),
+    Column("device", String(16)),
+    Column("engine_seconds", Float, nullable=False),  # the tenant's
+    Column("evaluations", Integer, nullable=False),
+    Column("steps_computed", Integer, nullable=False),
+    Column("steps_skipped", Integer, nullable=False),
+    Column("lost_seconds", Float, nullable=False),  # nobody's: of steps that have to be taken again
+    Column("lost_steps", Integer, nullable=False),
+    Column("frames", Integer, nullable=False),
+    Column("video_seconds", Float, nullable=False),
+    Column("cost_nanos", BigInteger),  # billionths of the currency's unit; null: there was no price
+    Column("currency", String(3)),
+)
+Index("ledger_by_tenant", ledger.c.tenant, ledger.c.day)
+Index("ledger_by_job", ledger.c.job_id)
+
+metrics = Table(  # counters and histograms, which never fall
+    "metrics",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("labels", Text, primary_key=True),  # their values, as JSON in the order of metrics_table.py
+    Column("part", String(16), primary_key=True),  # "": a counter; a bucket's upper bound, or `sum`
+    Column("value", Float, nullable=False),
 )

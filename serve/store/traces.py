@@ -9,8 +9,6 @@ from sqlalchemy import Connection, delete, insert, select
 from .database import Database, now
 from .tables import COMPLETED, job_traces, jobs
 
-DELETED = "deleted"
-
 
 def keep_job_span(connection: Connection, job_id: str, outcome: str | None = None) -> None:
     """Within the transaction that ends (or deletes) a job, so that one that has ended and has a trace has one span.

@@ -30,7 +30,7 @@ from skylapse.serve.measures import Measures
 from skylapse.serve.store.keys import SCOPES
 from skylapse.serve.store.leases import Leases
 from skylapse.serve.store.outbox import Outbox
-from skylapse.serve.store.processes import DISPATCHER, ENGINE
+from skylapse.serve.store.processes import DISPATCHER, ENGINE, READY
 from skylapse.serve.store.traces import JobTraces
 from skylapse.serve.sweep import Sweeper
 from skylapse.serve.tracing import job_span
@@ -162,12 +162,12 @@ class Crew:
         config = context.config
         self.context, self.config, self.working = context, config, working
         self.id = f"crew-{secrets.token_hex(4)}"
-        self.leases = Leases(context.database, config.lease_s, config.max_attempts)
+        self.leases = Leases(context.database, config.lease_s, config.max_attempts, context.ledger)
         self.outbox = Outbox(context.database, config.webhook_attempts)
         self.traces = JobTraces(context.database)
         self.sweeper = Sweeper(context)
         self.secret = open_secret(config)
-        self.measures = Measures()
+        self.measures = Measures(engine.meter, config.model)
         self.worker = Worker(
             engine,
             self.leases,
@@ -218,8 +218,10 @@ class Crew:
     async def _beat(self) -> None:
         beat = self.context.processes.beat
         facts = {"model": self.config.model, "slots": self.config.engine_slots, **self.measures.facts}
+        facts |= {"running": len(self.worker.keeper.held), "state": READY}
         await asyncio.to_thread(beat, f"{self.id}-dispatcher", DISPATCHER, {"calls": len(self._calls)})
         await asyncio.to_thread(beat, f"{self.id}-engine", ENGINE, facts)
+        await asyncio.to_thread(self.measures.tell, self.context.database, self.context.ledger.counters)
 
     async def _tidy(self) -> None:
         await asyncio.to_thread(self.leases.expire)

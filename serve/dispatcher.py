@@ -128,6 +128,8 @@ class Dispatcher:
     async def _beat(self) -> None:
         traced = {} if self.tracer is None else self.tracer.facts
         await asyncio.to_thread(self.processes.beat, self.id, DISPATCHER, {"calls": len(self._calls), **traced})
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.tell, self.leases.database, self.leases.ledger.counters)
         engines = await asyncio.to_thread(self.processes.alive, kind=ENGINE)
         self._kept = sum(engine.facts.get("slots", 0) for engine in engines if engine.facts.get("draining"))
 

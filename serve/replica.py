@@ -174,6 +174,8 @@ class EngineReplica:
                 is_asked = self.processes.beat(self.id, ENGINE, self._standing | (read_facts() if read_facts else {}))
                 if read_facts is not None:
                     self.measures.tell(self.database, self.counters)
+                    if self.tracer is not None:
+                        self.tracer.tell(self.database, self.counters)
                     self.engine.weigh_tenants(self.tenants.weights())
             except SQLAlchemyError as error:
                 logger.warning("no sign of life could be left: %s", type(error).__name__)
@@ -186,6 +188,7 @@ class EngineReplica:
         """Begin to drain when the GPU is sick, an operator asks for it, or Serve has begun to stop this engine."""
         if self.gpu is not None and self.gpu.reason is not None and self._sick_s is None:
             self._standing = self._standing | {"reason": self.gpu.reason}
+            self.measures.sick()
             self._drain(SICK, 0.0)
             self._sick_s = time.monotonic()
         if is_asked and self._standing["state"] == READY:

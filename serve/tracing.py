@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ..runtime.config import TraceSettings, load_tracing
+from .metrics_table import SPANS_DROPPED
+from .store.counters import Counters, Tally
+from .store.database import Database
 
 if TYPE_CHECKING:
     from .otlp import Pipeline
@@ -83,6 +86,7 @@ class Tracer:
     def __init__(self, settings: TraceSettings) -> None:
         self.settings = settings
         self._pipeline: Pipeline | None = None
+        self._told = 0  # of the spans that were dropped
         self._lock = Lock()
 
     def begin(self, job_id: str, traceparent: str | None) -> str | None:
@@ -97,9 +101,23 @@ class Tracer:
         self._open().write(span)
 
     @property
+    def num_dropped(self) -> int:
+        """Spans that no collector has."""
+        return 0 if self._pipeline is None else self._pipeline.num_dropped
+
+    @property
     def facts(self) -> dict[str, int]:
         """As a sign of life carries them."""
-        return {"spans_dropped": 0 if self._pipeline is None else self._pipeline.num_dropped}
+        return {"spans_dropped": self.num_dropped}
+
+    def tell(self, database: Database, counters: Counters) -> None:
+        """Count in the store what was dropped since the last call; SQLAlchemyError leaves it to the next."""
+        dropped, tally = self.num_dropped, Tally()
+        tally.add(SPANS_DROPPED, by=dropped - self._told)
+        if tally:
+            with database.write() as connection:
+                counters.add(connection, tally)
+            self._told = dropped
 
     def close(self) -> None:
         """Export what waits, for a few seconds at most."""

@@ -34,5 +34,7 @@ def test_jobs_of_a_sick_gpu_go_on_on_the_engine_that_takes_its_place(tmp_path: P
         assert any(video["resumed_from_step"] for video in videos)
         after = wait_for(lambda: [e for e in service.engines() if e["id"] != before["id"]], 30.0, "another engine")
         assert after[0]["state"] == "ready"
+        metrics = service.client.get("/metrics").text
+        assert 'skylapse_sick_engines_total{model="demo"} 1.0' in metrics
     finally:
         service.stop()

@@ -18,6 +18,8 @@ from receiver import receiver
 from skylapse.runtime.config import TraceSettings, load_tracing
 from skylapse.runtime.engine import Engine
 from skylapse.serve.engine.job_spans import LOST, JobSpans
+from skylapse.serve.metrics_table import SPANS_DROPPED
+from skylapse.serve.store.counters import Counters, read_counters
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.jobs import Bounds, Job, JobStore
 from skylapse.serve.store.leases import Leases, Standing
@@ -265,7 +267,7 @@ def a_span(number: int = 0) -> Span:
 
 
 def test_a_collector_that_hangs_holds_nobody_up_and_what_is_lost_is_counted(
-    endpoint: Collector, monkeypatch: pytest.MonkeyPatch
+    endpoint: Collector, monkeypatch: pytest.MonkeyPatch, database: Database
 ) -> None:
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "8")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "30")
@@ -277,6 +279,11 @@ def test_a_collector_that_hangs_holds_nobody_up_and_what_is_lost_is_counted(
         tracer.write(a_span(number))
     assert time.monotonic() - began_s < 1.0
     assert 100 - 2 * 8 <= tracer.facts["spans_dropped"] <= 100 - 8, "8 wait, and as many may be on their way"
+    dropped = tracer.facts["spans_dropped"]
+    for _ in range(2):
+        tracer.tell(database, Counters())
+    with database.read() as connection:
+        assert {metric: sets for metric, sets in read_counters(connection)}[SPANS_DROPPED] == {(): {"": dropped}}
     began_s = time.monotonic()
     tracer.close()
     assert time.monotonic() - began_s < 5.0

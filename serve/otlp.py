@@ -62,7 +62,7 @@ class Pipeline:
             flags = SAMPLED if parent.is_sampled else TraceFlags(TraceFlags.DEFAULT)
             remote = SpanContext(parent.trace_id, parent.span_id, is_remote=True, trace_flags=flags)
             context = set_span_in_context(NonRecordingSpan(remote), context)
-        return self._sampler.should_sample(context, parent.trace_id, JOB, SpanKind.SERVER).decision.is_sampled()
+        return self._sampler.should_sample(context, parent.trace_id, JOB, SpanKind.SERVER).decision.is_sampled()  # type: ignore[no-untyped-call]
 
     def write(self, span: Span) -> None:
         """Queue it for the exporter's thread, or drop and count it where too many wait."""
@@ -120,7 +120,7 @@ class CountingExporter(SpanExporter):
         return result
 
     def shutdown(self) -> None:
-        self._exporter.shutdown()
+        self._exporter.shutdown()  # type: ignore[no-untyped-call]
 
     def force_flush(self, timeout_millis: int = 30000) -> bool:
         return True

@@ -13,13 +13,13 @@ from skylapse.serve.engine.gpu_health import GpuHealth, GpuWatch
 from skylapse.serve.replica import EngineReplica
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fake_nvml import HANDLE, FakeNvml
+import fake_nvml
 
 
-class Told(FakeNvml):
+class Told(fake_nvml.FakeNvml):  # type: ignore[misc]  # found through pytest's `pythonpath`
     """Takes one line of a file for one event."""
 
-    def nvmlEventSetWait_v2(self, events: object, timeout_ms: int) -> object:  # type: ignore[override]
+    def nvmlEventSetWait_v2(self, events: object, timeout_ms: int) -> object:
         file = Path(os.environ["SKYLAPSE_TEST_XIDS"])
         if file.exists():
             self.xids += [int(line) for line in file.read_text().split()]
@@ -31,7 +31,7 @@ class OnThatGpu(EngineReplica):
     """Defined in `__main__`, so that Ray ships it by value: its workers need not find the tests."""
 
     def watch_gpu(self) -> GpuWatch:
-        return GpuWatch(GpuHealth(Told(), HANDLE))
+        return GpuWatch(GpuHealth(Told(), fake_nvml.HANDLE))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def wrong(query: str) -> list[str]:
         used = re.findall(r'(\w+)\s*(?:=~|!~|!=|=)\s*"', matchers)
         found += [f"{name}{{{label}}}" for label in used if label not in own]
     for _, grouped in GROUPING.findall(query):
-        found += [f"by ({label})" for label in map(str.strip, grouped.split(",")) if label not in labels]
+        found += [f"by ({label})" for label in map(str.strip, grouped.split(",")) if label not in labels | {""}]
     return found
 
 

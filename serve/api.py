@@ -48,8 +48,14 @@ def create_app(context: Context, behind_proxy: bool = False) -> FastAPI:
         with suppress(SQLAlchemyError):
             await counter.flush()
 
-    urls = dict(docs_url=None, redoc_url=None, openapi_url="/openapi.json")
-    app = FastAPI(title="skylapse", version=__version__, lifespan=until_stopped, **urls)
+    app = FastAPI(
+        title="skylapse",
+        version=__version__,
+        lifespan=until_stopped,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+    )
     app.state.context, app.state.counter = context, counter
     app.state.catalog = Catalog(context.config)
     app.state.watch = Watch(context.jobs)

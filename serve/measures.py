@@ -22,7 +22,8 @@ class Measures:
 
     def __init__(self, meter: Meter, model: str) -> None:
         self.meter, self.model = meter, model
-        self._told_s = 0.0  # of the busy time
+        self._told_s = meter.busy_s  # of the busy time; a warm-up is nobody's
+        meter.step_times()
         self._untold = Tally()
         self._speeds: deque[float] = deque(maxlen=32)  # tokens x steps a second of the last jobs
         self.facts: dict[str, Any] = {"jobs": 0}

@@ -9,7 +9,6 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 from sqlalchemy import case, func, select
 
 from .. import __version__
@@ -79,6 +78,8 @@ class _Store(Collector):
         yield _gauge(table.ENGINES, _by_state(engines, self.context.config.model))
         for fact, metric in FACTS.items():
             yield _gauge(metric, [((p.id,), float(p.facts[fact])) for p in engines if p.facts.get(fact) is not None])
+        decoders = [((p.id, str(p.facts["decoder"])), 1.0) for p in engines if "decoder" in p.facts]
+        yield _gauge(table.ENGINE_DECODER, decoders)
 
 
 def _by_state(engines: Sequence[Process], model: str) -> Samples:
@@ -108,6 +109,6 @@ def _counted(metric: Metric, sets: Mapping[tuple[str, ...], Mapping[str, float]]
         total, buckets = 0.0, []
         for bound in (*map(str, table.BUCKETS), INFINITE):
             total += parts.get(bound, 0.0)
-            buckets.append((floatToGoString(bound), total))
+            buckets.append((bound if bound == INFINITE else str(float(bound)), total))
         histogram.add_metric(labels, buckets, parts.get(SUM, 0.0))
     return histogram

@@ -181,6 +181,9 @@ ENGINE_TOKENS = _metric(
     GAUGE, "engine_tokens_per_second", "engine", 8, "Tokens times steps a second, median of an engine's last jobs"
 )
 ENGINE_READY = _metric(GAUGE, "engine_ready_seconds", "engine", 8, "Seconds from an engine's start until it was ready")
+ENGINE_DECODER = _metric(
+    GAUGE, "engine_decoder", "engine backend", 8, "1 for the backend that decodes the clips that begin now"
+)
 READ = (
     BUILD_INFO,
     QUEUE_DEPTH,
@@ -197,5 +200,6 @@ READ = (
     ENGINE_SLOTS,
     ENGINE_TOKENS,
     ENGINE_READY,
+    ENGINE_DECODER,
 )
 METRICS = {metric.name: metric for metric in (*COUNTED, *READ)}

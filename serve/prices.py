@@ -32,7 +32,8 @@ class Prices:
 
     def cost(self, model: str, device: str | None, engine_seconds: float) -> Cost | None:
         """Of so many seconds; None where the operator has set no price."""
-        price = next((self.of[name][device] for name in (model, ANY) if device in self.of.get(name, {})), None)
+        prices = (self.of.get(name, {}).get(device or "") for name in (model, ANY))
+        price = next((price for price in prices if price is not None), None)
         if price is None:
             return None
         seconds = Decimal(repr(engine_seconds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any
 
@@ -72,7 +73,7 @@ def show_bucket(bucket: Bucket) -> dict[str, Any]:
     }
 
 
-def _tenant(request: Request, caller: UsageReader, named: str, by: tuple[str, ...]) -> str | None:
+def _tenant(request: Request, caller: UsageReader, named: str, by: Sequence[str]) -> str | None:
     """The caller's own; for an operator the one that is named, or all: by `*`, and where they are told apart."""
     if is_operator(request, caller.key):
         return None if named == ALL or (not named and "tenant" in by) else named or caller.tenant

@@ -20,6 +20,7 @@ from .tables import metrics
 Labels = tuple[str, ...]
 VALUE, SUM, INFINITE = "", "sum", "+Inf"
 MAX_LABEL_CHARACTERS = 200
+MAX_KNOWN = 10_000  # label values of one metric that a process remembers
 
 
 class Tally:
@@ -59,15 +60,17 @@ class Counters:
     """Adds tallies; one object a process, which remembers the label values that it has seen."""
 
     def __init__(self) -> None:
-        self._known: dict[Metric, set[Labels]] = {}
+        self._known: dict[Metric, dict[Labels, Labels]] = {}  # label values -> what they are counted under
 
     def add(self, connection: Connection, tally: Tally) -> None:
         """As the last statement of the caller's transaction."""
         if not tally:
             return
+        for metric in {m for m, labels, _ in tally.values if m.is_open and labels not in self._known.get(m, ())}:
+            self._look(connection, metric)
         summed: dict[tuple[str, str, str], float] = {}
         for (metric, labels, part), by in tally.values.items():
-            key = metric.name, json.dumps(self._admitted(connection, metric, labels)), part
+            key = metric.name, json.dumps(self._admitted(metric, labels)), part
             summed[key] = summed.get(key, 0.0) + by
         rows = [dict(name=n, labels=ls, part=p, value=by) for (n, ls, p), by in sorted(summed.items())]
         dialect: Any = sqlite if connection.dialect.name == "sqlite" else postgresql
@@ -75,18 +78,24 @@ class Counters:
         kept = dict(value=metrics.c.value + added.excluded.value)
         connection.execute(added.on_conflict_do_update(index_elements=list(metrics.primary_key), set_=kept))
 
-    def _admitted(self, connection: Connection, metric: Metric, labels: Labels) -> Labels:
+    def _look(self, connection: Connection, metric: Metric) -> None:
+        """Learn what others have added."""
+        rows = connection.scalars(select(metrics.c.labels).where(metrics.c.name == metric.name).distinct())
+        known = self._known.setdefault(metric, {})
+        if len(known) > MAX_KNOWN:
+            known.clear()
+        known.update({labels: labels for labels in (tuple(json.loads(row)) for row in rows)})
+
+    def _admitted(self, metric: Metric, labels: Labels) -> Labels:
         """These label values, or `other` for all but the model where there are as many as there may be."""
         if not metric.is_open:
             return labels
-        if labels not in self._known.get(metric, ()):
-            rows = connection.scalars(select(metrics.c.labels).where(metrics.c.name == metric.name).distinct())
-            self._known.setdefault(metric, set()).update(tuple(json.loads(row)) for row in rows)
         known = self._known[metric]
-        if labels not in known and not _has_room(metric, labels, known):
-            labels = tuple(v if name == "model" else OTHER for name, v in zip(metric.labels, labels, strict=True))
-        known.add(labels)
-        return labels
+        if labels not in known:
+            other = tuple(v if name == "model" else OTHER for name, v in zip(metric.labels, labels, strict=True))
+            there = {counted for counted in known.values() if counted != other}
+            known[labels] = labels if _has_room(metric, labels, there) else other
+        return known[labels]
 
 
 def _has_room(metric: Metric, labels: Labels, known: set[Labels]) -> bool:

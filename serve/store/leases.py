@@ -284,7 +284,7 @@ class Leases:
         if has_crashed:
             message = f"The engine died {attempts} times while it worked on this job alone."
             usage = self.ledger.ended(connection, tally, job, at, CRASHED, CRASHED)
-            values = dict(**ended(FAILED, at, usage), attempts=attempts, error_code=CRASHED, error_message=message)
+            values = dict(**ended(FAILED, at, usage), attempts=attempts, error_code="crashed", error_message=message)
         else:
             self.ledger.taken_back(connection, tally, job, at, TAKEN_BACK)
         connection.execute(update(jobs).where(jobs.c.id == job.id).values(**CHANGED | NOTHING | values))

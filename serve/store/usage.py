@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -17,6 +19,7 @@ from ..prices import Cost
 from .database import Database
 from .tables import ledger
 
+DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")  # fromisoformat also takes weeks
 GROUPS = ("day", "tenant", "model")
 SUMS = ("jobs", "completed", "engine_seconds", "video_seconds", "cost_nanos")
 
@@ -51,11 +54,9 @@ class Asked:
 
 def parse_day(name: str, text: str) -> date:
     """ValueError that names what is no day."""
-    try:
-        if len(text) == 10:
+    with suppress(ValueError):
+        if DAY.fullmatch(text):
             return date.fromisoformat(text)
-    except ValueError:
-        pass
     raise ValueError(f"{name} must be a day such as 2026-11-30, got {text[:40]!r}")
 
 

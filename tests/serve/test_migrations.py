@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, inspect, select, text
+from sqlalchemy import Connection, func, inspect, select, text
 
+from skylapse.runtime.usage import Usage
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.jobs import JobStore
+from skylapse.serve.store.leases import Leases
+from skylapse.serve.store.ledger import Used
 from skylapse.serve.store.migrations import STEPS, migrate
-from skylapse.serve.store.tables import versions
+from skylapse.serve.store.tables import ledger, versions
 
 
 def add_a_column(connection: Connection) -> None:
@@ -54,3 +57,30 @@ def test_a_step_that_fails_leaves_the_store_as_it_was(database: Database) -> Non
         pass
     assert "colour" not in columns(database)
     database.migrate()
+
+
+def as_the_release_before(database: Database) -> None:
+    """The store without the ledger, the counters and what rows tell of them."""
+    with database.write() as connection:
+        for table in ("ledger", "metrics"):
+            connection.execute(text(f"drop table {table}"))
+        for column in ("job_class", "attempt_usage", "kept_usage", "usage"):
+            connection.execute(text(f"alter table jobs drop column {column}"))
+        connection.execute(text("delete from schema_version where version > 1"))
+
+
+def test_a_store_of_the_release_before_gets_a_ledger_and_keeps_its_jobs(database: Database) -> None:
+    store, leases = JobStore(database), Leases(database)
+    waits, runs = (store.create("a", {"prompt": "a star", "model": "demo"}) for _ in range(2))
+    as_the_release_before(database)
+    for _ in range(2):
+        database.migrate()
+    assert {"job_class", "attempt_usage", "kept_usage", "usage"} <= columns(database)
+    assert store.get("a", waits.id).usage is None
+    for job in leases.claim("an engine", count=2):
+        assert leases.complete(job, {}, Used(Usage(1.0, 2, 1), "cpu"))
+    usage = store.get("a", runs.id).usage
+    assert usage is not None and usage["engine_seconds"] == 1.0
+    with database.read() as connection:
+        assert connection.scalar(select(func.sum(ledger.c.jobs))) == 2
+        assert set(connection.scalars(select(ledger.c.job_class))) == {"default"}

@@ -1,4 +1,4 @@
-# make demo | serve | test | test-faults | test-kernels | check | train-demo | clean
+# make demo | serve | test | test-faults | test-kernels | test-walk | check | sbom | train-demo | clean
 #
 # Every pip call is bound by constraints.txt; without it pip brings gigabytes of CUDA packages to a machine without a GPU.
 
@@ -24,7 +24,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 install = echo "installing $(1) (log: $(LOG))"; \
 	$(BIN)/python -m pip install -c constraints.txt $(2) >$(LOG) 2>&1 || { tail -n 40 $(LOG) >&2; exit 1; }
 
-.PHONY: help demo serve test test-faults test-kernels check train-demo clients triton-3.6 tensorrt-bindings clean
+.PHONY: help demo serve test test-faults test-kernels test-walk check sbom train-demo clients triton-3.6 tensorrt-bindings clean
 
 help:
 	@echo "make demo        a prompt becomes out/demo.mp4, on the CPU"
@@ -32,7 +32,9 @@ help:
 	@echo "make test        the tests; TESTS='tests/runtime -k solver' for some of them"
 	@echo "make test-faults the tests that kill parts of a running service, and its load (a quarter of an hour)"
 	@echo "make test-kernels  every configuration of every kernel, compiled by two Tritons for GPUs that need not be there (ten minutes)"
+	@echo "make test-walk   README from the top in a fresh clone and a fresh account (needs root; five minutes, at most ten)"
 	@echo "make check       ruff and mypy, as CI runs them"
+	@echo "make sbom        dist/: the wheel, and the list of what it is installed with (CycloneDX)"
 	@echo "make train-demo  train the embedded model anew into $(RUNS)/ (hours; resumes where it stopped)"
 	@echo "make clean       remove what was built; the environment and $(RUNS)/ stay"
 
@@ -46,7 +48,7 @@ serve: $(VENV)/.runtime
 	@$(BIN)/skylapse serve --port $(PORT) --data $(DATA)
 
 test: $(VENV)/.dev clients tensorrt-bindings
-	@$(BIN)/python -m pytest -m "not faults and not kernels" $(TESTS)
+	@$(BIN)/python -m pytest -m "not faults and not kernels and not walk" $(TESTS)
 
 # What is killed at the wrong moment on a busy machine gets a second try; what fails twice has failed.
 test-faults: $(VENV)/.dev
@@ -54,6 +56,9 @@ test-faults: $(VENV)/.dev
 
 test-kernels: $(VENV)/.dev triton-3.6
 	@$(BIN)/python -m pytest -m kernels tests/kernels
+
+test-walk: $(VENV)/.dev
+	@$(BIN)/python -m pytest -m walk -s tests/walk
 
 # The oldest Triton that is served, beside the one in the environment; where it cannot be had, its test skips and says so.
 triton-3.6: $(VENV)/.dev
@@ -101,6 +106,15 @@ $(VENV)/javascript/.installed: tests/serve/javascript/package-lock.json
 	@echo "installing npm's openai (log: $(LOG))"
 	@cd $(@D) && npm ci --ignore-scripts --no-audit --no-fund >$(CURDIR)/$(LOG) 2>&1
 	@touch $@
+
+# Of the wheel as it is installed: in an environment of its own, with the extras that `make demo` brings.
+sbom: $(VENV)/.dev
+	@rm -rf dist $(VENV)/wheel && mkdir -p dist
+	@echo "building the wheel and installing it (log: $(LOG))"
+	@{ $(BIN)/python -m build --wheel --outdir dist . && $(BIN)/python -m venv $(VENV)/wheel \
+		&& $(VENV)/wheel/bin/python -m pip install -c constraints.txt "$$(echo dist/*.whl)[serve$(comma)compile]"; } \
+		>$(LOG) 2>&1 || { tail -n 40 $(LOG) >&2; exit 1; }
+	@$(BIN)/python deploy/sbom.py --python $(VENV)/wheel/bin/python -o $$(echo dist/*.whl | sed 's/-py3-none-any.whl//').cdx.json
 
 train-demo: $(VENV)/.runtime
 	@$(BIN)/python -m skylapse.benchmarks.demo_model.train_vae --out $(RUNS)/vae

@@ -57,7 +57,7 @@ class OnnxRuntime:
         native, planar = replace(plan, lowering="native"), replace(plan, lowering="planar")
         if library.level() is None:  # a processor that none of the libraries is for
             return [planar]
-        return [native, planar] if library.compiler() else [planar, native]
+        return [native, planar] if library.can_build() else [planar, native]
 
     def options(self, plan: Plan) -> Mapping[str, Any]:
         """What the session makes of the graph, it makes anew at every load."""

@@ -30,7 +30,7 @@ def compile(arguments: Sequence[str], settings: Settings) -> int:
     import torch  # seconds
 
     from .decoders import Decoders
-    from .engine import parse_device
+    from .device import parse_device
     from .models.hub import resolve_folder
     from .models.model import load_codec
     from .models.registry import read_folder

@@ -8,13 +8,16 @@ import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..kernels import weight_formats
 from ..kernels.backends import parse
 
 MIB = 2**20
+MIN_KEY_CHARACTERS = 16  # of a service's key that somebody thought of
 DECODERS = ("auto", "eager", "onnxruntime", "inductor", "tensorrt")
 OFFLOAD = ("auto", "none", "all")  # which parts of a model may leave the device while nothing needs them
 SERVE_PREFIX = "SKYLAPSE_SERVE_"  # and a field of ServeConfig: one machine's service
@@ -54,6 +57,7 @@ class Settings:
     log_to: Path | None = None  # SKYLAPSE_LOG_TO: a file, or a folder of one a process; None is stderr
     log_level: str = "info"  # SKYLAPSE_LOG_LEVEL: debug, info, warning or error, of the service's lines
     health_timeout_s: int = 30  # SKYLAPSE_HEALTH_TIMEOUT_S: a replica that is silent for three of these is replaced
+    data: Path = Path("skylapse-data")  # SKYLAPSE_DATA: a service's jobs, keys and files
     revision: str | None = None  # SKYLAPSE_REVISION: the commit that an image was built from
     # secrets of the service, which belong into no file that a dashboard shows
     api_key: str | None = field(default=None, repr=False)  # SKYLAPSE_API_KEY: the local service's key
@@ -133,6 +137,52 @@ def configures_allocator(environ: Mapping[str, str] = os.environ) -> bool:
     return any(environ.get(f"PYTORCH_{infix}ALLOC_CONF") for infix in ("", "CUDA_", "HIP_"))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TraceSettings:
+    """What is ours of OpenTelemetry's variables; its SDK reads the others by itself."""
+
+    endpoint: str  # OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, or OTEL_EXPORTER_OTLP_ENDPOINT; none: there are no traces
+    max_queue: int = 2048  # OTEL_BSP_MAX_QUEUE_SIZE: spans that wait for the exporter; more are dropped and counted
+    max_batch: int = 512  # OTEL_BSP_MAX_EXPORT_BATCH_SIZE
+
+
+SAMPLERS = tuple(
+    f"{base}{name}" for base in ("", "parentbased_") for name in ("always_on", "always_off", "traceidratio")
+)
+TRACE_TIMES = (
+    "OTEL_BSP_SCHEDULE_DELAY",
+    "OTEL_BSP_EXPORT_TIMEOUT",
+    "OTEL_EXPORTER_OTLP_TIMEOUT",
+    "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT",
+)
+
+
+def load_tracing(environ: Mapping[str, str] = os.environ) -> TraceSettings | None:
+    """Settings of traces from `environ`; None where they are off. ValueError names the variable that is wrong.
+
+    OpenTelemetry's SDK would log a wrong value and go on with another.
+    """
+    given = {name: text.strip() for name, text in environ.items() if name.startswith("OTEL_") and text.strip()}
+    names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    endpoint = next((name for name in names if name in given), None)
+    exporter = _choice(given, "OTEL_TRACES_EXPORTER", ("otlp", "none"))
+    if endpoint is None or exporter == "none" or _switch(given, "OTEL_SDK_DISABLED"):
+        return None
+    url = urlsplit(given[endpoint])
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ValueError(f"{endpoint} must be like http://collector:4318, got {given[endpoint]!r}")
+    for name in ("OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"):
+        _choice(given, name, ("http/protobuf",))
+    for name in TRACE_TIMES:
+        _positive(given, name)
+    _choice(given, "OTEL_TRACES_SAMPLER", SAMPLERS)
+    if not 0 <= (_number(given, ratio := "OTEL_TRACES_SAMPLER_ARG") or 0.0) <= 1:
+        raise ValueError(f"{ratio} must be a number from 0 to 1, got {given[ratio]!r}")
+    max_queue = _whole(given, "OTEL_BSP_MAX_QUEUE_SIZE", 1, 10**6) or 2048
+    max_batch = _whole(given, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 1, 10**6) or 512
+    return TraceSettings(endpoint=given[endpoint], max_queue=max_queue, max_batch=min(max_queue, max_batch))
+
+
 def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     """Settings from `environ`; an empty variable counts as unset. ValueError names the variable that is wrong."""
     given = {name: text.strip() for name, text in environ.items() if name.startswith("SKYLAPSE_") and text.strip()}
@@ -164,8 +214,9 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         "log_to": _path(given, "SKYLAPSE_LOG_TO"),
         "log_level": _choice(given, "SKYLAPSE_LOG_LEVEL", LOG_LEVELS),
         "health_timeout_s": _whole(given, "SKYLAPSE_HEALTH_TIMEOUT_S", 1, 3600),
+        "data": _folder(given, "SKYLAPSE_DATA"),
         "revision": given.get("SKYLAPSE_REVISION"),
-        "api_key": given.get("SKYLAPSE_API_KEY"),
+        "api_key": _key(given, "SKYLAPSE_API_KEY"),
         "database_url": given.get("SKYLAPSE_DATABASE_URL"),
         "webhook_secret": given.get("SKYLAPSE_WEBHOOK_SECRET"),
         "decode_chunk": _whole(given, "SKYLAPSE_DECODE_CHUNK", 1, 64),
@@ -181,6 +232,25 @@ def _whole(given: Mapping[str, str], name: str, low: int, high: int) -> int | No
     if not (text.isdecimal() and text.isascii() and len(text) < 10 and low <= int(text) <= high):
         raise ValueError(f"{name} must be a whole number from {low} to {high}, got {text!r}")
     return int(text)
+
+
+def _number(given: Mapping[str, str], name: str) -> float | None:
+    if name not in given:
+        return None
+    try:
+        number = float(given[name])
+    except ValueError:
+        number = float("nan")
+    if not isfinite(number):
+        raise ValueError(f"{name} must be a number, got {given[name]!r}")
+    return number
+
+
+def _positive(given: Mapping[str, str], name: str) -> float | None:
+    number = _number(given, name)
+    if number is not None and number <= 0:
+        raise ValueError(f"{name} must be a number above 0, got {given[name]!r}")
+    return number
 
 
 def _tile(given: Mapping[str, str], name: str) -> int | str | None:
@@ -203,6 +273,12 @@ def _switch(given: Mapping[str, str], name: str) -> bool | None:
 def _choice(given: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str | None:
     if name in given and given[name] not in allowed:
         raise ValueError(f"{name} must be {' or '.join(allowed)}, got {given[name]!r}")
+    return given.get(name)
+
+
+def _key(given: Mapping[str, str], name: str) -> str | None:
+    if name in given and len(given[name]) < MIN_KEY_CHARACTERS:  # what it is, is repeated nowhere
+        raise ValueError(f"{name} must have at least {MIN_KEY_CHARACTERS} characters, got {len(given[name])}")
     return given.get(name)
 
 

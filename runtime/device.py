@@ -1,4 +1,4 @@
-"""Memory of a device: how it is allocated, what there is, and the most that was held at once, where that is counted."""
+"""Devices and dtypes by their names, and the memory of a device: how it is allocated, what there is, what was held."""
 
 from __future__ import annotations
 
@@ -17,7 +17,28 @@ LAYOUT_BYTES = 256 * 2**20  # of packs' layouts kept; each holds its prompts' ke
 # both experts' in 40 steps five times over.
 TIME_EMBEDDING_BYTES = 16 * 2**20
 SHARE = {"cuda": 0.92, "cpu": 0.8}  # of the memory that there is
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of text encoders and denoisers
 HOST_SHARE = 0.8  # of the machine's memory, for pinned copies of weights
+
+
+def parse_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu or cuda, got {device!r}") from error
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch finds none")
+    return where
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
+        return DTYPES[dtype]
+    return dtype
 
 
 def expand_segments(device: torch.device) -> None:

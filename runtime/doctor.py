@@ -33,6 +33,6 @@ def kernels(arguments: Sequence[str], settings: Settings) -> int:
 def check_kernels(asked: Mapping[str, str], device: str | None) -> None:
     """ValueError says why this machine's device (None: cuda where there is one) cannot run what was asked for."""
     from ..kernels.backends import Backends
-    from .engine import parse_device
+    from .device import parse_device
 
     Backends(asked).prepare(parse_device(device))

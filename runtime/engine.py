@@ -6,7 +6,7 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
@@ -25,7 +25,7 @@ from .config import OFFLOAD, Settings, load_settings
 from .core.threads import choose_threads
 from .decoders import Decoders
 from .denoise import evaluate, measured_step, skip_ahead, take
-from .device import expand_segments, text_cache_bytes
+from .device import expand_segments, parse_device, parse_dtype, text_cache_bytes
 from .events import DeviceLost, EngineFull, Event, Failed, Finished, Ticket, is_device_lost
 from .layout import Layouts
 from .memory import MemoryBudget, load_budget
@@ -45,7 +45,6 @@ from .trajectory import Trajectory
 from .usage import Account
 
 logger = logging.getLogger(__name__)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Where a larger pack gains little. A CPU core steps the demo model at 4,200 tokens/s with 96 tokens a pack, 5,400 with
 # 384 and 5,900 with 768, while everyone in a pack waits for all of it. CUDA's is not measured yet.
 MAX_BATCH_TOKENS = {"cpu": 384, "cuda": 32768}
@@ -111,7 +110,7 @@ class Engine:
         expand_segments(where)
         backends = Backends(settings.kernels)
         backends.prepare(where)
-        precision = _dtype(dtype) or (torch.bfloat16 if where.type == "cuda" else torch.float32)
+        precision = parse_dtype(dtype) or (torch.bfloat16 if where.type == "cuda" else torch.float32)
         directory = Path(cache_dir) if cache_dir is not None else None
         kept_in = parse_quantize(quantize or settings.quantize, where)
         model = load_model(
@@ -277,6 +276,10 @@ class Engine:
         """Start the thread of all streams now: it has the priority of the thread that calls this."""
         _ = self._loop
 
+    def weigh_tenants(self, weights: Mapping[str, float]) -> None:
+        """Take an operator's weights of tenants, in the place of SKYLAPSE_TENANT_WEIGHTS where both name one."""
+        self._batch.scheduler.weigh({**self.settings.tenant_weights, **weights})
+
     def close(self) -> None:
         """Stop the thread that streams have started, if any, and a build; requests stay where they are."""
         if "decoders" in self.__dict__:
@@ -379,9 +382,7 @@ class Engine:
         if self._lost is not None:
             raise self._lost
         if len(self._joining) + len(self._batch) >= self.settings.max_queued:
-            raise EngineFull(
-                f"{self.settings.max_queued} requests are queued or running, which is all this engine takes"
-            )
+            raise EngineFull(f"{self.settings.max_queued} requests are queued or running, all that this engine takes")
         trajectory.fit = self.memory.check(trajectory)
         if trajectory.terms.preview_every:
             _ = self.previewer  # fitted here where no file beside the model has the map, rather than between two steps
@@ -396,26 +397,5 @@ class Engine:
         while self._joining:
             self._batch.join(self._joining.popleft())
         while self._aborted:
-            ticket = self._aborted.popleft()
-            self._batch.leave(ticket)
+            self._batch.leave(ticket := self._aborted.popleft())
             self._kept = [event for event in self._kept if event.ticket != ticket]
-
-
-def parse_device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be cpu or cuda, got {device!r}") from error
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but torch finds none")
-    return where
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
-        return DTYPES[dtype]
-    return dtype

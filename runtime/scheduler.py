@@ -7,7 +7,7 @@ steps and on nothing else, and a run can be replayed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 POLICIES = ("fair", "fifo", "shortest")
 SWITCHES_EARN = 4  # at most a fifth of the time is spent on bringing weights while others wait for them
@@ -74,6 +74,11 @@ class Scheduler:
         }[config.policy]
         self._weights, self._since = "", 0  # of the last pack, and the clock when they came
         self._served: dict[str, float] = {}  # tenant -> tokens served, divided by its weight
+
+    def weigh(self, tenant_weights: Mapping[str, float]) -> None:
+        """Take other weights for tenants, from the next pick on. ValueError for one that is no positive number."""
+        if tenant_weights != self.config.tenant_weights:
+            self.config = replace(self.config, tenant_weights=dict(tenant_weights))
 
     def rank(self, works: Iterable[Work]) -> list[Work]:
         """Most deserving first: by priority, then in turn between tenants by their weights, then by policy."""

@@ -23,6 +23,7 @@ from .. import __version__
 from .catalog import Catalog
 from .context import Context
 from .errors import ApiError, refused_field
+from .key_use import KeyUse
 from .logs import JOB, REQUEST
 from .openapi import MAKES, describe_api
 from .request_counter import RequestCounter
@@ -62,6 +63,7 @@ def create_app(context: Context, behind_proxy: bool = False) -> FastAPI:
     app.state.catalog = Catalog(context.config)
     app.state.watch = Watch(context.jobs)
     app.state.signs = Signs(context.processes)
+    app.state.key_use = KeyUse(context.keys)
     for routes in ROUTES:
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _refused)

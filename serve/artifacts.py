@@ -20,6 +20,8 @@ from typing import Any
 
 import fsspec
 
+from .private import FOLDER, make_folder, restrict
+
 KEY = re.compile(r"[a-z0-9][a-z0-9_-]*(/[a-z0-9][a-z0-9_.-]*)+")
 CHUNK_BYTES = 1 << 20
 S3_OPTIONS = {
@@ -46,8 +48,17 @@ class ArtifactStore:
         self.root = root.rstrip("/")
         self.is_local = "file" in self.files.protocol
 
-    def write(self, key: str, source: Path | bytes, replace: bool = False) -> Artifact:
-        """Store a file's or a string's bytes under a new key. FileExistsError for one that is taken.
+    def prepare(self) -> None:
+        """Let a folder be there, and its files be ours alone; a bucket's rights are its owner's to set."""
+        if self.is_local:
+            root = Path(self.root)
+            make_folder(root)
+            make_folder(root / "jobs", is_ours=True)
+            if os.listdir(root) == ["jobs"]:  # else an operator keeps something else there, too
+                restrict(root, FOLDER)
+
+    def write(self, key: str, source: Path | bytes | Iterator[bytes], replace: bool = False) -> Artifact:
+        """Store bytes, a file's or in pieces, under a new key. FileExistsError for one that is taken.
 
         replace: put it in the place of what an earlier try of the same caller may have left.
         The key appears when all bytes are there, and on a disk when they are synced.
@@ -67,6 +78,10 @@ class ArtifactStore:
         """Bytes [start, end) in pieces. FileNotFoundError at once, not at the first piece."""
         file = self.files.open(self._path(key), "rb", block_size=READ_AHEAD_BYTES)
         return _pieces(file, start, end)
+
+    def copy(self, source: str, target: str) -> Artifact:
+        """Store a file's bytes under another key as well. FileNotFoundError."""
+        return self.write(target, self.read(source), replace=True)
 
     def sign(self, key: str, seconds: float) -> str | None:
         """An URL that reads a file for so long without a key of ours; None where the store has none: a folder."""
@@ -114,10 +129,11 @@ class ArtifactStore:
     @contextmanager
     def _new_file(self, path: str) -> Iterator[Any]:
         """A file that is there once it is complete; if writing it fails, it is not there at all."""
-        self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
         if self.is_local:
+            make_folder(Path(path).parent)
             try:
                 with self.files.open(f"{path}.part", "wb") as file:
+                    restrict(Path(f"{path}.part"))
                     yield file
                     file.flush()
                     os.fsync(file.fileno())
@@ -127,6 +143,7 @@ class ArtifactStore:
                     self.files.rm(f"{path}.part")
                 raise
             return
+        self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
         file = self.files.open(path, "wb", autocommit=False, **self._told(path))
         try:
             with file:
@@ -153,9 +170,12 @@ def _written_s(entry: dict[str, Any]) -> float:
     return told.timestamp() if isinstance(told, datetime) else float(told)
 
 
-def _chunks(source: Path | bytes) -> Iterator[bytes]:
+def _chunks(source: Path | bytes | Iterator[bytes]) -> Iterator[bytes]:
     if isinstance(source, bytes):
         yield source
+        return
+    if not isinstance(source, Path):
+        yield from source
         return
     with source.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):

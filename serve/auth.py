@@ -11,7 +11,7 @@ from fastapi import Depends, Request
 from .client_address import is_from_loopback
 from .errors import ApiError
 from .routes.session import COOKIE, check_origin
-from .store.keys import ApiKey
+from .store.keys import OPERATOR, ApiKey
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Caller:
 def _may(scope: str) -> Callable[[Request], Caller]:
     def find(request: Request) -> Caller:
         key = _key(request)
-        if scope not in key.scopes and "admin" not in key.scopes:
-            message = f"This key may not {scope}."
+        if scope not in key.scopes and (scope == OPERATOR or "admin" not in key.scopes):
+            message = f"This key may not {'administer the service' if scope == OPERATOR else scope}."
             raise ApiError(403, message, code="insufficient_permissions", type="permission_error")
         return Caller(key.tenant, key)
 
@@ -48,6 +48,7 @@ def _key(request: Request) -> ApiKey:
         message = "Incorrect API key provided, or none: it goes into the header 'Authorization: Bearer ...'."
         raise ApiError(401, message, code="invalid_api_key", type="authentication_error")
     assert isinstance(key, ApiKey)
+    request.app.state.key_use.note(key.id)
     return key
 
 
@@ -74,4 +75,5 @@ def check_scrapes(request: Request) -> None:
 
 Reader = Annotated[Caller, Depends(_may("read"))]
 Writer = Annotated[Caller, Depends(_may("write"))]
+Operator = Annotated[Caller, Depends(_may(OPERATOR))]  # of all tenants; a cookie never has the scope
 UsageReader = Annotated[Caller, Depends(_reads_usage)]

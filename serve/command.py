@@ -28,7 +28,7 @@ from .logs import JsonLines, as_text
 from .ray_session import open_session
 from .ready import in_words
 from .status_watch import StatusWatch
-from .store.keys import PREFIX, SCOPES
+from .store.keys import ENVIRONMENT, FILE, PREFIX, TENANT_SCOPES
 
 logger = logging.getLogger(__name__)
 LOG_FORMATS = ("json", "text")
@@ -177,12 +177,13 @@ def _local_key(context: Context, wanted: str | None) -> str:
     """The key of this machine's own tenant: the operator's, or one that is made at the first start and kept."""
     if wanted is not None:  # the context has seen to it
         return wanted
+    context.keys.manage(ENVIRONMENT, None, TENANT, TENANT_SCOPES)
     path = context.config.folder / "api_key"
     if not path.exists():
         path.touch(mode=0o600)
         path.write_text(PREFIX + secrets.token_urlsafe(32) + "\n")
     key = path.read_text().strip()
-    context.keys.ensure(TENANT, key, SCOPES, MAX_PRIORITY)
+    context.keys.manage(FILE, key, TENANT, TENANT_SCOPES, MAX_PRIORITY)
     return key
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ..runtime.config import load_settings
 from .model_entry import (
     BOTH,
     Autoscaling,
@@ -36,7 +37,7 @@ class ServeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     # where things are
-    data: str = "skylapse-data"  # a folder, for whatever has no place of its own below
+    data: str = Field(default_factory=lambda: str(load_settings().data))  # for whatever has no place of its own below
     database_url: str = ""  # SQLAlchemy's; "": SQLite in the folder. SKYLAPSE_DATABASE_URL where it holds a password
     artifacts_url: str = ""  # fsspec's, such as s3://bucket/prefix; "": in the folder
     artifacts_options: dict[str, Any] = {}  # of that filesystem: endpoint_url, key, secret, ...
@@ -58,6 +59,8 @@ class ServeConfig(BaseModel):
     ingresses: Count = 1
     engine_gpus: Share = 1.0  # of a GPU, that Ray counts an engine on cuda as; below 1 engines share one
     warm_up: bool | None = None  # make what first requests would wait for, at the start; None: on cuda
+    gpu_health: bool = True  # engines drain when NVML reports a fault of their GPU, and do not start on a faulty one
+    ignored_xids: tuple[Count, ...] = ()  # faults for which they do not: the driver's Xid numbers
     engine_slots: Count = 8  # requests that one engine works on at a time
     autoscaling: Autoscaling | None = None  # instead of so many `engines`
 

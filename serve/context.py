@@ -9,12 +9,17 @@ from typing import Any
 from ..runtime.config import load_settings
 from .artifacts import ArtifactStore
 from .config import ServeConfig
+from .private import make_folder
+from .store.all_jobs import AllJobs
+from .store.audit import Audit
 from .store.database import Database
 from .store.jobs import JobStore
-from .store.keys import SCOPES, KeyStore
+from .store.keys import ENVIRONMENT, TENANT_SCOPES, KeyStore
 from .store.ledger import Ledger
 from .store.processes import Processes
 from .store.sessions import Sessions
+from .store.tenants import TenantStore
+from .tracing import Tracer, open_tracer
 
 TENANT, MAX_PRIORITY = "local", 100  # of the operator's own key, SKYLAPSE_API_KEY
 
@@ -28,7 +33,11 @@ class Context:
     sessions: Sessions
     processes: Processes
     artifacts: ArtifactStore
+    tenants: TenantStore
+    all_jobs: AllJobs
+    audit: Audit
     ledger: Ledger
+    tracer: Tracer | None = None  # None: no traces are wanted
 
 
 def open_context(arguments: Mapping[str, Any] | ServeConfig) -> Context:
@@ -36,27 +45,43 @@ def open_context(arguments: Mapping[str, Any] | ServeConfig) -> Context:
 
     Secrets come from the environment where the configuration, which a cluster's dashboard shows, has none.
     """
-    config = arguments if isinstance(arguments, ServeConfig) else ServeConfig(**arguments)
+    config = with_secrets(arguments if isinstance(arguments, ServeConfig) else ServeConfig(**arguments))
+    tracer = open_tracer()  # before anything is made: a variable of its may be wrong
+    make_folder(config.folder)
+    make_folder(config.scratch, is_ours=True)
+    database = Database(config.database)
+    database.migrate()
+    context = stand_on(config, database, tracer)
+    context.artifacts.prepare()
+    if api_key := load_settings().api_key:
+        context.keys.manage(ENVIRONMENT, api_key, TENANT, TENANT_SCOPES, MAX_PRIORITY)
+    return context
+
+
+def with_secrets(config: ServeConfig) -> ServeConfig:
+    """With what the environment holds, where the configuration has none."""
     settings = load_settings()
     if not config.database_url and settings.database_url:
         config = config.model_copy(update={"database_url": settings.database_url})
     if not config.webhook_secret and settings.webhook_secret:
         config = config.model_copy(update={"webhook_secret": settings.webhook_secret})
-    config.folder.mkdir(parents=True, exist_ok=True)
-    database = Database(config.database)
-    database.migrate()
-    keys = KeyStore(database)
-    if settings.api_key:
-        keys.ensure(TENANT, settings.api_key, SCOPES, MAX_PRIORITY)
+    return config
+
+
+def stand_on(config: ServeConfig, database: Database, tracer: Tracer | None = None) -> Context:
+    """What stands on a store that is open; nothing is made, and nothing is changed."""
     ledger = Ledger(config.price_list)
-    artifacts = ArtifactStore(config.artifacts, **config.artifacts_options)
     return Context(
         config,
         database,
         JobStore(database, ledger),
-        keys,
+        KeyStore(database),
         Sessions(database),
         Processes(database),
-        artifacts,
+        ArtifactStore(config.artifacts, **config.artifacts_options),
+        TenantStore(database),
+        AllJobs(database),
+        Audit(database),
         ledger,
+        tracer,
     )

@@ -85,10 +85,19 @@ def draft_extension(asked: ExtendVideo, model: ServedModel, source: Source) -> D
     return _draft(EXTEND, asked, model, facts, plan.native_frames)
 
 
-def make_job(context: Context, caller: Caller, draft: Draft, asked: Sampling, key: str | None, route: str) -> Job:
+def make_job(
+    context: Context,
+    caller: Caller,
+    draft: Draft,
+    asked: Sampling,
+    key: str | None,
+    route: str,
+    traceparent: str | None = None,
+) -> Job:
     """Store the draft's files, then its row; from then on the job is not lost.
 
-    key: the client's Idempotency-Key. ApiError for a priority above the key's, a quota, a rate, a conflict.
+    key: the client's Idempotency-Key. traceparent: its header of this name. ApiError for a priority above the key's, a
+    quota, a rate, a conflict.
     """
     if asked.priority > caller.key.max_priority:
         message = f"Invalid 'priority': this key's highest is {caller.key.max_priority}."
@@ -117,6 +126,7 @@ def make_job(context: Context, caller: Caller, draft: Draft, asked: Sampling, ke
             model=draft.model.served,
             variant=variant,
             revision=revision,
+            trace=None if context.tracer is None else context.tracer.begin(draft.job_id, traceparent),
             job_class=DEFAULT_CLASS,
         )
     except (QuotaExceeded, RateExceeded, StoreFull, IdempotencyConflict) as error:

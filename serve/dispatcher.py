@@ -26,12 +26,14 @@ from .loopback import stay_on_loopback
 from .model_entry import EngineGroup
 from .store.leases import Leases
 from .store.outbox import Outbox
-from .store.processes import DISPATCHER
+from .store.processes import DISPATCHER, ENGINE
+from .store.traces import JobTraces
 from .sweep import Sweeper
+from .tracing import job_span
 from .webhooks import deliver_due, open_secret
 
 logger = logging.getLogger(__name__)
-LOOK_S, BEAT_S, EXPIRE_S, SWEEP_S = 0.1, 1.0, 1.0, 5.0
+LOOK_S, BEAT_S, EXPIRE_S, TRACE_S, SWEEP_S = 0.1, 1.0, 1.0, 1.0, 5.0
 PAUSE_S = 0.3  # after a call that found no job
 OUTAGE_S = 1.0  # between two looks whether store or artifacts are back
 MAX_CALLS = 256  # to one group's engines, that wait or work at a time; Serve scales engines by them
@@ -45,6 +47,7 @@ class Caller:
     engine: DeploymentHandle[Any]
     calls: set[asyncio.Task[None]] = field(default_factory=set)
     pause_until_s: float = float("-inf")
+    num_kept: int = 0  # calls that engines which drain may keep
 
 
 class Dispatcher:
@@ -60,6 +63,7 @@ class Dispatcher:
         self.callers = [Caller(group, engines[group.deployment]) for group in self.config.groups]
         self.leases = Leases(context.database, self.config.lease_s, self.config.max_attempts, context.ledger)
         self.outbox = Outbox(context.database, self.config.webhook_attempts)
+        self.traces, self.tracer = JobTraces(context.database), context.tracer
         self.sweeper = Sweeper(context)
         self.secret = open_secret(self.config)
         self._loops: list[asyncio.Task[None]] = []
@@ -73,6 +77,7 @@ class Dispatcher:
                 (self._expire, EXPIRE_S),
                 (self._beat, BEAT_S),
                 (self._deliver, LOOK_S),
+                (self._trace, TRACE_S),
                 (self._sweep, SWEEP_S),
             )
             self._loops = [asyncio.ensure_future(self._every(seconds, work)) for work, seconds in loops]
@@ -85,6 +90,8 @@ class Dispatcher:
             loop.cancel()
         with suppress(SQLAlchemyError):
             await asyncio.to_thread(self.processes.leave, self.id)
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
 
     async def _every(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
         """For ever. An outage is waited for; an error of ours ends the loop, and Serve replaces the dispatcher."""
@@ -101,12 +108,16 @@ class Dispatcher:
             await asyncio.sleep(seconds)
 
     async def _call(self) -> None:
-        """Keep as many calls to each group going as there are jobs that wait for it, and that its engines work on."""
+        """Keep as many calls to each group going as there are jobs that wait for it, and that its engines work on.
+
+        Engines that drain keep calls to themselves, up to their slots, so there are so many more.
+        """
         loads = await asyncio.to_thread(self.leases.loads, self.id, [caller.group.queue for caller in self.callers])
         for caller, (waiting, mine) in zip(self.callers, loads, strict=True):
             if time.monotonic() < caller.pause_until_s:
                 continue
-            for _ in range(min(MAX_CALLS, waiting + mine) - len(caller.calls)):
+            kept = caller.num_kept if waiting else 0
+            for _ in range(min(MAX_CALLS, waiting + mine + kept) - len(caller.calls)):
                 call = asyncio.ensure_future(self._run_next(caller, f"{self.id}-{secrets.token_hex(4)}"))
                 caller.calls.add(call)
                 call.add_done_callback(caller.calls.discard)
@@ -131,10 +142,25 @@ class Dispatcher:
 
     async def _beat(self) -> None:
         calls = sum(len(caller.calls) for caller in self.callers)
-        await asyncio.to_thread(self.processes.beat, self.id, DISPATCHER, {"calls": calls})
+        traced = {} if self.tracer is None else self.tracer.facts
+        await asyncio.to_thread(self.processes.beat, self.id, DISPATCHER, {"calls": calls, **traced})
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.tell, self.leases.database, self.leases.ledger.counters)
+        engines = await asyncio.to_thread(self.processes.alive, kind=ENGINE)
+        draining = [engine.facts for engine in engines if engine.facts.get("draining")]
+        for caller in self.callers:
+            mine = caller.group.name, caller.group.is_canary
+            kept = [facts["slots"] for facts in draining if (facts.get("model"), facts.get("canary")) == mine]
+            caller.num_kept = sum(kept)
 
     async def _deliver(self) -> None:
-        await deliver_due(self.outbox, self.secret, self.config)
+        await deliver_due(self.outbox, self.secret, self.config, tracer=self.tracer)
+
+    async def _trace(self) -> None:
+        """Write the spans of jobs that have ended, whoever ended them."""
+        if self.tracer is not None:
+            for ended in await asyncio.to_thread(self.traces.take):
+                self.tracer.write(job_span(*ended))
 
     async def _sweep(self) -> None:
         await asyncio.to_thread(self.sweeper.sweep)

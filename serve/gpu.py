@@ -10,16 +10,24 @@ logger = logging.getLogger(__name__)
 Facts = dict[str, float]
 
 
-def gpu_reader(index: int) -> Callable[[], Facts]:
-    """A function that reads memory (bytes), utilisation (a share) and power (watts) of torch's device `index`."""
+def open_nvml(index: int) -> tuple[Any, Any] | None:
+    """(the library, its handle of torch's device `index`); None without a library, a driver or such a device."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(_uuid(index))
-    except Exception as error:  # no library, no driver, a device without NVML: the service works without
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(_uuid(index))
+    except Exception as error:  # the service works without
         logger.info("no GPU facts: %s", type(error).__name__)
+        return None
+
+
+def gpu_reader(index: int) -> Callable[[], Facts]:
+    """A function that reads memory (bytes), utilisation (a share) and power (watts) of torch's device `index`."""
+    opened = open_nvml(index)
+    if opened is None:
         return dict
+    pynvml, handle = opened
 
     def read() -> Facts:
         try:

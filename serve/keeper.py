@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..runtime.usage import Account, Usage
+from .engine.job_spans import JobSpans
 from .store.jobs import Job
 from .store.leases import Leases, Standing
 from .store.ledger import Used
@@ -31,8 +32,8 @@ class Held:
     account: what this attempt has used.
     """
 
-    def __init__(self, job: Job, account: Account, stop: Callable[[], None]) -> None:
-        self.job, self.account, self._stop = job, account, stop
+    def __init__(self, job: Job, account: Account, stop: Callable[[], None], spans: JobSpans) -> None:
+        self.job, self.account, self._stop, self.spans = job, account, stop, spans
         self.told_usage = Usage()
         self.reason: str | None = None
         self.moved_s = time.monotonic()
@@ -62,8 +63,8 @@ class Keeper:
         self._thread.start()
 
     @contextmanager
-    def holding(self, job: Job, account: Account, stop: Callable[[], None]) -> Iterator[Held]:
-        held = Held(job, account, stop)
+    def holding(self, job: Job, account: Account, stop: Callable[[], None], spans: JobSpans) -> Iterator[Held]:
+        held = Held(job, account, stop, spans)
         with self._lock:
             self._held[job.id] = held
         try:

@@ -10,7 +10,7 @@ from typing import Any
 from ..runtime.events import Progress
 from ..runtime.meter import Meter
 from ..runtime.request import Video
-from .metrics_table import BUSY_SECONDS, STEP_SECONDS
+from .metrics_table import BUSY_SECONDS, SICK_ENGINES, STEP_SECONDS
 from .store.counters import Counters, Tally
 from .store.database import Database
 
@@ -43,6 +43,10 @@ class Measures:
         self.facts["jobs"] += 1
         self.facts[outcome] = self.facts.get(outcome, 0) + 1
         self.facts["at"] = round(time.time(), 3)
+
+    def sick(self) -> None:
+        """The engine drains because of its GPU."""
+        self._untold.add(SICK_ENGINES, self.model)
 
     def tell(self, database: Database, counters: Counters) -> None:
         """Add the engine's busy time and its steps since the last call; what could not be written is told then."""

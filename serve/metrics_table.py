@@ -138,6 +138,10 @@ HTTP_REQUESTS = _metric(
     "Requests that ingresses answered; route is a template",
     is_open=True,
 )
+SICK_ENGINES = _metric(
+    COUNTER, "sick_engines_total", "model", 1, "Engines that gave their jobs back because of their GPU"
+)
+SPANS_DROPPED = _metric(COUNTER, "trace_spans_dropped_total", "", 1, "Spans of traces that no collector has")
 COUNTED = (
     JOBS_CREATED,
     JOBS_ENDED,
@@ -152,6 +156,8 @@ COUNTED = (
     REJECTIONS,
     WEBHOOKS,
     HTTP_REQUESTS,
+    SICK_ENGINES,
+    SPANS_DROPPED,
 )
 
 BUILD_INFO = _metric(GAUGE, "build_info", "version revision", 1, "1, of the release that answers")
@@ -161,7 +167,7 @@ BACKLOG = _metric(GAUGE, "backlog_seconds", "model", 1, "Estimated seconds of on
 JOBS_IN_PROGRESS = _metric(GAUGE, "jobs_in_progress", "model", 1, "Jobs that engines work on")
 WEBHOOKS_WAITING = _metric(GAUGE, "webhooks_waiting", "", 1, "Webhook events that are neither delivered nor given up")
 DISPATCHERS = _metric(GAUGE, "dispatchers", "", 1, "Dispatchers that are alive")
-ENGINES = _metric(GAUGE, "engines", "model state", 4, "Engines that are alive: loading, ready, draining, failed")
+ENGINES = _metric(GAUGE, "engines", "model state", 5, "Engines that are alive: loading, ready, draining, sick, failed")
 ENGINE_MEMORY = _metric(
     GAUGE, "engine_memory_utilization_ratio", "engine", 8, "Share of its memory that an engine's device has in use"
 )

@@ -24,13 +24,14 @@ from ..runtime.models.hub import Download, resolve_folder
 from ..runtime.warm_up import warm_up
 from .catalog import check_fingerprint
 from .context import Context, open_context
-from .gpu import gpu_reader
+from .engine.gpu_health import GpuHealth, GpuWatch
+from .gpu import gpu_reader, open_nvml
 from .logs import log_as_json
 from .loopback import stay_on_loopback
 from .measures import Measures
 from .ready import StartTimes, in_words
 from .store.leases import Leases
-from .store.processes import DRAINING, ENGINE, FAILED, LOADING, READY
+from .store.processes import DRAINING, ENGINE, FAILED, LOADING, READY, SICK
 from .sweep import sweep_scratch
 from .worker import Worker
 
@@ -66,7 +67,8 @@ class EngineReplica:
         log_as_json("engine")
         stay_on_loopback()
         context = open_context(config)
-        self.config, self.processes = context.config, context.processes
+        self.config, self.tracer = context.config, context.tracer
+        self.processes, self.tenants = context.processes, context.tenants
         self.group = self.config.group(deployment)
         self.id = serve.get_replica_context().replica_id.unique_id
         self._standing: dict[str, Any] = self.group.facts | {"state": LOADING}
@@ -83,6 +85,7 @@ class EngineReplica:
     def _open(self, context: Context) -> None:
         """Load the model, and take work from then on."""
         self._load_times = (0.0, 0.0)
+        self.gpu = self.watch_gpu()
         self.engine = in_thread(self.load)
         self.measures = Measures(self.engine.meter, self.group.name)
         self.database, self.counters = context.database, context.ledger.counters
@@ -90,7 +93,13 @@ class EngineReplica:
         sweep_scratch(self.config.scratch)
         self.worker = Worker(
             self.engine,
-            Leases(context.database, self.config.lease_s, self.config.max_attempts, context.ledger),
+            Leases(
+                context.database,
+                self.config.lease_s,
+                self.config.max_attempts,
+                context.ledger,
+                load_settings().tenant_weights,
+            ),
             context.artifacts,
             self.measures,
             scratch=self.config.scratch,
@@ -98,9 +107,12 @@ class EngineReplica:
             checkpoint_every=self.config.checkpoint_every,
             queue=self.group.queue,
             revision=self.group.revision,
+            tracer=self.tracer,
         )
         self._checked_s = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._released = asyncio.Event()  # calls that a drained engine keeps to itself may return
+        self._sick_s: float | None = None  # since when
         self._packed = (0, 0)
         self.started = StartTimes(*self._load_times, time.perf_counter() - self._began_s).facts
         logger.info(in_words(self.started))
@@ -116,6 +128,13 @@ class EngineReplica:
         facts = {"state": FAILED, "error": reason, "is_mistake": isinstance(error, ValueError | FileNotFoundError)}
         with suppress(SQLAlchemyError):
             self.processes.beat(self.id, ENGINE, self._standing | facts)
+
+    def watch_gpu(self) -> GpuWatch | None:
+        """Look after the GPU that this engine is about to load onto. GpuSick where nothing can work on it."""
+        if not self.config.gpu_health or self.group.device == "cpu" or not torch.cuda.is_available():
+            return None
+        opened = open_nvml(0)  # the only one that Ray shows
+        return None if opened is None else GpuWatch(GpuHealth(*opened, self.config.ignored_xids))
 
     def load(self) -> Engine:
         """The engine, and what its first request would otherwise wait for."""
@@ -165,6 +184,9 @@ class EngineReplica:
             # They wait for store, disk and encoder. Python's default is as many as there are cores, and 4.
             initializer = give_way if self.engine.device.type == "cpu" else None
             self._loop.set_default_executor(ThreadPoolExecutor(32, "skylapse", initializer))
+        if self.worker.is_draining:  # an answer would bring the next call at once: Serve prefers who has little to do
+            await self._released.wait()
+            return None
         return await asyncio.shield(asyncio.ensure_future(self.worker.run_next(owner)))
 
     def check_health(self) -> None:
@@ -177,32 +199,69 @@ class EngineReplica:
             raise RuntimeError("the engine's device is lost, or a stage of it has stalled")
         if not self.worker.keeper.is_alive:
             raise RuntimeError("the thread that keeps leases has died")
+        if self._sick_s is not None and self._is_rid_of_jobs:
+            raise RuntimeError(f"the GPU is sick: {self._standing['reason']}")
 
     async def __del__(self) -> None:
         """Called by Serve when nothing is ongoing any more."""
         self._closing.set()
         await asyncio.to_thread(self.worker.close)
+        if self.gpu is not None:
+            await asyncio.to_thread(self.gpu.close)
         with suppress(SQLAlchemyError):
             await asyncio.to_thread(self.processes.leave, self.id)
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
 
     def _beat(self) -> None:
-        """Leave a sign every second, with what is known of this engine; begin to drain when Serve has begun to."""
+        """Leave a sign every second, with what is known of this engine, and take what operators have set."""
         read_facts: Callable[[], dict[str, Any]] | None = None
         while True:
+            is_asked = False
             try:
-                if read_facts is None and self._standing["state"] == READY:
+                if read_facts is None and self._standing["state"] != LOADING:
                     read_facts = self._facts_reader()
-                self.processes.beat(self.id, ENGINE, self._standing | (read_facts() if read_facts else {}))
-                if read_facts:
+                is_asked = self.processes.beat(self.id, ENGINE, self._standing | (read_facts() if read_facts else {}))
+                if read_facts is not None:
                     self.measures.tell(self.database, self.counters)
+                    if self.tracer is not None:
+                        self.tracer.tell(self.database, self.counters)
+                    self.engine.weigh_tenants(self.tenants.weights())
             except SQLAlchemyError as error:
                 logger.warning("no sign of life could be left: %s", type(error).__name__)
-            if self._standing["state"] == READY and self._loop is not None and self.is_drained:
-                logger.info("this engine is being stopped: what does not fit is given back")
-                self._standing = self._standing | {"state": DRAINING}
-                asyncio.run_coroutine_threadsafe(self.worker.drain(0.7 * self.config.drain_s), self._loop)
+            if read_facts is not None:
+                self._drain_where_due(is_asked)
             if self._closing.wait(BEAT_S):
                 return
+
+    def _drain_where_due(self, is_asked: bool) -> None:
+        """Begin to drain when the GPU is sick, an operator asks for it, or Serve has begun to stop this engine."""
+        if self.gpu is not None and self.gpu.reason is not None and self._sick_s is None:
+            self._standing = self._standing | {"reason": self.gpu.reason}
+            self.measures.sick()
+            self._drain(SICK, 0.0)
+            self._sick_s = time.monotonic()
+        if is_asked and self._standing["state"] == READY:
+            logger.info("an operator has this engine drained: it takes no more jobs")
+            self._drain(DRAINING, 0.7 * self.config.drain_s)
+        if self._loop is not None and not self._released.is_set() and self.is_drained:
+            if self._standing["state"] == READY:
+                logger.info("this engine is being stopped: what does not fit is given back")
+                self._drain(DRAINING, 0.7 * self.config.drain_s)
+            self._loop.call_soon_threadsafe(self._released.set)
+
+    def _drain(self, state: str, budget_s: float) -> None:
+        """Take no more and give back what does not fit into so many seconds; called by the thread that leaves signs."""
+        self._standing = self._standing | {"state": state}
+        self.worker.is_draining = True
+        if self._loop is not None:  # else nothing was ever asked of this engine
+            asyncio.run_coroutine_threadsafe(self.worker.drain(budget_s), self._loop)
+
+    @property
+    def _is_rid_of_jobs(self) -> bool:
+        """Whether an engine that drains has given all back, or had time enough to: a sick GPU may never end a step."""
+        assert self._sick_s is not None
+        return self.worker.is_idle or time.monotonic() - self._sick_s > self.config.drain_s
 
     def _facts_reader(self) -> Callable[[], dict[str, Any]]:
         """What is told of an engine that takes work."""
@@ -213,7 +272,9 @@ class EngineReplica:
         def read() -> dict[str, Any]:
             told = fixed | self.measures.facts | self._packs() | read_gpu()
             told |= self.engine.decoders.report.facts | self.engine.model.residency.report.facts
-            return told | {"running": len(self.worker.keeper.held)}
+            told |= {} if self.tracer is None else self.tracer.facts
+            told |= {} if self.gpu is None else self.gpu.health.facts
+            return told | {"running": len(self.worker.keeper.held), "draining": self.worker.is_draining}
 
         return read
 

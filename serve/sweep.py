@@ -18,6 +18,7 @@ from .store.jobs import Job, to_job
 from .store.outbox import Outbox
 from .store.processes import ENGINE
 from .store.tables import jobs
+from .store.traces import JobTraces
 
 logger = logging.getLogger(__name__)
 BATCH = 50
@@ -61,6 +62,7 @@ class Sweeper:
             self.context.sessions.remove_expired()
             self.context.processes.forget(HOURLY_S)
             Outbox(self.context.database).remove_old(7 * DAY_S)
+            JobTraces(self.context.database).forget(HOURLY_S)
 
     def _sweep_orphans(self) -> None:
         """Files of jobs that were deleted while somebody was writing them."""

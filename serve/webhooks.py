@@ -19,6 +19,7 @@ from pathlib import Path
 from . import outbound
 from .config import ServeConfig
 from .store.outbox import Delivery, Outbox
+from .tracing import WEBHOOK, Span, Tracer, Value
 
 ATTEMPT_S = 10.0  # from the lookup of the name to the answer's status
 CLAIM_S = 3 * ATTEMPT_S  # after this an attempt whose dispatcher died is made by another one
@@ -85,13 +86,19 @@ async def deliver(
     return await outbound.post(delivery.url, headers, body, allow_private=allow_private, timeout_s=ATTEMPT_S)
 
 
-async def deliver_due(outbox: Outbox, secret: str, config: ServeConfig, clock: Callable[[], float] = time.time) -> int:
+async def deliver_due(
+    outbox: Outbox,
+    secret: str,
+    config: ServeConfig,
+    clock: Callable[[], float] = time.time,
+    tracer: Tracer | None = None,
+) -> int:
     """Attempt what is due, up to `BATCH` events at once; how many there were, so that 0 means: look again later.
 
     Raises what the store raises, once all attempts have ended; what could not be written down is attempted again.
     """
     due = await asyncio.to_thread(outbox.claim, BATCH, CLAIM_S)
-    attempts = (_attempt(outbox, delivery, secret, config.webhook_private, clock) for delivery in due)
+    attempts = (_attempt(outbox, delivery, secret, config.webhook_private, clock, tracer) for delivery in due)
     for result in await asyncio.gather(*attempts, return_exceptions=True):
         if result is not None:
             raise result
@@ -99,19 +106,48 @@ async def deliver_due(outbox: Outbox, secret: str, config: ServeConfig, clock: C
 
 
 async def _attempt(
-    outbox: Outbox, delivery: Delivery, secret: str, allow_private: bool, clock: Callable[[], float]
+    outbox: Outbox,
+    delivery: Delivery,
+    secret: str,
+    allow_private: bool,
+    clock: Callable[[], float],
+    tracer: Tracer | None,
 ) -> None:
-    retry_after_s = None
+    began_s, retry_after_s = time.time(), None
     try:
         answer = await deliver(delivery, secret, allow_private=allow_private, clock=clock)
     except outbound.Unreachable as error:
         problem = str(error)
+        _trace(tracer, delivery, began_s, None)
     else:
+        _trace(tracer, delivery, began_s, answer.status)
         if 200 <= answer.status < 300:
             return await asyncio.to_thread(outbox.delivered, delivery)
         problem, retry_after_s = f"answered {answer.status}", answer.retry_after_s
     if await asyncio.to_thread(outbox.failed, delivery, problem, retry_after_s):
         log.warning("gave up webhook %s of %s: %s", delivery.id, delivery.job_id, problem)  # an URL may hold a token
+
+
+def _trace(tracer: Tracer | None, delivery: Delivery, began_s: float, status: int | None) -> None:
+    """One attempt, into the trace of its job; status: None where there was no answer. An URL may hold a token."""
+    if tracer is None or delivery.trace is None:
+        return
+    is_delivered = status is not None and 200 <= status < 300
+    outcome = "delivered" if is_delivered else "failed"
+    attributes: dict[str, Value] = {"outcome": outcome, "attempt": delivery.attempts, "event_id": delivery.id}
+    if status is not None:
+        attributes["http.response.status_code"] = status
+    span = Span(
+        name=WEBHOOK,
+        trace=delivery.trace,
+        job_id=delivery.job_id,
+        start_s=began_s,
+        end_s=time.time(),
+        key=f"{delivery.id}/{delivery.attempts}",
+        attributes=attributes,
+        error="" if is_delivered else outcome,
+    )
+    tracer.write(span)
 
 
 def _key(secret: str) -> bytes:

@@ -34,6 +34,7 @@ from .artifacts import ArtifactStore
 from .aside import Aside
 from .asking import INPUTS, LATENTS, input_key, preview_every
 from .clip import finished, preview_webp, shown
+from .engine.job_spans import JobSpans
 from .failures import failure
 from .keeper import DRAINED, STALLED, Held, Keeper
 from .measures import Measures
@@ -41,6 +42,7 @@ from .store.jobs import Job
 from .store.leases import Leases, Standing, Weights
 from .store.ledger import Used
 from .store.model_queue import ModelQueue
+from .tracing import Tracer
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -63,13 +65,15 @@ class Worker:
         checkpoint_every: int,
         queue: ModelQueue | None = None,
         revision: str | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self.engine, self.leases, self.artifacts, self.measures = engine, leases, artifacts, measures
-        self.scratch, self.checkpoint_every = scratch, checkpoint_every
+        self.scratch, self.checkpoint_every, self.tracer = scratch, checkpoint_every, tracer
         self.stage_deadline_s = stage_deadline_s
         self.queue, self.weights = queue, Weights(engine.model.fingerprint, revision)
         self.keeper = Keeper(leases, stage_deadline_s, engine.device.type)
         self.is_lost = False  # nothing comes out of this engine any more
+        self.is_draining = False  # no job is begun any more
         self._running = 0
         self._has_suspect = False
         self._claiming = asyncio.Lock()
@@ -77,7 +81,7 @@ class Worker:
     async def run_next(self, owner: str) -> str | None:
         """Claim a job as `owner` and work on it to its end; its id, or None where there was none to claim."""
         async with self._claiming:
-            if self.is_lost or self._has_suspect:
+            if self.is_lost or self.is_draining or self._has_suspect:
                 return None
             claim = partial(self.leases.claim, owner, queue=self.queue, weights=self.weights)
             found = await persist(partial(claim, is_idle=self._running == 0))
@@ -95,7 +99,11 @@ class Worker:
         return job.id
 
     async def drain(self, budget_s: float) -> None:
-        """Finish what fits into so many seconds by estimate; give the rest back, to go on from its checkpoint."""
+        """Begin nothing more, and finish what fits into so many seconds by estimate.
+
+        The rest is given back, to go on from its checkpoint elsewhere.
+        """
+        self.is_draining = True
         until_s = time.monotonic() + budget_s
         for held in self.keeper.held:
             if held.standing.eta_s is None or held.standing.eta_s > budget_s / 2:
@@ -104,6 +112,11 @@ class Worker:
             await asyncio.sleep(0.05)
         for held in self.keeper.held:
             held.end(DRAINED)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it works on no job, and has given back those that it does not."""
+        return self._running == 0
 
     def close(self) -> None:
         self.keeper.close()
@@ -122,11 +135,12 @@ class Worker:
             if work is not None:
                 loop.call_soon_threadsafe(work.cancel)
 
-        with self.keeper.holding(job, account, stop) as held:
+        with self.keeper.holding(job, account, stop, JobSpans(self.tracer, job, self.leases.lease_s)) as held:
             work = loop.create_task(self._work(job, held, folder))
             await asyncio.wait([work])
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
         if work.cancelled():
+            held.spans.end(held.reason or "stopped", is_error=held.reason == STALLED)
             self.measures.ended(held.reason or "stopped")
             if held.reason == DRAINED:
                 await persist(partial(self.leases.release, job))
@@ -151,6 +165,7 @@ class Worker:
         """Whether the job has ended with what it used; else somebody else ended it, or goes on with it."""
         held.report(Standing("encode", job.step, job.num_steps))
         logger.info("job %s begins at step %d, attempt %d", job.id, job.checkpoint_step or 0, job.epoch)
+        held.spans.reach("encode")
         aside = Aside()
         try:
             files = await persist(partial(self._inputs, job, folder))
@@ -159,12 +174,15 @@ class Worker:
                 raise ended.error
             began_s = time.perf_counter()
             held.report(replace(held.standing, stage="finish", eta_s=0.0))
+            held.spans.reach("finish")
             artifacts = await asyncio.to_thread(self._finish, job, held, files, ended.video, folder)
+            held.spans.reach("store")
             stored = {}
             for variant, path in artifacts.files.items():
                 key = f"jobs/{job.id}/{job.epoch}/{path.name}"
                 stored[variant] = asdict(await persist(partial(self.artifacts.write, key, path, replace=True)))
             aside.drop()
+            held.spans.end("completed")
             stages_s = {**ended.video.metadata.timings_s, "finish": time.perf_counter() - began_s}
             used = self._used(held.account)
             if await persist(partial(self.leases.complete, job, stored, used, stages_s)):
@@ -173,10 +191,12 @@ class Worker:
                 return True
         except DeviceLost as error:
             self.is_lost = True
+            held.spans.end("device_lost", is_error=True)
             logger.error("job %s is given back: %s", job.id, error)
             await persist(partial(self.leases.release, job))
         except Exception as error:
             code, message = failure(error)
+            held.spans.end(code, is_error=True)
             logger.warning("job %s failed: %s", job.id, code, exc_info=error if code == "internal_error" else None)
             if await persist(partial(self.leases.fail, job, code, message, self._used(held.account))):
                 self.measures.ended("failed")
@@ -232,6 +252,9 @@ class Worker:
                     last = event
                     stage = "denoise" if event.step < event.num_steps else "decode"
                     held.report(Standing(stage, event.step, event.num_steps, event.eta_s))
+                    held.spans.reach("denoise", ago_s=event.step_s)  # the first one is told of after it
+                    held.spans.note(steps=event.num_steps, steps_skipped=event.num_skipped)
+                    held.spans.reach(stage)
                 elif isinstance(event, Preview):
                     aside.put("preview", partial(self._show, job, event))
                 elif isinstance(event, Checkpointed):

@@ -1,12 +1,21 @@
-"""The table of what fits for people: a line a model, size and precision, a column a card."""
+"""The table of what fits for people: a line a model, size and precision, a column a card; and a line a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ...runtime.models.registry import published_folder
 from .table import CARDS, ModelTable, Record
 
 SHORT = {"text_encoder": "text", "image_encoder": "image"}
+TASKS = {  # what a clip is made from
+    "text-to-video": "text",
+    "video-to-video": "a video",
+    "image-to-video": "an image",
+    "first-and-last-frame-to-video": "first and last frame",
+    "video-extension": "a video to go on from",
+}
+ONE_END = ("image-to-video", "video-extension")  # which a model that needs both ends does not do
 HEAD = """# What fits on which card
 
 <!-- Written by `skylapse bench fits`. -->
@@ -21,6 +30,34 @@ are coded in tiles. *no*: the stage that needs too much, and the longest clip of
 
 def markdown(tables: Sequence[ModelTable]) -> str:
     return "\n".join([HEAD, *_lines(tables)]) + "\n"
+
+
+def overview(tables: Sequence[ModelTable]) -> str:
+    """Hub id, tasks, the model's own clip, and the smallest cards that make it: bf16, with all parts on it, fp8."""
+    head = ("hub id", "makes a clip from", "its own clip", "GPU in bf16", "with all parts on it", "in fp8")
+    return "\n".join([_line(head), "|" + "---|" * len(head), *map(_line, map(_in_short, tables))]) + "\n"
+
+
+def _in_short(table: ModelTable) -> tuple[str, ...]:
+    folder = published_folder(table.model)
+    if folder is None:
+        raise ValueError(f"{table.model} is no published model")
+    own = folder.defaults
+    rows = [row for row in table.rows if (row["width"], row["height"]) == (own.width, own.height)]
+    exact = [row for row in rows if row["quantize"] is None]
+    return (
+        f"`{table.model}`",
+        ", ".join(TASKS[task] for task in folder.tasks if not (folder.requires_last_image and task in ONE_END)),
+        f"{own.width}x{own.height}, {own.num_frames} frames",
+        _smallest(exact),
+        _smallest([row for row in exact if not row["moved"]]),
+        _smallest([row for row in rows if row["quantize"] == "fp8"]),
+    )
+
+
+def _smallest(rows: Sequence[Record]) -> str:
+    cards = [card for row in rows if row["fits"] and (card := row["card_gb"])]
+    return f"{min(cards)} GB" if cards else f"none up to {CARDS[-1]} GB"
 
 
 def cells_of(table: ModelTable) -> Iterator[tuple[str, ...]]:

@@ -1,11 +1,14 @@
 """The operators' library: compiled once where a C++ compiler is, for every kind of processor that may run it.
 
-What is compiled lies in the artifact that uses it, so that one baked into an image needs no compiler. An operator works
-on frames [T, H, W, C] of fp32; `compile/native.py` says which there are and what each computes.
+What is compiled lies in the artifact that uses it, so that one baked into an image needs no compiler. An image keeps
+the libraries too, beside the sources, and builds artifacts of other models without one:
+`python -m skylapse.kernels.cpu.library` puts them there. An operator works on frames [T, H, W, C] of fp32;
+`compile/native.py` says which there are and what each computes.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import platform
 import shutil
@@ -18,6 +21,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+READY = HERE / "ready"  # libraries that were compiled before, in a folder named by their digest
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-shared", "-fPIC")
 TIMEOUT_S = 300.0
@@ -42,6 +46,11 @@ def compiler() -> str | None:
     return next((path for name in COMPILERS if (path := shutil.which(name))), None)
 
 
+def can_build() -> bool:
+    """Whether there is a compiler, or every library is ready."""
+    return compiler() is not None or all((READY / digest() / name_of(each)).is_file() for each in _levels())
+
+
 def name_of(level: str) -> str:
     return f"operators-{level.lower()}.so"
 
@@ -61,6 +70,9 @@ def build(folder: Path) -> None:
 
 @cache
 def _compiled(level: str) -> bytes:
+    ready = READY / digest() / name_of(level)
+    if ready.is_file():
+        return ready.read_bytes()
     found = compiler()
     if found is None:
         raise RuntimeError("a C++ compiler is needed: install g++")
@@ -84,3 +96,17 @@ def _levels() -> dict[str, Sequence[str]]:
 
 def _sources() -> list[Path]:
     return sorted(path for path in HERE.iterdir() if path.suffix in (".cpp", ".h"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compile the libraries now, into the folder beside the sources."""
+    parser = argparse.ArgumentParser(prog="python -m skylapse.kernels.cpu.library", description=main.__doc__)
+    parser.parse_args(arguments)
+    folder = READY / digest()
+    folder.mkdir(parents=True, exist_ok=True)
+    build(folder)
+    print(*sorted(path.name for path in folder.iterdir()), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -49,8 +49,9 @@ async def generate(request: Request, caller: Writer, idempotency_key: Idempotenc
         await add_image(draft, body.files.get("input_reference"), context.config.max_media_pixels)
         if asked.latent_path is not None:
             await asyncio.to_thread(_add_latents, context, draft, asked.latent_path)
+        traceparent = request.headers.get("traceparent")
         job = await asyncio.to_thread(
-            make_job, context, caller, draft, asked, idempotency_key, "/v1/videos/generations"
+            make_job, context, caller, draft, asked, idempotency_key, "/v1/videos/generations", traceparent
         )
     request.state.job = job.id  # for the log
     job = await _ended(request.app.state.watch, job)

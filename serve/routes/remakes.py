@@ -75,7 +75,8 @@ async def _remake(
         draft.files[SOURCE] = source.data
         draft.digests["video"] = source.sha256
         draft.request["remixed_from_video_id"] = named
-        job = await asyncio.to_thread(make_job, context, caller, draft, asked, idempotency_key, route)
+        traceparent = request.headers.get("traceparent")
+        job = await asyncio.to_thread(make_job, context, caller, draft, asked, idempotency_key, route, traceparent)
     return answer(request, job)
 
 

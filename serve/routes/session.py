@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from ..errors import ApiError, refusal
 from ..store.keys import ApiKey
+from ..store.sessions import for_browsers
 
 COOKIE = "skylapse_session"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -92,6 +93,10 @@ async def log_in(request: Request) -> Response:
     if key is None:
         failures.count(address)
         raise ApiError(401, "This key is not known here, or is no longer valid.", code="invalid_api_key", param="key")
+    key = for_browsers(key)
+    if not key.scopes:
+        message = "This key is for operators alone, and no browser is given their scope: send it with each request."
+        raise ApiError(403, message, code="insufficient_permissions", param="key", type="permission_error")
     if old := request.cookies.get(COOKIE):
         await asyncio.to_thread(context.sessions.close, old)
     valid_s = context.config.session_s

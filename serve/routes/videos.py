@@ -38,7 +38,10 @@ async def create(request: Request, caller: Writer, idempotency_key: IdempotencyK
         refuse_files(body.files, but="input_reference")
         draft = draft_video(asked, model)
         await add_image(draft, body.files.get("input_reference"), context.config.max_media_pixels)
-        job = await asyncio.to_thread(make_job, context, caller, draft, asked, idempotency_key, "/v1/videos")
+        traceparent = request.headers.get("traceparent")
+        job = await asyncio.to_thread(
+            make_job, context, caller, draft, asked, idempotency_key, "/v1/videos", traceparent
+        )
     return answer(request, job)
 
 

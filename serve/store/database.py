@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Float, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, Float, Table, create_engine, event, make_url, text
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
+from ..private import restrict
 from .migrations import migrate
 
 MIGRATION_LOCK = 0x5C71A95E  # of Postgres' advisory locks: any number that nobody else takes
@@ -44,6 +48,7 @@ class Database:
             raise ValueError(f"the store must be sqlite or postgresql, got {kind}")
         self.is_sqlite = kind == "sqlite"
         if self.is_sqlite:
+            _make_private(make_url(url).database)
             options: dict[str, Any] = {"connect_args": {"timeout": SQLITE_WAIT_S}}
         else:
             options = {"pool_pre_ping": True, "connect_args": {"connect_timeout": POSTGRES_WAIT_S}}
@@ -71,8 +76,28 @@ class Database:
         with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             yield connection
 
+    def lock(self, connection: Connection, name: str) -> None:
+        """Wait within a transaction for others that hold this name; SQLite's writers are alone anyway."""
+        if not self.is_sqlite:
+            connection.execute(text("select pg_advisory_xact_lock(hashtext(:name))"), {"name": name})
+
+    def insert_missing(self, connection: Connection, table: Table, **values: Any) -> None:
+        """Add a row unless there is one of the same key, whoever else adds it at the same time."""
+        added = sqlite.insert(table) if self.is_sqlite else postgresql.insert(table)
+        connection.execute(added.values(**values).on_conflict_do_nothing())
+
     def close(self) -> None:
         self.engine.dispose()
+
+
+def _make_private(path: str | None) -> None:
+    """SQLite gives what it writes beside a file the rights of the file, which has to have them first."""
+    if path is None or path in ("", ":memory:") or path.startswith("file:"):
+        return
+    with suppress(FileExistsError, FileNotFoundError):  # a folder that is missing is told by SQLite
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+    for suffix in ("", "-wal", "-shm"):
+        restrict(Path(path + suffix))
 
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:

@@ -15,12 +15,14 @@ from sqlalchemy import delete as delete_rows
 from sqlalchemy.sql.elements import ColumnElement
 
 from ..metrics_table import JOBS_CREATED
+from .audit import Actor, record
 from .counters import Tally
 from .database import Database, now
 from .job_model import model_of
 from .ledger import DEFAULT_CLASS, DELETED, NOTHING, Ledger
 from .outbox import enqueue
 from .tables import COMPLETED, FAILED, IN_PROGRESS, QUEUED, idempotency, jobs, rates
+from .traces import keep_job_span
 
 UNFINISHED = (QUEUED, IN_PROGRESS)
 
@@ -82,6 +84,8 @@ class Job:
     variant: str | None = None
     revision: str | None = None
     fingerprint: str | None = None
+    queued_at: float | None
+    trace: str | None
     job_class: str | None = None
     attempt_usage: dict[str, Any] | None = None
     kept_usage: dict[str, Any] | None = None
@@ -121,31 +125,36 @@ class JobStore:
         model: str | None = None,
         variant: str | None = None,
         revision: str | None = None,
+        trace: str | None = None,
         job_class: str = DEFAULT_CLASS,
+        by: Actor | None = None,
     ) -> Job:
         """A queued job, or the one that the same idempotency key made before.
 
         work: estimated seconds of one engine. model, variant, revision: whose engines work on it. idempotency_key:
-        (route, key, digest of the request). job_class: the operator's class of the tenant. Raises QuotaExceeded,
-        RateExceeded or StoreFull, and IdempotencyConflict where the key was used with another digest.
-        Once this returns, the job is not lost.
+        (route, key, digest of the request). job_class: the operator's class of the tenant. by: the operator who tries a
+        job again. Raises QuotaExceeded, RateExceeded or StoreFull, and IdempotencyConflict where the key was used with
+        another digest. Once this returns, the job is not lost.
         """
         with self.database.write() as connection:
-            self._lock(connection, f"create {tenant}")  # creates of a tenant are counted and numbered one by one
+            self.database.lock(
+                connection, f"create {tenant}"
+            )  # creates of a tenant are counted and numbered one by one
             if idempotency_key is not None and (job := self._made_before(connection, tenant, *idempotency_key)):
                 return job
             self._check(connection, tenant, bounds)
-            self._lock(connection, "sequence")
+            self.database.lock(connection, "sequence")
             sequence = (connection.scalar(select(func.max(jobs.c.sequence))) or 0) + 1
             job_id = job_id or new_job_id()
             values = dict(id=job_id, sequence=sequence, tenant=tenant, request=dict(request), created_at=now())
-            values |= dict(priority=priority, work=work, webhook_url=webhook_url, job_class=job_class)
+            values |= dict(priority=priority, work=work, webhook_url=webhook_url, trace=trace, job_class=job_class)
             values |= dict(model=model, variant=variant, revision=revision)
             connection.execute(insert(jobs).values(**values))
             if idempotency_key is not None:
                 route, key, digest = idempotency_key
                 row = dict(tenant=tenant, route=route, key=key, digest=digest, job_id=job_id, created_at=now())
                 connection.execute(insert(idempotency).values(**row))
+            record(connection, by, "job.retry", job_id, None, {"retried_from": request.get("retried_from")})
             job, tally = one(connection, jobs.c.id == job_id), Tally()
             tally.add(
                 JOBS_CREATED, model_of(job.model, job.request), str(job.request.get("kind", "generate")), job_class
@@ -188,7 +197,7 @@ class JobStore:
             same = jobs.c.model.is_(None) if job.model is None else jobs.c.model == job.model
             return connection.scalar(select(func.count()).where(jobs.c.state == QUEUED, same, before)) or 0
 
-    def cancel(self, tenant: str, job_id: str) -> Job:
+    def cancel(self, tenant: str, job_id: str, by: Actor | None = None) -> Job:
         """End a job with `cancelled`, unless it has ended; whoever works on it has lost the lease, and stops."""
         with self.database.write() as connection:
             mine = and_(jobs.c.id == job_id, jobs.c.tenant == tenant)
@@ -199,6 +208,7 @@ class JobStore:
             usage = self.ledger.ended(connection, tally, job, at, "cancelled", "cancelled")
             connection.execute(update(jobs).where(mine).values(**ended(FAILED, at, usage), **CANCELLED))
             tell(connection, job_id)
+            record(connection, by, "job.cancel", job_id, {"state": job.state}, {"state": FAILED})
             self.ledger.counters.add(connection, tally)
             return one(connection, mine)
 
@@ -227,6 +237,7 @@ class JobStore:
             job, tally = one(connection, mine, is_locked=True), Tally()
             if not job.has_ended:
                 self.ledger.ended(connection, tally, job, time_of(connection), "cancelled", DELETED)
+                keep_job_span(connection, job_id, DELETED)
             connection.execute(delete_rows(idempotency).where(idempotency.c.job_id == job_id))
             connection.execute(delete_rows(jobs).where(jobs.c.id == job_id))
             self.ledger.counters.add(connection, tally)
@@ -263,11 +274,6 @@ class JobStore:
             raise RateExceeded(f"{bounds.per_minute} jobs were made in this minute, which is all that this tenant may")
         else:
             connection.execute(update(rates).where(here).values(creates=made + 1))
-
-    def _lock(self, connection: Connection, name: str) -> None:
-        """Wait for others that hold this name; SQLite's writers are alone anyway."""
-        if not self.database.is_sqlite:
-            connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(name))))
 
     def _made_before(self, connection: Connection, tenant: str, route: str, key: str, digest: str) -> Job | None:
         table = idempotency
@@ -314,7 +320,11 @@ def ended(state: str, at: float, usage: dict[str, Any]) -> dict[str, Any]:
 
 
 def tell(connection: Connection, job_id: str) -> None:
-    """Put the event of a job's end into the outbox, in the transaction that ends it."""
-    row = connection.execute(select(jobs.c.state, jobs.c.webhook_url).where(jobs.c.id == job_id)).one()
+    """Put a job's event into the outbox and its span among those to export, in the transaction that ends it."""
+    wanted = select(jobs.c.state, jobs.c.webhook_url, jobs.c.trace).where(jobs.c.id == job_id)
+    row = connection.execute(wanted).one()
     if row.webhook_url is not None:
-        enqueue(connection, job_id, row.webhook_url, "video.completed" if row.state == COMPLETED else "video.failed")
+        event = "video.completed" if row.state == COMPLETED else "video.failed"
+        enqueue(connection, job_id, row.webhook_url, event, row.trace)
+    if row.trace is not None:
+        keep_job_span(connection, job_id)

@@ -6,28 +6,37 @@ A key is 256 random bits, so its digest needs no salt and no slow hash: nobody c
 from __future__ import annotations
 
 import hashlib
-import re
 import secrets
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import Row, and_, insert, or_, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import Connection, Row, and_, insert, or_, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
+from ...runtime.config import MIN_KEY_CHARACTERS
+from .audit import Actor, record
 from .database import Database, now
 from .tables import api_keys
+from .tenants import check_name
 
 PREFIX = "sk-skylapse-"
-SCOPES = ("read", "write", "admin")
-TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+OPERATOR = "operator"
+TENANT_SCOPES = ("read", "write", "admin")  # the last is both of the others, within the key's own tenant
+SCOPES = (*TENANT_SCOPES, OPERATOR)
+MAX_NAME_CHARACTERS = 100
+MAX_OVERLAP_S = 366 * 86400.0
+USED_EVERY_S = 60.0  # how exact `last_used_at` is
+ENVIRONMENT, FILE = "environment", "file"  # where the text of a managed key is set
+
+
+class KeyNotFound(LookupError):
+    """There is no key of this id, or none that is still valid."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApiKey:
-    """What is known of a key; the key itself is not."""
+    """The facts of a key, without its text. last_used_at is right to the minute."""
 
     id: str
     tenant: str
@@ -36,10 +45,13 @@ class ApiKey:
     created_at: float
     expires_at: float | None
     revoked_at: float | None
+    name: str | None = None
+    last_used_at: float | None = None
+    managed_by: str | None = None
 
 
 class KeyStore:
-    """Every method is one transaction."""
+    """Every method is one transaction. by: the operator on whose account the audit has it."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -49,44 +61,36 @@ class KeyStore:
         tenant: str,
         scopes: Iterable[str] = ("read", "write"),
         *,
+        name: str | None = None,
         max_priority: int = 0,
         valid_s: float | None = None,
         secret: str | None = None,
+        by: Actor | None = None,
     ) -> tuple[ApiKey, str]:
         """A new key and its text, which is shown this once. secret: a text of the operator's own.
 
         ValueError for a tenant that is no name, an unknown scope, a life that is over before it began, a short secret.
         """
         scopes = tuple(dict.fromkeys(scopes))
-        if not TENANT.fullmatch(tenant):
-            raise ValueError(f"tenant must be letters, digits, '-', '_' and '.', at most 64, got {tenant[:80]!r}")
+        check_name(tenant)
+        _check_label(name)
+        if not scopes:
+            raise ValueError(f"scopes must be some of {', '.join(SCOPES)}, got none")
         if unknown := sorted(set(scopes) - set(SCOPES)):
             raise ValueError(f"scope must be {', '.join(SCOPES)}, got {unknown[0]!r}")
         if valid_s is not None and not valid_s > 0:
             raise ValueError(f"valid_s must be above 0, got {valid_s}")
-        if secret is not None and len(secret) < 16:
-            raise ValueError(f"a key must have at least 16 characters, got {len(secret)}")
-        text = secret or PREFIX + secrets.token_urlsafe(32)
-        key_id = f"key_{secrets.token_hex(8)}"
+        if not -100 <= max_priority <= 100:
+            raise ValueError(f"max_priority must be from -100 to 100, got {max_priority}")
+        if secret is not None and len(secret) < MIN_KEY_CHARACTERS:
+            raise ValueError(f"a key must have at least {MIN_KEY_CHARACTERS} characters, got {len(secret)}")
+        text = secret or new_text()
+        values: dict[str, Any] = dict(tenant=tenant, scopes=list(scopes), name=name, max_priority=max_priority)
+        values["expires_at"] = None if valid_s is None else now() + valid_s
         with self.database.write() as connection:
-            connection.execute(
-                insert(api_keys).values(
-                    id=key_id,
-                    tenant=tenant,
-                    digest=digest_of(text),
-                    scopes=list(scopes),
-                    max_priority=max_priority,
-                    created_at=now(),
-                    expires_at=None if valid_s is None else now() + valid_s,
-                )
-            )
-            return to_key(connection.execute(select(api_keys).where(api_keys.c.id == key_id)).one()), text
-
-    def ensure(self, tenant: str, secret: str, scopes: Iterable[str], max_priority: int = 0) -> None:
-        """Let there be a key of the operator's own text, whoever else makes it at the same time."""
-        if self.find(secret) is None:
-            with suppress(IntegrityError):  # its digest is there: made just now, or revoked, which holds
-                self.create(tenant, scopes, max_priority=max_priority, secret=secret)
+            key = _insert(connection, text, values)
+            record(connection, by, "key.create", key.id, None, _audited(key))
+            return key, text
 
     def find(self, text: str) -> ApiKey | None:
         """The key that this text is, unless it has expired or was revoked."""
@@ -96,17 +100,109 @@ class KeyStore:
             ).one_or_none()
         return None if row is None else to_key(row)
 
-    def page(self) -> list[ApiKey]:
-        """Every key there was, the newest first."""
+    def get(self, key_id: str) -> ApiKey:
+        """KeyNotFound; one that has ended is found."""
         with self.database.read() as connection:
-            rows = connection.execute(select(api_keys).order_by(api_keys.c.created_at.desc(), api_keys.c.id))
-            return [to_key(row) for row in rows]
+            return _get(connection, key_id)
 
-    def revoke(self, key_id: str) -> bool:
+    def page(self, limit: int | None = None, after: str | None = None) -> tuple[list[ApiKey], bool]:
+        """Keys that there were, the newest first, from behind the key `after`, and whether there are more."""
+        query = select(api_keys).order_by(api_keys.c.created_at.desc(), api_keys.c.id)
+        with self.database.read() as connection:
+            if after is not None:
+                last = _get(connection, after)
+                same = and_(api_keys.c.created_at == last.created_at, api_keys.c.id > last.id)
+                query = query.where(or_(api_keys.c.created_at < last.created_at, same))
+            rows = connection.execute(query if limit is None else query.limit(limit + 1)).all()
+        shown = rows if limit is None else rows[:limit]
+        return [to_key(row) for row in shown], len(rows) > len(shown)
+
+    def change(self, key_id: str, changes: Mapping[str, Any], by: Actor | None = None) -> ApiKey:
+        """Set `name` or `expires_at` (None: never) of a valid key. KeyNotFound, ValueError."""
+        assert set(changes) <= {"name", "expires_at"}, changes
+        _check_label(changes.get("name"))
+        with self.database.write() as connection:
+            before = _get(connection, key_id, is_valid())
+            until, present = changes.get("expires_at"), connection.scalar(select(now())) or 0.0
+            if until is not None and not present < until < present + 100 * MAX_OVERLAP_S:
+                raise ValueError(f"expires_at must be within the next 100 years, in seconds since 1970, got {until}")
+            if changes:
+                connection.execute(update(api_keys).where(api_keys.c.id == key_id).values(**changes))
+            after = _get(connection, key_id)
+            record(
+                connection, by, "key.update", key_id, *({n: getattr(k, n) for n in changes} for k in (before, after))
+            )
+            return after
+
+    def rotate(self, key_id: str, overlap_s: float = 0.0, by: Actor | None = None) -> tuple[ApiKey, str]:
+        """A key in the place of a valid one, with all that it may, and its text; the old one ends after `overlap_s`.
+
+        KeyNotFound. ValueError for an overlap that is none, and for a key whose text is set elsewhere.
+        """
+        if not 0 <= overlap_s <= MAX_OVERLAP_S:
+            raise ValueError(f"overlap_s must be from 0 to {MAX_OVERLAP_S:.0f}, got {overlap_s}")
+        text = new_text()
+        with self.database.write() as connection:
+            old = _get(connection, key_id, is_valid())
+            if old.managed_by == ENVIRONMENT:
+                raise ValueError(f"key {key_id} is SKYLAPSE_API_KEY's: set another text there and start the service")
+            if old.managed_by == FILE:
+                raise ValueError(f"key {key_id} is the one in the data folder's api_key: put another text there")
+            values = dict(tenant=old.tenant, scopes=list(old.scopes), name=old.name, max_priority=old.max_priority)
+            new = _insert(connection, text, {**values, "expires_at": old.expires_at})
+            ending = update(api_keys).where(api_keys.c.id == key_id)
+            if overlap_s == 0:
+                connection.execute(ending.values(revoked_at=now()))
+            else:
+                is_later = or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now() + overlap_s)
+                connection.execute(ending.where(is_later).values(expires_at=now() + overlap_s))
+            record(connection, by, "key.rotate", key_id, _audited(old), {"key": new.id, "overlap_s": overlap_s})
+            return new, text
+
+    def revoke(self, key_id: str, by: Actor | None = None) -> bool:
         """Whether there was a valid key of this id; from now on there is none."""
         with self.database.write() as connection:
             valid = and_(api_keys.c.id == key_id, is_valid())
-            return connection.execute(update(api_keys).where(valid).values(revoked_at=now())).rowcount == 1
+            if connection.execute(update(api_keys).where(valid).values(revoked_at=now())).rowcount != 1:
+                return False
+            after = _get(connection, key_id)
+            record(connection, by, "key.revoke", key_id, {"revoked_at": None}, {"revoked_at": after.revoked_at})
+            return True
+
+    def manage(self, place: str, secret: str | None, tenant: str, scopes: Iterable[str], max_priority: int = 0) -> None:
+        """Let `secret` be the one key whose text is set at `place`; the one that was set there before has ended.
+
+        None: no text is set there any more. A key that was revoked stays revoked; one that has ended because another
+        took its place is valid again once it is set again.
+        """
+        with self.database.write() as connection:
+            self.database.lock(connection, "managed keys")  # all replicas start at once
+            theirs = and_(api_keys.c.managed_by == place, is_valid())
+            digest = None if secret is None else digest_of(secret)
+            others = theirs if digest is None else and_(theirs, api_keys.c.digest != digest)
+            connection.execute(update(api_keys).where(others).values(expires_at=now()))
+            if secret is None:
+                return
+            known = connection.execute(select(api_keys).where(api_keys.c.digest == digest)).one_or_none()
+            if known is None:
+                values = dict(tenant=tenant, scopes=list(scopes), max_priority=max_priority, managed_by=place)
+                _insert(connection, secret, values | {"name": LABELS[place]})
+            elif known.managed_by != place or known.expires_at is not None:
+                values = dict(managed_by=place, name=known.name or LABELS[place], expires_at=None)
+                connection.execute(update(api_keys).where(api_keys.c.digest == digest).values(**values))
+
+    def used(self, key_id: str) -> None:
+        """Note that a key is in use, unless that was noted within the last minute."""
+        with self.database.write() as connection:
+            long_ago = or_(api_keys.c.last_used_at.is_(None), api_keys.c.last_used_at < now() - USED_EVERY_S)
+            connection.execute(update(api_keys).where(api_keys.c.id == key_id, long_ago).values(last_used_at=now()))
+
+
+LABELS = {ENVIRONMENT: "SKYLAPSE_API_KEY", FILE: "api_key in the data folder"}
+
+
+def new_text() -> str:
+    return PREFIX + secrets.token_urlsafe(32)
 
 
 def is_valid() -> ColumnElement[bool]:
@@ -120,3 +216,27 @@ def digest_of(text: str) -> str:
 def to_key(row: Row[Any]) -> ApiKey:
     values = {field.name: getattr(row, field.name) for field in fields(ApiKey)}
     return ApiKey(**{**values, "scopes": tuple(values["scopes"])})
+
+
+def _get(connection: Connection, key_id: str, *where: ColumnElement[bool]) -> ApiKey:
+    row = connection.execute(select(api_keys).where(api_keys.c.id == key_id, *where)).one_or_none()
+    if row is None:
+        raise KeyNotFound(f"there is no {'valid ' if where else ''}key {key_id[:80]!r}")
+    return to_key(row)
+
+
+def _insert(connection: Connection, text: str, values: Mapping[str, Any]) -> ApiKey:
+    key_id = f"key_{secrets.token_hex(8)}"
+    row = dict(id=key_id, digest=digest_of(text), created_at=now(), **values)
+    connection.execute(insert(api_keys).values(**row))
+    return _get(connection, key_id)
+
+
+def _audited(key: ApiKey) -> dict[str, Any]:
+    facts = {name: getattr(key, name) for name in ("tenant", "name", "max_priority", "expires_at")}
+    return {**facts, "scopes": list(key.scopes)}
+
+
+def _check_label(name: str | None) -> None:
+    if name is not None and not (0 < len(name) <= MAX_NAME_CHARACTERS and name.isprintable()):
+        raise ValueError(f"name must have 1 to {MAX_NAME_CHARACTERS} printable characters, got {name[:120]!r}")

@@ -11,17 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, case, func, or_, select, true, update
+from sqlalchemy import Connection, Row, and_, case, func, or_, select, true, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from ..metrics_table import QUEUE_WAIT, STAGE_SECONDS
 from .counters import Tally
 from .database import Database, now
 from .job_model import model_of
-from .jobs import Job, NotFound, ended, one, tell, time_of, to_job
+from .jobs import UNFINISHED, Job, NotFound, ended, one, tell, time_of, to_job
 from .ledger import CRASHED, DEFAULT_CLASS, NOTHING, RELEASED, TAKEN_BACK, Ledger, Used
 from .model_queue import ModelQueue
-from .tables import COMPLETED, FAILED, IN_PROGRESS, QUEUED, jobs
+from .tables import COMPLETED, FAILED, IN_PROGRESS, QUEUED, jobs, tenants
 
 CHANGED = dict(version=jobs.c.version + 1)
 
@@ -48,10 +48,18 @@ class Leases:
     """Every method is one transaction. Those that take a job return whether it was still its holder's."""
 
     def __init__(
-        self, database: Database, lease_s: float = 6.0, max_attempts: int = 3, ledger: Ledger | None = None
+        self,
+        database: Database,
+        lease_s: float = 6.0,
+        max_attempts: int = 3,
+        ledger: Ledger | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
+        """weights: of tenants for which the operator has set none in the store."""
         self.database, self.lease_s, self.max_attempts = database, lease_s, max_attempts
         self.ledger = ledger or Ledger()
+        named = [(jobs.c.tenant == tenant, weight) for tenant, weight in (weights or {}).items()]
+        self._weight = func.coalesce(tenants.c.weight, *((case(*named),) if named else ()), 1.0)
 
     # --- who works on what ----------------------------------------------------------------------------------------
 
@@ -63,7 +71,10 @@ class Leases:
         queue: ModelQueue | None = None,
         weights: Weights | None = None,
     ) -> list[Job]:
-        """Up to `count` jobs for `owner`: by priority, then between tenants by how many each has running, then by age.
+        """Up to `count` jobs for `owner`: by priority, then between tenants by weight, then by age.
+
+        First is the tenant that has the fewest jobs running for its weight, and of these the one that was given the
+        least work for its weight: engines that take one job at a time see none running when they claim.
 
         queue: which jobs are the owner's to take, None: all. weights: what it has loaded. A job that other weights have
         worked on begins again, so no clip is made by two.
@@ -80,10 +91,17 @@ class Leases:
                 .subquery()
             )
             waiting = (
-                select(jobs.c.id, jobs.c.is_suspect, jobs.c.attempt_usage)
+                select(jobs.c.id, jobs.c.is_suspect, jobs.c.tenant, jobs.c.work, jobs.c.started_at)
+                .add_columns(self._weight.label("weight"), jobs.c.attempt_usage)
                 .outerjoin(running, running.c.tenant == jobs.c.tenant)
+                .outerjoin(tenants, tenants.c.name == jobs.c.tenant)
                 .where(jobs.c.state == QUEUED, mine)
-                .order_by(jobs.c.priority.desc(), func.coalesce(running.c.running, 0), jobs.c.sequence)
+                .order_by(
+                    jobs.c.priority.desc(),
+                    func.coalesce(running.c.running, 0) / self._weight,
+                    func.coalesce(tenants.c.served, 0.0),
+                    jobs.c.sequence,
+                )
                 .limit(count)
                 .with_for_update(of=jobs, skip_locked=True)
             )
@@ -120,6 +138,7 @@ class Leases:
             connection.execute(
                 update(jobs).where(jobs.c.id.in_(chosen), jobs.c.state == QUEUED).values(**claimed, **CHANGED)
             )
+            self._charge(connection, [row for row in found if row.id in chosen and row.started_at is None])
             rows = connection.execute(select(jobs).where(jobs.c.id.in_(chosen)).order_by(jobs.c.sequence))
             claims = [to_job(row) for row in rows]
             for job in claims:
@@ -169,8 +188,9 @@ class Leases:
             now_is, tally = _now(connection, _held(job)), Tally()
             if now_is is None:
                 return False
-            self.ledger.taken_back(connection, tally, now_is, time_of(connection), RELEASED)
-            values = dict(state=QUEUED, lease_until=None, owner=None, stage=None, **NOTHING)
+            at = time_of(connection)
+            self.ledger.taken_back(connection, tally, now_is, at, RELEASED)
+            values = dict(state=QUEUED, lease_until=None, owner=None, stage=None, queued_at=at, **NOTHING)
             connection.execute(update(jobs).where(jobs.c.id == job.id).values(**CHANGED | values))
             self.ledger.counters.add(connection, tally)
             return True
@@ -260,6 +280,21 @@ class Leases:
 
     # --- what they use --------------------------------------------------------------------------------------------
 
+    def _charge(self, connection: Connection, claimed: Sequence[Row[Any]]) -> None:
+        """Add first claims to their tenants' accounts. One that comes back starts level with the least served."""
+        shares: dict[str, float] = {}
+        for row in claimed:
+            shares[row.tenant] = shares.get(row.tenant, 0.0) + row.work / row.weight
+        for tenant, share in sorted(shares.items()):
+            others = select(func.min(func.coalesce(tenants.c.served, 0.0))).select_from(jobs)
+            others = others.outerjoin(tenants, tenants.c.name == jobs.c.tenant)
+            least = connection.scalar(others.where(jobs.c.state.in_(UNFINISHED), jobs.c.tenant != tenant))
+            if least is None:  # nobody to be fair to
+                continue
+            self.database.insert_missing(connection, tenants, name=tenant)
+            served = case((tenants.c.served < least, least), else_=tenants.c.served)
+            connection.execute(update(tenants).where(tenants.c.name == tenant).values(served=served + share))
+
     def _write(self, job: Job, values: dict[str, Any]) -> bool:
         with self.database.write() as connection:
             return connection.execute(update(jobs).where(_held(job)).values(**CHANGED | values)).rowcount == 1
@@ -283,6 +318,7 @@ class Leases:
     def _take_back(self, connection: Connection, tally: Tally, job: Job) -> None:
         attempts, at = job.attempts + int(job.is_suspect), time_of(connection)
         values: dict[str, Any] = dict(state=QUEUED, lease_until=None, owner=None, is_suspect=True, attempts=attempts)
+        values |= dict(queued_at=at)
         has_crashed = attempts >= self.max_attempts
         if has_crashed:
             message = f"The engine died {attempts} times while it worked on this job alone."

@@ -10,7 +10,19 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection, Table, func, insert, inspect, select, text
 
-from .tables import jobs, ledger, metadata, metrics, versions
+from .tables import (
+    api_keys,
+    audit,
+    job_traces,
+    jobs,
+    ledger,
+    metadata,
+    metrics,
+    outbox,
+    processes,
+    tenants,
+    versions,
+)
 
 Step = Callable[[Connection], None]
 
@@ -18,6 +30,13 @@ Step = Callable[[Connection], None]
 def _first(connection: Connection) -> None:
     """All tables of the first release."""
     metadata.create_all(connection)
+
+
+def _operation(connection: Connection) -> None:
+    """Settings of tenants, the audit, named keys that tell of their use, engines that are asked to drain."""
+    metadata.create_all(connection, tables=[tenants, audit])
+    add_columns(connection, api_keys, "name", "last_used_at", "managed_by")
+    add_columns(connection, processes, "drain_asked_at")
 
 
 def _models(connection: Connection) -> None:
@@ -31,7 +50,14 @@ def _accounting(connection: Connection) -> None:
     add_columns(connection, jobs, "job_class", "attempt_usage", "kept_usage", "usage")
 
 
-STEPS: tuple[Step, ...] = (_first, _models, _accounting)
+def _traces(connection: Connection) -> None:
+    """Jobs keep where their trace begins, and since when they wait."""
+    add_columns(connection, jobs, "trace", "queued_at")
+    add_columns(connection, outbox, "trace")
+    metadata.create_all(connection, tables=[job_traces])
+
+
+STEPS: tuple[Step, ...] = (_first, _operation, _models, _accounting, _traces)
 
 
 def add_columns(connection: Connection, table: Table, *names: str) -> None:

@@ -20,10 +20,10 @@ JITTER = 0.25  # of the wait, either way: what failed together is not tried agai
 MAX_ERROR_CHARS = 200
 
 
-def enqueue(connection: Connection, job_id: str, url: str, event_type: str) -> str:
+def enqueue(connection: Connection, job_id: str, url: str, event_type: str, trace: str | None = None) -> str:
     """Add an event within the caller's transaction, so that it exists if and only if the job's end does; its id.
 
-    event_type: "video.completed" or "video.failed".
+    event_type: "video.completed" or "video.failed". trace: the job's, which the span of each attempt goes into.
     """
     event_id = f"evt_{secrets.token_hex(16)}"
     created_at = connection.scalar(select(now()))
@@ -36,7 +36,7 @@ def enqueue(connection: Connection, job_id: str, url: str, event_type: str) -> s
         "data": {"id": job_id},
     }
     row = dict(id=event_id, job_id=job_id, url=url, body=json.dumps(event), created_at=created_at, next_at=created_at)
-    connection.execute(insert(outbox).values(**row))
+    connection.execute(insert(outbox).values(**row, trace=trace))
     return event_id
 
 
@@ -49,6 +49,7 @@ class Delivery:
     url: str
     body: str
     attempts: int
+    trace: str | None = None  # the job's
 
 
 class Outbox:
@@ -80,7 +81,7 @@ class Outbox:
             claimed = outbox.c.id.in_(ids)
             values = dict(attempts=outbox.c.attempts + 1, next_at=now() + attempt_s)
             connection.execute(update(outbox).where(claimed).values(**values))
-            columns = (outbox.c.id, outbox.c.job_id, outbox.c.url, outbox.c.body, outbox.c.attempts)
+            columns = (outbox.c.id, outbox.c.job_id, outbox.c.url, outbox.c.body, outbox.c.attempts, outbox.c.trace)
             found = {row.id: Delivery(**row._mapping) for row in connection.execute(select(*columns).where(claimed))}
             return [found[event_id] for event_id in ids]
 

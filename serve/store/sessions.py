@@ -1,17 +1,19 @@
 """Sessions of browsers, which exchange a key for a cookie: EventSource and <video> cannot send a header.
 
 A session ends when it expires, when it is closed, and when its key expires or is revoked. As with keys, the cookie's
-value is 256 random bits of which only the digest is kept.
+value is 256 random bits of which only the digest is kept. A session may do what its key may, but for the scope of
+operators: what a browser sends by itself must not administer a service.
 """
 
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 
 from sqlalchemy import delete, insert, select
 
 from .database import Database, now
-from .keys import ApiKey, digest_of, is_valid, to_key
+from .keys import OPERATOR, ApiKey, digest_of, is_valid, to_key
 from .tables import api_keys, sessions
 
 
@@ -32,12 +34,12 @@ class Sessions:
         return token
 
     def find(self, token: str) -> ApiKey | None:
-        """The key that was exchanged for this token, while the session and the key are both valid."""
+        """The key that was exchanged for this token, without operators' scope, while session and key are both valid."""
         lives = sessions.c.expires_at > now()
         found = select(api_keys).join(sessions).where(sessions.c.digest == digest_of(token), lives, is_valid())
         with self.database.read() as connection:
             row = connection.execute(found).one_or_none()
-        return None if row is None else to_key(row)
+        return None if row is None else for_browsers(to_key(row))
 
     def close(self, token: str) -> bool:
         """Whether there was such a session; from now on there is none."""
@@ -48,3 +50,8 @@ class Sessions:
         """Forget sessions that have ended by themselves; returns how many."""
         with self.database.write() as connection:
             return connection.execute(delete(sessions).where(sessions.c.expires_at <= now())).rowcount
+
+
+def for_browsers(key: ApiKey) -> ApiKey:
+    """The key as a cookie carries it."""
+    return replace(key, scopes=tuple(scope for scope in key.scopes if scope != OPERATOR))

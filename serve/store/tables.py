@@ -67,6 +67,8 @@ jobs = Table(
     Column("variant", String(16)),  # of the model, for whose engines the job was made
     Column("revision", String(200)),  # of the hub's, where the model is one: as it was made for, then as it was claimed
     Column("fingerprint", String(64)),  # of the weights that work on it, from its first claim on
+    Column("queued_at", Float),  # since when it waits again, after an engine had it; null: since it was created
+    Column("trace", String(64)),  # where its trace begins, as W3C's traceparent; null: there is none (tracing.py)
     Column("job_class", String(32)),  # the operator's class of its tenant, a label of metrics; null: default
     # what it has used: the newest attempt as it was last told and by its newest checkpoint, and all of it at the end
     Column("attempt_usage", JSON(none_as_null=True)),
@@ -88,6 +90,9 @@ api_keys = Table(
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float),
     Column("revoked_at", Float),
+    Column("name", String(100)),
+    Column("last_used_at", Float),  # to the minute
+    Column("managed_by", String(16)),  # `environment`, `file`: its text is set there, and a new one ends this key
 )
 
 idempotency = Table(
@@ -131,8 +136,18 @@ outbox = Table(  # webhook events: written with the end of their job, delivered 
     Column("delivered_at", Float),
     Column("failed_at", Float),  # given up
     Column("last_error", String(200)),
+    Column("trace", String(64)),  # of its job
 )
 Index("outbox_due", outbox.c.delivered_at, outbox.c.failed_at, outbox.c.next_at)
+
+job_traces = Table(  # spans of whole jobs: written with the end of their job, taken away by who exports them
+    "job_traces",
+    metadata,
+    Column("job_id", String(64), primary_key=True),
+    Column("trace", String(64), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("facts", JSON, nullable=False),
+)
 
 processes = Table(  # who is alive, and what each knows: dispatchers, engines
     "processes",
@@ -141,6 +156,31 @@ processes = Table(  # who is alive, and what each knows: dispatchers, engines
     Column("kind", String(16), nullable=False),
     Column("seen_at", Float, nullable=False),
     Column("facts", JSON, nullable=False),
+    Column("drain_asked_at", Float),  # an engine reads it with its next sign
+)
+
+tenants = Table(  # what the operator has set for a tenant; null: as the configuration has it
+    "tenants",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("quota", Integer),
+    Column("creates_per_minute", Integer),
+    Column("weight", Float),
+    Column("job_class", String(32)),
+    Column("served", Float, nullable=False, default=0.0),  # seconds of engines claimed, divided by its weight
+)
+
+audit = Table(  # what operators changed; rows are added and never altered
+    "audit",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("at", Float, nullable=False),
+    Column("actor", String(200), nullable=False),  # a key's id, or `cli:` and the account
+    Column("action", String(64), nullable=False),  # such as key.create
+    Column("target", String(128), nullable=False),  # id of what was changed
+    Column("before", JSON),
+    Column("after", JSON),
+    Column("request_id", String(64)),
 )
 
 ledger = Table(  # what jobs have used: a row is added when an attempt at one ends, and none is altered

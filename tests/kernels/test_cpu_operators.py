@@ -250,3 +250,27 @@ def test_model_is_valid_for_the_checker() -> None:
     graph = helper.make_graph([node], "one", values[:2], values[2:])
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("skylapse", 1)]
     onnx.checker.check_model(helper.make_model(graph, opset_imports=opsets, ir_version=10), full_check=True)
+
+
+def test_libraries_that_an_image_brings_need_no_compiler(
+    libraries: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "READY", tmp_path / "ready")
+    made = libraries[LEVELS[0]].parent
+    monkeypatch.setattr(library, "_compiled", lambda level: (made / library.name_of(level)).read_bytes())
+    library.main()
+    monkeypatch.undo()
+    monkeypatch.setattr(library, "READY", tmp_path / "ready")
+    monkeypatch.setattr(library, "compiler", lambda: None)
+    assert library.can_build()
+    library._compiled.cache_clear()
+    (tmp_path / "built").mkdir()
+    library.build(tmp_path / "built")
+    for level in LEVELS:
+        assert (tmp_path / "built" / library.name_of(level)).read_bytes() == libraries[level].read_bytes()
+    library._compiled.cache_clear()
+    monkeypatch.setattr(library, "READY", tmp_path / "nothing")  # as after a change of the sources
+    assert not library.can_build()
+    with pytest.raises(RuntimeError, match="a C\\+\\+ compiler is needed"):
+        library.build(tmp_path / "built")
+    library._compiled.cache_clear()

@@ -31,7 +31,9 @@ from skylapse.serve.store.keys import SCOPES
 from skylapse.serve.store.leases import Leases
 from skylapse.serve.store.outbox import Outbox
 from skylapse.serve.store.processes import DISPATCHER, ENGINE, READY
+from skylapse.serve.store.traces import JobTraces
 from skylapse.serve.sweep import Sweeper
+from skylapse.serve.tracing import job_span
 from skylapse.serve.webhooks import deliver_due, open_secret
 from skylapse.serve.worker import Worker
 
@@ -166,6 +168,7 @@ class Crew:
         self.id = f"crew-{secrets.token_hex(4)}"
         self.leases = Leases(context.database, config.lease_s, config.max_attempts, context.ledger)
         self.outbox = Outbox(context.database, config.webhook_attempts)
+        self.traces = JobTraces(context.database)
         self.sweeper = Sweeper(context)
         self.secret = open_secret(config)
         engines = engine if isinstance(engine, Mapping) else {"Engine": engine}
@@ -184,6 +187,7 @@ class Crew:
                 checkpoint_every=config.checkpoint_every,
                 queue=group.queue,
                 revision=group.revision,
+                tracer=context.tracer,
             )
             for group, engine, measures in zip(self.groups, engines.values(), self.measures, strict=True)
         ]
@@ -195,6 +199,7 @@ class Crew:
             for task, seconds in (
                 (self._call, LOOK_S),
                 (self._deliver, LOOK_S),
+                (self._trace, LOOK_S),
                 (self._beat, BEAT_S),
                 (self._tidy, BEAT_S),
             ):
@@ -218,13 +223,19 @@ class Crew:
                 calls.add(asyncio.create_task(worker.run_next(f"{self.id}-{secrets.token_hex(4)}")))
 
     async def _deliver(self) -> None:
-        await deliver_due(self.outbox, self.secret, self.config)
+        await deliver_due(self.outbox, self.secret, self.config, tracer=self.context.tracer)
+
+    async def _trace(self) -> None:
+        if self.context.tracer is not None:
+            for ended in await asyncio.to_thread(self.traces.take):
+                self.context.tracer.write(job_span(*ended))
 
     async def _beat(self) -> None:
         beat = self.context.processes.beat
         await asyncio.to_thread(beat, f"{self.id}-dispatcher", DISPATCHER, {"calls": sum(map(len, self._calls))})
-        for index, (group, measures) in enumerate(zip(self.groups, self.measures, strict=True)):
+        for index, (group, worker, measures) in enumerate(zip(self.groups, self.workers, self.measures, strict=True)):
             facts = {**group.facts, "state": READY, "slots": group.engine_slots, **measures.facts}
+            facts |= {"running": len(worker.keeper.held)}
             await asyncio.to_thread(beat, f"{self.id}-engine-{index}", ENGINE, facts)
             await asyncio.to_thread(measures.tell, self.context.database, self.context.ledger.counters)
 

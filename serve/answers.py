@@ -59,6 +59,7 @@ class Video(BaseModel):
     resumed_from_step: int | None
     native_size: str
     native_frames: int
+    retried_from: str | None
 
 
 class Preview(BaseModel):

@@ -22,12 +22,27 @@ from .context import Context
 from .errors import ApiError
 from .key_use import KeyUse
 from .openapi import describe_api
-from .routes import characters, content, events, generations, health, models, page, remakes, session, videos
+from .routes import (
+    admin,
+    admin_jobs,
+    admin_keys,
+    characters,
+    content,
+    events,
+    generations,
+    health,
+    models,
+    page,
+    remakes,
+    session,
+    videos,
+)
 from .store.jobs import NotFound
 from .watch import Watch
 
 logger = logging.getLogger(__name__)
-ROUTES = (characters, remakes, videos, content, events, generations, models, health, session, page)
+OPERATORS = (admin, admin_jobs, admin_keys)
+ROUTES = (characters, remakes, videos, content, events, generations, models, *OPERATORS, health, session, page)
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 

@@ -34,6 +34,7 @@ class Context:
     tenants: TenantStore
     all_jobs: AllJobs
     audit: Audit
+    tenant_weights: Mapping[str, float]  # of those for which the store has none
 
 
 def open_context(arguments: Mapping[str, Any] | ServeConfig) -> Context:
@@ -76,4 +77,5 @@ def stand_on(config: ServeConfig, database: Database) -> Context:
         TenantStore(database),
         AllJobs(database),
         Audit(database),
+        load_settings().tenant_weights,
     )

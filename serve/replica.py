@@ -16,7 +16,6 @@ import torch
 from ray import serve
 from sqlalchemy.exc import SQLAlchemyError
 
-from ..runtime.config import load_settings
 from ..runtime.engine import Engine
 from ..runtime.warm_up import warm_up
 from .context import open_context
@@ -52,7 +51,7 @@ class EngineReplica:
         sweep_scratch(self.config.scratch)
         self.worker = Worker(
             self.engine,
-            Leases(context.database, self.config.lease_s, self.config.max_attempts, load_settings().tenant_weights),
+            Leases(context.database, self.config.lease_s, self.config.max_attempts, context.tenant_weights),
             context.artifacts,
             self.measures,
             scratch=self.config.scratch,

@@ -64,7 +64,7 @@ def test_an_operator_may_choose_the_text(keys: KeyStore) -> None:
         (dict(tenant=""), "tenant must be letters"),
         (dict(tenant="../etc"), "tenant must be letters"),
         (dict(tenant="a" * 65), "tenant must be letters"),
-        (dict(tenant="a", scopes=["root"]), "scope must be read, write, admin, operator, got 'root'"),
+        (dict(tenant="a", scopes=["root"]), "scopes must be some of read, write, admin, operator, got 'root'"),
         (dict(tenant="a", valid_s=0), "valid_s must be above 0, got 0"),
         (dict(tenant="a", valid_s=float("nan")), "valid_s must be above 0, got nan"),
         (dict(tenant="a", secret="short"), "a key must have at least 16 characters, got 5"),

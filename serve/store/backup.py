@@ -89,7 +89,7 @@ def back_up(
 
 
 def verify(source: Path, kind: str) -> Manifest:
-    """Read a backup to its end. ValueError for what is none of a store of this kind, is broken, or of a later format."""
+    """Read a backup to its end. ValueError for what is broken, of another kind of store, or of a later format."""
     try:
         with tarfile.open(source, "r:") as tar:
             members = list(tar)

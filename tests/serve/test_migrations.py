@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from sqlalchemy import Connection, inspect, select, text
 
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.jobs import JobStore
+from skylapse.serve.store.keys import KeyStore, digest_of
+from skylapse.serve.store.leases import Leases
 from skylapse.serve.store.migrations import STEPS, migrate
-from skylapse.serve.store.tables import versions
+from skylapse.serve.store.processes import Processes
+from skylapse.serve.store.tables import metadata, versions
+from skylapse.serve.store.tenants import TenantStore
+
+FIRST = Path(__file__).with_name("first_release.sql").read_text()
+KEY = "sk-skylapse-of-the-first-release"
 
 
 def add_a_column(connection: Connection) -> None:
@@ -54,3 +64,46 @@ def test_a_step_that_fails_leaves_the_store_as_it_was(database: Database) -> Non
         pass
     assert "colour" not in columns(database)
     database.migrate()
+
+
+@pytest.fixture
+def first_store(database: Database) -> Database:
+    """A store as the first release left it: its tables, a key, a job that waits, an engine."""
+    metadata.drop_all(database.engine)
+    with database.write() as connection:
+        for statement in FIRST.replace("DIGEST", digest_of(KEY)).split(";"):
+            if statement.strip():
+                connection.exec_driver_sql(statement)
+    return database
+
+
+def test_a_store_of_the_first_release_gets_all_that_this_one_has(first_store: Database) -> None:
+    first_store.migrate()
+    first_store.migrate()
+    with first_store.read() as connection:
+        inspector = inspect(connection)
+        for table in metadata.tables.values():
+            there = {column["name"] for column in inspector.get_columns(table.name)}
+            assert {column.name for column in table.columns} <= there, table.name
+    keys, tenants = KeyStore(first_store), TenantStore(first_store)
+    key = keys.find(KEY)
+    assert key is not None and (key.tenant, key.max_priority, key.name, key.last_used_at) == ("acme", 3, None, None)
+    keys.used(key.id)
+    assert keys.get(key.id).last_used_at is not None
+    tenants.change("acme", {"weight": 2.0})
+    assert Processes(first_store).drain("old") and Processes(first_store).beat("old", "engine", {})
+    (job,) = Leases(first_store).claim("engine")
+    assert (job.tenant, job.request["prompt"]) == ("acme", "a star")
+
+
+def test_the_first_release_works_on_a_store_of_this_one(first_store: Database) -> None:
+    """During a rollout both write: what the older one inserts names no column that it does not know."""
+    first_store.migrate()
+    with first_store.write() as connection:
+        for statement in FIRST.replace("DIGEST", "another").replace("000001'", "000002'").split(";"):
+            if "INSERT INTO" in statement and "schema_version" not in statement:
+                statement = statement.replace("', 1, 'acme'", "', 2, 'acme'").replace("'old'", "'older'")
+                connection.exec_driver_sql(statement)
+    keys, _ = KeyStore(first_store).page()
+    assert len(keys) == 2 and not Processes(first_store).beat("older", "engine", {})
+    assert {job.sequence for job in Leases(first_store).claim("engine", 2)} == {1, 2}

@@ -323,7 +323,7 @@ def test_the_use_of_a_key_is_noted_beside_the_request(context: Context) -> None:
     with TestClient(app, headers={"authorization": f"Bearer {text}"}) as client:
         for _ in range(3):
             assert client.get("/v1/videos").status_code == 200
-    app.state.key_use.close()
+    app.state.key_use.wait()
     used_at = context.keys.get(key.id).last_used_at
     assert used_at is not None
     context.keys.used(key.id)  # another ingress, within the minute

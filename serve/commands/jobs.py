@@ -35,7 +35,8 @@ def _list(options: argparse.Namespace) -> None:
     if not 1 <= options.limit <= MAX_ROWS:
         raise ValueError(f"limit must be from 1 to {MAX_ROWS}, got {options.limit}")
     wanted = dict(tenant=options.tenant, state=options.state, model=options.of_model)
-    found, has_more = open_store(options).all_jobs.page(options.limit, options.after, **wanted)
+    with open_store(options) as context:
+        found, has_more = context.all_jobs.page(options.limit, options.after, **wanted)
     if options.json:
         print_json(show_page([show_job(job) for job in found], has_more))
         return
@@ -45,20 +46,21 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    _answer(options, open_store(options).all_jobs.get(options.id))
+    with open_store(options) as context:
+        _answer(options, context.all_jobs.get(options.id))
 
 
 def _cancel(options: argparse.Namespace) -> None:
-    context = open_store(options)
-    job = context.all_jobs.get(options.id)
-    if job.has_ended:
-        raise ValueError(f"job {job.id} has ended: it is {job.state}")
-    _answer(options, context.jobs.cancel(job.tenant, job.id, account()))
+    with open_store(options) as context:
+        job = context.all_jobs.get(options.id)
+        if job.has_ended:
+            raise ValueError(f"job {job.id} has ended: it is {job.state}")
+        _answer(options, context.jobs.cancel(job.tenant, job.id, account()))
 
 
 def _retry(options: argparse.Namespace) -> None:
-    context = open_store(options)
-    _answer(options, retry(context, context.all_jobs.get(options.id), account()))
+    with open_store(options) as context:
+        _answer(options, retry(context, context.all_jobs.get(options.id), account()))
 
 
 def _answer(options: argparse.Namespace, job: Job) -> None:

@@ -30,15 +30,16 @@ def keys(arguments: Sequence[str], settings: Settings) -> int:
 
 
 def _create(options: argparse.Namespace) -> None:
-    store = open_store(options).keys
     valid_s = None if options.days is None else options.days * DAY_S
     scopes = options.scope or SCOPES[:2]
     known: dict[str, Any] = dict(name=options.name, max_priority=options.max_priority, valid_s=valid_s)
-    _show_new(options, *store.create(options.tenant, scopes, **known, by=account()))
+    with open_store(options) as context:
+        _show_new(options, *context.keys.create(options.tenant, scopes, **known, by=account()))
 
 
 def _list(options: argparse.Namespace) -> None:
-    found, _ = open_store(options).keys.page()
+    with open_store(options) as context:
+        found, _ = context.keys.page()
     if not options.all and not options.json:
         found = [key for key in found if state_of(key) == "valid"]
     if options.json:
@@ -48,14 +49,14 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _rotate(options: argparse.Namespace) -> None:
-    store = open_store(options).keys
-    _show_new(options, *store.rotate(options.id, options.overlap_s, account()))
+    with open_store(options) as context:
+        _show_new(options, *context.keys.rotate(options.id, options.overlap_s, account()))
 
 
 def _revoke(options: argparse.Namespace) -> None:
-    store = open_store(options).keys
-    if not store.revoke(options.id, account()):
-        raise KeyNotFound(f"there is no valid key {options.id!r}")
+    with open_store(options) as context:
+        if not context.keys.revoke(options.id, account()):
+            raise KeyNotFound(f"there is no valid key {options.id!r}")
     if options.json:
         print_json({"id": options.id, "object": "key.deleted", "deleted": True})
     else:

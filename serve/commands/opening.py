@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import getpass
 import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from sqlalchemy import inspect, make_url
@@ -37,8 +39,9 @@ def find_config(options: argparse.Namespace) -> ServeConfig:
     return with_secrets(_config(argparse.Namespace(config=options.config, data=options.data)))
 
 
-def open_store(options: argparse.Namespace, is_read_only: bool = False) -> Context:
-    """A context on the store that is there. ValueError where none is; nothing is created.
+@contextmanager
+def open_store(options: argparse.Namespace, is_read_only: bool = False) -> Iterator[Context]:
+    """A context on the store that is there, closed at the block's end. ValueError where none is; nothing is created.
 
     is_read_only: leave the tables as they are, of an older release or not.
     """
@@ -46,9 +49,10 @@ def open_store(options: argparse.Namespace, is_read_only: bool = False) -> Conte
     database = find_database(config)
     if database is None:
         raise ValueError(f"no store at {place_of(config)}: {HINT}")
-    if not is_read_only:
-        database.migrate()
-    return stand_on(config, database)
+    with closing(database):
+        if not is_read_only:
+            database.migrate()
+        yield stand_on(config, database)
 
 
 def find_database(config: ServeConfig) -> Database | None:
@@ -62,6 +66,7 @@ def find_database(config: ServeConfig) -> Database | None:
             if inspect(connection).has_table("jobs"):
                 return database
     except DatabaseError as error:
+        database.close()
         what = str(error.orig or "").strip().partition("\n")[0][:200]
         raise RuntimeError(f"the database at {place_of(config)} cannot be read: {what}") from None
     database.close()

@@ -37,10 +37,9 @@ def _backup(options: argparse.Namespace) -> int:
         raise ValueError(f"FILE must be in a folder that is there, got {options.file!r}")
     if target.is_dir() or (target.exists() and not options.force):
         raise ValueError(f"FILE must be a new one, got {options.file!r}: --force replaces it")
-    context = open_store(options, is_read_only=True)
-    manifest, num_files = back_up(
-        context.database, context.artifacts if options.with_artifacts else None, target, options.force
-    )
+    with open_store(options, is_read_only=True) as context:
+        files = context.artifacts if options.with_artifacts else None
+        manifest, num_files = back_up(context.database, files, target, options.force)
     facts = {"file": str(target), "bytes": target.stat().st_size, "files": num_files, **asdict(manifest)}
     if options.json:
         print_json(facts)
@@ -56,13 +55,16 @@ def _restore(options: argparse.Namespace) -> int:
     config = find_config(options)
     verify(source, make_url(config.database).get_backend_name())
     database = find_database(config)
-    if database is not None and not options.force:
-        _refuse_to_overwrite(database, place_of(config))
-    if database is None:
-        make_folder(config.folder)
-        database = Database(config.database)
-    context = stand_on(config, database)
-    _tell_restored(options, context, source)
+    try:
+        if database is not None and not options.force:
+            _refuse_to_overwrite(database, place_of(config))
+        if database is None:
+            make_folder(config.folder)
+            database = Database(config.database)
+        _tell_restored(options, stand_on(config, database), source)
+    finally:
+        if database is not None:
+            database.close()
     return 0
 
 
@@ -84,8 +86,8 @@ def _refuse_to_overwrite(database: Database, place: str) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    context = open_store(options, is_read_only=True)
-    report = check(context.database, context.artifacts)
+    with open_store(options, is_read_only=True) as context:
+        report = check(context.database, context.artifacts)
     if options.json:
         print_json({"store": place_of(context.config), "ok": not report.problems, **asdict(report)})
         return int(bool(report.problems))

@@ -1,4 +1,4 @@
-"""The command line: skylapse generate | models | compile | serve | keys | kernels | bench."""
+"""The command line: skylapse generate | models | compile | serve | keys | jobs | store | kernels | bench."""
 
 from __future__ import annotations
 
@@ -284,8 +284,10 @@ class _Lines:
 # need, what they do).
 ELSEWHERE = {
     "serve": ("serve.command", "serve", "serve the OpenAI Videos API on this machine"),
+    "keys": ("serve.commands.keys", "serve", "make, list, rotate and revoke the service's API keys"),
+    "jobs": ("serve.commands.jobs", "serve", "list, cancel and retry the service's jobs"),
     "usage": ("serve.usage_command", "serve", "what tenants have used, and what it costs"),
-    "keys": ("serve.commands.keys", "serve", "make, list and revoke the service's API keys"),
+    "store": ("serve.commands.store", "serve", "back up, restore and check the service's store"),
     "compile": ("runtime.compile_command", "compile", "build a faster decoder for this machine"),
     "kernels": ("runtime.doctor", "gpu", "which kernels run on this machine, and why"),
     "bench": ("benchmarks.command", "dev", "measure kernels beside their peers"),

@@ -85,6 +85,7 @@ class Video(BaseModel):
     model_fingerprint: str | None
     usage: VideoUsage | None  # once it has ended
     inference_time_s: float | None  # from when an engine took it until it ended
+    retried_from: str | None
 
 
 class Preview(BaseModel):

@@ -27,13 +27,29 @@ from .key_use import KeyUse
 from .logs import JOB, REQUEST
 from .openapi import MAKES, describe_api
 from .request_counter import RequestCounter
-from .routes import characters, content, events, generations, health, models, page, remakes, session, usage, videos
+from .routes import (
+    admin,
+    admin_jobs,
+    admin_keys,
+    characters,
+    content,
+    events,
+    generations,
+    health,
+    models,
+    page,
+    remakes,
+    session,
+    usage,
+    videos,
+)
 from .signs import Signs
 from .store.jobs import NotFound
 from .watch import Watch
 
 logger = logging.getLogger(__name__)
-ROUTES = (characters, remakes, videos, content, events, generations, models, usage, health, session, page)
+OPERATORS = (admin, admin_jobs, admin_keys)
+ROUTES = (characters, remakes, videos, content, events, generations, models, usage, *OPERATORS, health, session, page)
 MAKES_JOBS = (*MAKES, "generateVideo")  # operations
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 

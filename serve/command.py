@@ -215,7 +215,7 @@ def _serve_parser() -> argparse.ArgumentParser:
     option = parser.add_argument
     option("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     option("--port", type=int, default=8000, help="default: 8000")
-    option("--data", metavar="DIR", help="jobs, keys and files (default: skylapse-data)")
+    option("--data", metavar="DIR", help="jobs, keys and files (default: SKYLAPSE_DATA, or skylapse-data)")
     option("--model", help="demo (the default), a diffusers folder, or a Hugging Face id")
     add_device(parser)
     option("--engines", type=int, metavar="N", help="engine replicas, each with the model (default: 1)")

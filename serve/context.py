@@ -37,6 +37,7 @@ class Context:
     all_jobs: AllJobs
     audit: Audit
     ledger: Ledger
+    tenant_weights: Mapping[str, float]  # of those for which the store has none
     tracer: Tracer | None = None  # None: no traces are wanted
 
 
@@ -83,5 +84,6 @@ def stand_on(config: ServeConfig, database: Database, tracer: Tracer | None = No
         AllJobs(database),
         Audit(database),
         ledger,
+        load_settings().tenant_weights,
         tracer,
     )

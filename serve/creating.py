@@ -14,7 +14,6 @@ from .artifacts import ArtifactStore
 from .asking import EXTEND, GENERATE, extend, input_key
 from .auth import Caller
 from .catalog import ServedModel
-from .config import ServeConfig
 from .context import Context
 from .errors import ApiError
 from .outbound import check_url
@@ -30,7 +29,6 @@ from .store.jobs import (
     StoreFull,
     new_job_id,
 )
-from .store.ledger import DEFAULT_CLASS
 
 TOKENS_PER_S = 4000.0  # of an engine that has not told yet: the demo model on two CPU cores
 MAX_KEY_CHARACTERS = 255
@@ -120,14 +118,14 @@ def make_job(
             job_id=draft.job_id,
             priority=asked.priority,
             work=_work(context, draft),
-            bounds=_bounds(context.config, caller.tenant),
+            bounds=_bounds(context, caller.tenant),
             idempotency_key=idempotency,
             webhook_url=asked.webhook_url,
             model=draft.model.served,
             variant=variant,
             revision=revision,
             trace=None if context.tracer is None else context.tracer.begin(draft.job_id, traceparent),
-            job_class=DEFAULT_CLASS,
+            job_class=context.tenants.class_of(caller.tenant),
         )
     except (QuotaExceeded, RateExceeded, StoreFull, IdempotencyConflict) as error:
         _forget(context.artifacts, draft)
@@ -183,9 +181,12 @@ def _work(context: Context, draft: Draft) -> float:
     return max(0.05, share * draft.request["tokens"] / (sum(speeds) / len(speeds) if speeds else TOKENS_PER_S))
 
 
-def _bounds(config: ServeConfig, tenant: str) -> Bounds:
-    quota = config.quotas.get(tenant, config.quota)
-    return Bounds(quota=quota, per_minute=config.creates_per_minute, max_queued=config.max_queued)
+def _bounds(context: Context, name: str) -> Bounds:
+    """Read from the store for each job: an operator's change holds from the next one on."""
+    tenant, config = context.tenants.get(name), context.config
+    quota = tenant.quota or config.quotas.get(name, config.quota)
+    per_minute = tenant.creates_per_minute or config.creates_per_minute
+    return Bounds(quota=quota, per_minute=per_minute, max_queued=config.max_queued)
 
 
 def _refusal(error: Exception) -> ApiError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -15,13 +14,14 @@ logger = logging.getLogger(__name__)
 
 
 class KeyUse:
-    """One an ingress. Notes that are lost with a process are at most a minute's."""
+    """One an ingress. A thread writes what was noted, and ends; what is lost with a process is a minute's."""
 
     def __init__(self, keys: KeyStore) -> None:
         self.keys = keys
-        self._noted_s: dict[str, float] = {}  # key -> when this process last wrote of it
+        self._noted_s: dict[str, float] = {}  # key -> when a use of it was last noted
+        self._waiting: list[str] = []
         self._lock = threading.Lock()
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="skylapse-key-use")
+        self._writer: threading.Thread | None = None
 
     def note(self, key_id: str) -> None:
         """A request uses this key. Returns at once."""
@@ -30,14 +30,24 @@ class KeyUse:
             if now_s - self._noted_s.get(key_id, float("-inf")) < USED_EVERY_S:
                 return
             self._noted_s[key_id] = now_s
-        self._writer.submit(self._write, key_id)
+            self._waiting.append(key_id)
+            if self._writer is None:
+                self._writer = threading.Thread(target=self._write, name="skylapse-key-use", daemon=True)
+                self._writer.start()
 
-    def close(self) -> None:
-        """Wait for what is being written."""
-        self._writer.shutdown()
+    def wait(self) -> None:
+        """Return when all that was noted is written."""
+        if (writer := self._writer) is not None:
+            writer.join()
 
-    def _write(self, key_id: str) -> None:
-        try:
-            self.keys.used(key_id)
-        except SQLAlchemyError as error:  # the next minute tries again
-            logger.warning("a key's use could not be noted: %s", type(error).__name__)
+    def _write(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._writer = None
+                    return
+                key_id = self._waiting.pop()
+            try:
+                self.keys.used(key_id)
+            except SQLAlchemyError as error:  # the next minute tries again
+                logger.warning("a key's use could not be noted: %s", type(error).__name__)

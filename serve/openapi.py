@@ -9,6 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from .admin_answers import ADMIN_ANSWERS, ADMIN_BODIES, ADMIN_ERRORS
 from .answers import (
     Error,
     Generated,
@@ -42,6 +43,7 @@ ANSWERS: dict[str, type[BaseModel]] = {
     "getUsage": UsageList,
     "health": Health,
     "ready": Ready,
+    **ADMIN_ANSWERS,
 }
 BINARY = {"type": "string", "format": "binary"}
 EVENT = {  # one of a stream
@@ -66,6 +68,7 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {  # operation -> status -> media
 }
 PARAMETERS: dict[str, dict[str, Any]] = {  # what FastAPI does not know of them
     "video_id": {"type": "string", "pattern": f"^{VIDEO_ID.pattern}$"},
+    "job_id": {"type": "string", "pattern": f"^{VIDEO_ID.pattern}$"},
     "Idempotency-Key": {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARACTERS},
 }
 HEADERS: dict[str, dict[str, Any]] = {
@@ -106,6 +109,7 @@ ERRORS = {
     "ready": ("503",),
     "getUsage": ("400", *ALWAYS),
     "metrics": ALWAYS,
+    **ADMIN_ERRORS,
 }
 LINKS = ("retrieveVideo", "cancelVideo", "remixVideo", "deleteVideo", "streamVideoEvents", "downloadVideo")
 
@@ -138,7 +142,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
 def _schemas() -> dict[str, Any]:
     """All of bodies and answers, by name."""
     answers: list[type[BaseModel]] = sorted({Error, Generated, VideoEvent, *ANSWERS.values()}, key=_name)
-    bodies: list[type[BaseModel]] = sorted({ImageReference, *(schema for schema, _ in BODIES.values())}, key=_name)
+    videos = (schema for schema, _ in BODIES.values())
+    bodies: list[type[BaseModel]] = sorted({ImageReference, *videos, *ADMIN_BODIES.values()}, key=_name)
     template = "#/components/schemas/{model}"
     _, shown = models_json_schema([(model, "serialization") for model in answers], ref_template=template)
     _, asked = models_json_schema([(model, "validation") for model in bodies], ref_template=template)
@@ -156,6 +161,9 @@ def _complete(path: str, operation: dict[str, Any], schemas: dict[str, Any]) -> 
         parameter["schema"] = PARAMETERS.get(parameter["name"], parameter["schema"])
     if name in BODIES:
         operation["requestBody"] = {"required": True, "content": _bodies(*BODIES[name], schemas)}
+    if name in ADMIN_BODIES:
+        content = {"application/json": {"schema": _reference(ADMIN_BODIES[name])}}
+        operation["requestBody"] = {"required": name != "rotateKey", "content": content}
     responses: dict[str, Any] = {}
     if name in ANSWERS:
         responses["200"] = _response("As asked.", {"application/json": _reference(ANSWERS[name])})

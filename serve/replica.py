@@ -98,7 +98,7 @@ class EngineReplica:
                 self.config.lease_s,
                 self.config.max_attempts,
                 context.ledger,
-                load_settings().tenant_weights,
+                context.tenant_weights,
             ),
             context.artifacts,
             self.measures,

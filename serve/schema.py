@@ -209,6 +209,7 @@ def show_video(job: Job, expires_after_s: float | None = None) -> dict[str, Any]
         "resumed_from_step": job.resumed_from_step,
         "native_size": request.get("native_size"),
         "native_frames": request.get("native_frames"),
+        "retried_from": request.get("retried_from"),
         "model_revision": job.revision,
         "model_fingerprint": job.fingerprint,
         "usage": None if job.usage is None else _show_used(job.usage),

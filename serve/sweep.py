@@ -12,12 +12,13 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlalchemy.sql.elements import ColumnElement
 
+from .asking import input_key
 from .context import Context
 from .store.database import now
 from .store.jobs import Job, to_job
 from .store.outbox import Outbox
 from .store.processes import ENGINE
-from .store.tables import jobs
+from .store.tables import FAILED, jobs
 from .store.traces import JobTraces
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,10 @@ class Sweeper:
 
     def sweep(self) -> None:
         for job in self._find(jobs.c.is_swept.is_(False), jobs.c.ended_at < now() - SETTLED_S):
-            self._keep(job.id, {artifact["key"] for artifact in (job.artifacts or {}).values()})
+            kept = {artifact["key"] for artifact in (job.artifacts or {}).values()}
+            if job.state == FAILED:  # an operator may have it tried again
+                kept |= {input_key(job.id, name) for name in job.request.get("inputs", ())}
+            self._keep(job.id, kept)
             self._mark(job, is_swept=True, preview=None, checkpoint=None)
         kept_s = self.context.config.retention_s
         for job in self._find(jobs.c.has_expired.is_(False), jobs.c.is_swept, jobs.c.ended_at < now() - kept_s):

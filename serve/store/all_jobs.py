@@ -7,6 +7,7 @@ from sqlalchemy.sql.elements import ColumnElement
 
 from .audit import Actor, record
 from .database import Database
+from .job_model import model_column
 from .jobs import UNFINISHED, Job, one, to_job
 from .tables import jobs
 
@@ -44,7 +45,7 @@ class AllJobs:
         if state is not None:
             wanted.append(jobs.c.state == state)
         if model is not None:
-            wanted.append(jobs.c.request["model"].as_string() == model)
+            wanted.append(model_column() == model)
         with self.database.read() as connection:
             if after is not None:
                 wanted.append(jobs.c.sequence < one(connection, jobs.c.id == after).sequence)

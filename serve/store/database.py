@@ -46,7 +46,7 @@ class Database:
         kind = make_url(url).get_backend_name()
         if kind not in ("sqlite", "postgresql"):
             raise ValueError(f"the store must be sqlite or postgresql, got {kind}")
-        self.is_sqlite = kind == "sqlite"
+        self.url, self.is_sqlite = url, kind == "sqlite"
         if self.is_sqlite:
             _make_private(make_url(url).database)
             options: dict[str, Any] = {"connect_args": {"timeout": SQLITE_WAIT_S}}

@@ -64,12 +64,14 @@ class KeyStore:
         name: str | None = None,
         max_priority: int = 0,
         valid_s: float | None = None,
+        expires_at: float | None = None,
         secret: str | None = None,
         by: Actor | None = None,
     ) -> tuple[ApiKey, str]:
         """A new key and its text, which is shown this once. secret: a text of the operator's own.
 
-        ValueError for a tenant that is no name, an unknown scope, a life that is over before it began, a short secret.
+        Its end is `valid_s` from now, or at `expires_at`. ValueError for a tenant that is no name, an unknown scope, a
+        life that is over before it began, a short secret.
         """
         scopes = tuple(dict.fromkeys(scopes))
         check_name(tenant)
@@ -77,7 +79,7 @@ class KeyStore:
         if not scopes:
             raise ValueError(f"scopes must be some of {', '.join(SCOPES)}, got none")
         if unknown := sorted(set(scopes) - set(SCOPES)):
-            raise ValueError(f"scope must be {', '.join(SCOPES)}, got {unknown[0]!r}")
+            raise ValueError(f"scopes must be some of {', '.join(SCOPES)}, got {unknown[0][:80]!r}")
         if valid_s is not None and not valid_s > 0:
             raise ValueError(f"valid_s must be above 0, got {valid_s}")
         if not -100 <= max_priority <= 100:
@@ -86,8 +88,9 @@ class KeyStore:
             raise ValueError(f"a key must have at least {MIN_KEY_CHARACTERS} characters, got {len(secret)}")
         text = secret or new_text()
         values: dict[str, Any] = dict(tenant=tenant, scopes=list(scopes), name=name, max_priority=max_priority)
-        values["expires_at"] = None if valid_s is None else now() + valid_s
+        values["expires_at"] = expires_at if valid_s is None else now() + valid_s
         with self.database.write() as connection:
+            _check_end(connection, expires_at)
             key = _insert(connection, text, values)
             record(connection, by, "key.create", key.id, None, _audited(key))
             return key, text
@@ -123,9 +126,7 @@ class KeyStore:
         _check_label(changes.get("name"))
         with self.database.write() as connection:
             before = _get(connection, key_id, is_valid())
-            until, present = changes.get("expires_at"), connection.scalar(select(now())) or 0.0
-            if until is not None and not present < until < present + 100 * MAX_OVERLAP_S:
-                raise ValueError(f"expires_at must be within the next 100 years, in seconds since 1970, got {until}")
+            _check_end(connection, changes.get("expires_at"))
             if changes:
                 connection.execute(update(api_keys).where(api_keys.c.id == key_id).values(**changes))
             after = _get(connection, key_id)
@@ -240,3 +241,9 @@ def _audited(key: ApiKey) -> dict[str, Any]:
 def _check_label(name: str | None) -> None:
     if name is not None and not (0 < len(name) <= MAX_NAME_CHARACTERS and name.isprintable()):
         raise ValueError(f"name must have 1 to {MAX_NAME_CHARACTERS} printable characters, got {name[:120]!r}")
+
+
+def _check_end(connection: Connection, expires_at: float | None) -> None:
+    present = connection.scalar(select(now())) or 0.0
+    if expires_at is not None and not present < expires_at < present + 100 * MAX_OVERLAP_S:
+        raise ValueError(f"expires_at must be seconds since 1970, in the next 100 years, got {expires_at:g}")

@@ -281,19 +281,25 @@ class Leases:
     # --- what they use --------------------------------------------------------------------------------------------
 
     def _charge(self, connection: Connection, claimed: Sequence[Row[Any]]) -> None:
-        """Add first claims to their tenants' accounts. One that comes back starts level with the least served."""
+        """Add first claims to their tenants' accounts, as start-time fair queueing has it (Goyal and others, 1996).
+
+        Accounts are in seconds of an engine, divided by the weight. A tenant that was away starts where the others
+        began their newest claim, or it would catch up on what it never asked for.
+        """
         shares: dict[str, float] = {}
         for row in claimed:
             shares[row.tenant] = shares.get(row.tenant, 0.0) + row.work / row.weight
         for tenant, share in sorted(shares.items()):
-            others = select(func.min(func.coalesce(tenants.c.served, 0.0))).select_from(jobs)
+            others = select(func.count(), func.max(tenants.c.began)).select_from(jobs)
             others = others.outerjoin(tenants, tenants.c.name == jobs.c.tenant)
-            least = connection.scalar(others.where(jobs.c.state.in_(UNFINISHED), jobs.c.tenant != tenant))
-            if least is None:  # nobody to be fair to
+            is_other = and_(jobs.c.state.in_(UNFINISHED), jobs.c.tenant != tenant)
+            count, newest = connection.execute(others.where(is_other)).one()
+            if not count:  # nobody to be fair to
                 continue
             self.database.insert_missing(connection, tenants, name=tenant)
-            served = case((tenants.c.served < least, least), else_=tenants.c.served)
-            connection.execute(update(tenants).where(tenants.c.name == tenant).values(served=served + share))
+            began = case((tenants.c.served < (newest or 0.0), newest or 0.0), else_=tenants.c.served)
+            account = update(tenants).where(tenants.c.name == tenant)
+            connection.execute(account.values(began=began, served=began + share))
 
     def _write(self, job: Job, values: dict[str, Any]) -> bool:
         with self.database.write() as connection:

@@ -167,7 +167,9 @@ tenants = Table(  # what the operator has set for a tenant; null: as the configu
     Column("creates_per_minute", Integer),
     Column("weight", Float),
     Column("job_class", String(32)),
-    Column("served", Float, nullable=False, default=0.0),  # seconds of engines claimed, divided by its weight
+    # its account: seconds of an engine that it was given, divided by its weight; leases.py
+    Column("began", Float, nullable=False, default=0.0),  # as it was when the newest job was claimed
+    Column("served", Float, nullable=False, default=0.0),  # and with that job
 )
 
 audit = Table(  # what operators changed; rows are added and never altered

@@ -118,7 +118,7 @@ def test_polls_at_a_hundred_a_second_are_answered(busy: Running) -> None:
 def test_a_quota_holds_across_ingresses(busy: Running) -> None:
     """50 creates at once at two ingresses, of a tenant that may have 10 unfinished jobs."""
     options = ("--tenant", TENANT, "--data", str(busy.data))
-    made = subprocess.run((*KEYS, "create", *options), check=True, capture_output=True, text=True)
+    made = subprocess.run((*KEYS, "create", "--json", *options), check=True, capture_output=True, text=True)
     headers = {"authorization": f"Bearer {json.loads(made.stdout)['key']}"}
     body = {"prompt": "a star", "num_inference_steps": 200, "seconds": "4"}  # none of them ends meanwhile
 

@@ -46,7 +46,7 @@ class Client:
             lines.append(b"Authorization: Bearer " + self.key.encode())
         if isinstance(body, bytes):
             pieces: Iterable[bytes] = [body[start : start + 2**16] for start in range(0, len(body), 2**16)]
-            if body or num_bytes is not None or method in ("POST", "PUT"):
+            if body or num_bytes is not None or method in ("POST", "PUT", "PATCH"):
                 lines.append(b"Content-Length: %d" % (len(body) if num_bytes is None else num_bytes))
         else:
             pieces = (b"%x\r\n%s\r\n" % (len(piece), piece) for piece in body)

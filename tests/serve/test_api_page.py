@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from skylapse.serve.admin_answers import ADMIN_BODIES
 from skylapse.serve.catalog import ServedModel
 from skylapse.serve.failures import KNOWN
 from skylapse.serve.openapi import BODIES
@@ -20,8 +21,9 @@ from .service import Service
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "api.md").read_text()
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 CODE = re.compile("[a-z_]+")
-PATH = re.compile(r"`(GET|HEAD|POST|DELETE) (/[^`]*)`")
+PATH = re.compile(r"`(GET|HEAD|POST|PATCH|DELETE) (/[^`]*)`")
 # `invalid_{kind}` of media.py. A job's ends that no request is answered with are not among the errors.
 COMPUTED, ENDS = {"invalid_image", "invalid_video"}, {"cancelled", "crashed", "model_not_found"}
 
@@ -63,6 +65,12 @@ def test_page_has_every_field_with_its_bounds_and_no_other(document: dict[str, A
     assert {name for name in parameters if name not in PAGE} == set()
 
 
+def test_operators_page_has_every_field_that_they_may_set(document: dict[str, Any]) -> None:
+    for schema in ADMIN_BODIES.values():
+        for name in document["components"]["schemas"][schema.__name__]["properties"]:
+            assert f"`{name}`" in OPERATIONS, name
+
+
 def bounds(field: dict[str, Any]) -> Iterator[str]:
     """As the page writes them."""
     for kind in (field, *field.get("anyOf", ())):
@@ -75,6 +83,8 @@ def bounds(field: dict[str, Any]) -> Iterator[str]:
 def test_page_has_every_key_of_what_is_answered_and_no_other(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
     assert set(table("key | ")) == set(schemas["Video"]["properties"])
+    for name in ("AdminTenant", "AdminJob", "AdminEngine", "AdminNewKey", "AuditEntry"):
+        assert [key for key in schemas[name]["properties"] if f"`{key}`" not in OPERATIONS] == [], name
     assert set(table("key of a model |")) == set(schemas["Model"]["properties"])
     events = table("event | beside `video` |")
     assert set(events) == set(schemas["VideoEvent"]["properties"]["type"]["enum"])

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import select, update
 
 from skylapse.serve.store.database import Database, now
-from skylapse.serve.store.keys import PREFIX, KeyStore
+from skylapse.serve.store.keys import ENVIRONMENT, FILE, PREFIX, TENANT_SCOPES, KeyNotFound, KeyStore
 from skylapse.serve.store.tables import api_keys
 
 
@@ -58,13 +58,89 @@ def test_an_operator_may_choose_the_text(keys: KeyStore) -> None:
     assert text == "a-secret-of-my-own" and keys.find("a-secret-of-my-own") == key
 
 
+def test_a_new_text_of_the_environment_ends_the_old_one(keys: KeyStore) -> None:
+    first, second = "the first text that was set", "the second text that was set"
+    for _ in range(2):  # every replica does it
+        keys.manage(ENVIRONMENT, first, "local", TENANT_SCOPES, 100)
+    key = keys.find(first)
+    assert key is not None and (key.managed_by, key.name, key.max_priority) == ("environment", "SKYLAPSE_API_KEY", 100)
+    _, another = keys.create("local")
+    keys.manage(FILE, "a text in the data folder", "local", TENANT_SCOPES)
+    keys.manage(ENVIRONMENT, second, "local", TENANT_SCOPES)
+    assert keys.find(first) is None and keys.find(second)
+    assert keys.find(another) and keys.find("a text in the data folder")
+    keys.manage(ENVIRONMENT, first, "local", TENANT_SCOPES)  # and back
+    assert keys.find(first) and keys.find(second) is None
+    keys.manage(ENVIRONMENT, None, "local", TENANT_SCOPES)
+    assert keys.find(first) is None and keys.find("a text in the data folder")
+    assert len(keys.page()[0]) == 4
+
+
+def test_a_revoked_text_of_the_environment_stays_revoked(keys: KeyStore) -> None:
+    keys.manage(ENVIRONMENT, "a text that was set", "local", TENANT_SCOPES)
+    key = keys.find("a text that was set")
+    assert key is not None and keys.revoke(key.id)
+    keys.manage(ENVIRONMENT, "a text that was set", "local", TENANT_SCOPES)
+    assert keys.find("a text that was set") is None
+
+
+def test_a_key_that_an_older_release_made_of_the_environment_is_managed_from_now_on(keys: KeyStore) -> None:
+    keys.create("local", TENANT_SCOPES, secret="a text that was set")
+    keys.manage(ENVIRONMENT, "a text that was set", "local", TENANT_SCOPES)
+    keys.manage(ENVIRONMENT, "another text, set later", "local", TENANT_SCOPES)
+    assert keys.find("a text that was set") is None and len(keys.page()[0]) == 2
+
+
+def test_a_managed_key_is_rotated_where_its_text_is_set(keys: KeyStore) -> None:
+    for place, where in ((ENVIRONMENT, "SKYLAPSE_API_KEY"), (FILE, "api_key")):
+        keys.manage(place, f"a text in the {place}", "local", TENANT_SCOPES)
+        key = keys.find(f"a text in the {place}")
+        assert key is not None
+        with pytest.raises(ValueError, match=where):
+            keys.rotate(key.id)
+
+
+def test_a_rotated_key_is_valid_for_the_overlap(keys: KeyStore) -> None:
+    old, old_text = keys.create("a", ["read"], name="ci", max_priority=5, valid_s=3600)
+    new, new_text = keys.rotate(old.id, 60)
+    assert keys.find(old_text) and keys.find(new_text)
+    facts = (new.tenant, new.scopes, new.name, new.max_priority, new.expires_at)
+    assert facts == ("a", ("read",), "ci", 5, old.expires_at)
+    end = keys.get(old.id).expires_at
+    assert end is not None and old.expires_at is not None and end < old.expires_at - 3000
+    keys.rotate(old.id, 7200)
+    assert keys.get(old.id).expires_at == end  # an end that is nearer stays
+    _, newest = keys.rotate(new.id)
+    assert keys.find(new_text) is None and keys.find(newest)
+    for wrong in (new.id, "key_none"):
+        with pytest.raises(KeyNotFound):
+            keys.rotate(wrong)
+    with pytest.raises(ValueError, match="overlap_s must be from 0"):
+        keys.rotate(old.id, float("nan"))
+
+
+def test_a_key_is_named_and_given_an_end(keys: KeyStore) -> None:
+    key, text = keys.create("a")
+    assert keys.change(key.id, {"name": "ci"}).name == "ci"
+    with keys.database.read() as connection:
+        soon = (connection.scalar(select(now())) or 0) + 60
+    assert keys.change(key.id, {"expires_at": soon}).expires_at == pytest.approx(soon)
+    assert keys.change(key.id, {"expires_at": None, "name": None}) == key
+    for wrong in (soon - 120, soon * 100):
+        with pytest.raises(ValueError, match="expires_at must be seconds since 1970"):
+            keys.change(key.id, {"expires_at": wrong})
+    with pytest.raises(ValueError, match="name must have 1 to 100 printable characters"):
+        keys.change(key.id, {"name": "a\tb"})
+    assert keys.find(text) == key
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (dict(tenant=""), "tenant must be letters"),
         (dict(tenant="../etc"), "tenant must be letters"),
         (dict(tenant="a" * 65), "tenant must be letters"),
-        (dict(tenant="a", scopes=["root"]), "scope must be read, write, admin, operator, got 'root'"),
+        (dict(tenant="a", scopes=["root"]), "scopes must be some of read, write, admin, operator, got 'root'"),
         (dict(tenant="a", valid_s=0), "valid_s must be above 0, got 0"),
         (dict(tenant="a", valid_s=float("nan")), "valid_s must be above 0, got nan"),
         (dict(tenant="a", secret="short"), "a key must have at least 16 characters, got 5"),

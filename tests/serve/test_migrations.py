@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from pathlib import Path
 
-from sqlalchemy import Connection, func, inspect, select, text
+import pytest
+from sqlalchemy import Connection, inspect, select, text
 
-from skylapse.runtime.usage import Usage
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.jobs import JobStore
+from skylapse.serve.store.keys import KeyStore, digest_of
 from skylapse.serve.store.leases import Leases
-from skylapse.serve.store.ledger import Used
 from skylapse.serve.store.migrations import STEPS, migrate
-from skylapse.serve.store.tables import ledger, versions
+from skylapse.serve.store.processes import Processes
+from skylapse.serve.store.tables import metadata, versions
+from skylapse.serve.store.tenants import TenantStore
+
+FIRST = Path(__file__).with_name("first_release.sql").read_text()
+KEY = "sk-skylapse-of-the-first-release"
 
 
 def add_a_column(connection: Connection) -> None:
@@ -61,42 +66,44 @@ def test_a_step_that_fails_leaves_the_store_as_it_was(database: Database) -> Non
     database.migrate()
 
 
-ADDED = ("model", "variant", "revision", "fingerprint", "job_class", "attempt_usage", "kept_usage", "usage")
-
-
-def as_the_release_before(database: Database) -> None:
-    """The first release's store: without the ledger, the counters, and the columns that came later."""
+@pytest.fixture
+def first_store(database: Database) -> Database:
+    """A store as the first release left it: its tables, a key, a job that waits, an engine."""
+    metadata.drop_all(database.engine)
     with database.write() as connection:
-        for table in ("ledger", "metrics"):
-            connection.execute(text(f"drop table {table}"))
-        for column in ADDED:
-            connection.execute(text(f"alter table jobs drop column {column}"))
-        connection.execute(text("delete from schema_version where version > 1"))
+        for statement in FIRST.replace("DIGEST", digest_of(KEY)).split(";"):
+            if statement.strip():
+                connection.exec_driver_sql(statement)
+    return database
 
 
-def test_a_store_of_the_first_release_gets_what_is_new_and_keeps_its_jobs(database: Database) -> None:
-    store = JobStore(database)
-    job = store.create("a", {"prompt": "a star"})
-    as_the_release_before(database)
-    assert not columns(database) & {*ADDED}
-    database.migrate()
-    assert columns(database) >= {*ADDED}
-    assert store.get("a", job.id) == replace(job, job_class=None)
-    assert store.create("a", {"prompt": "a star"}, model="demo").model == "demo"
+def test_a_store_of_the_first_release_gets_all_that_this_one_has(first_store: Database) -> None:
+    first_store.migrate()
+    first_store.migrate()
+    with first_store.read() as connection:
+        inspector = inspect(connection)
+        for table in metadata.tables.values():
+            there = {column["name"] for column in inspector.get_columns(table.name)}
+            assert {column.name for column in table.columns} <= there, table.name
+    keys, tenants = KeyStore(first_store), TenantStore(first_store)
+    key = keys.find(KEY)
+    assert key is not None and (key.tenant, key.max_priority, key.name, key.last_used_at) == ("acme", 3, None, None)
+    keys.used(key.id)
+    assert keys.get(key.id).last_used_at is not None
+    tenants.change("acme", {"weight": 2.0})
+    assert Processes(first_store).drain("old") and Processes(first_store).beat("old", "engine", {})
+    (job,) = Leases(first_store).claim("engine")
+    assert (job.tenant, job.request["prompt"]) == ("acme", "a star")
 
 
-def test_a_store_of_the_release_before_gets_a_ledger_and_keeps_its_jobs(database: Database) -> None:
-    store, leases = JobStore(database), Leases(database)
-    waits, runs = (store.create("a", {"prompt": "a star", "model": "demo"}) for _ in range(2))
-    as_the_release_before(database)
-    for _ in range(2):
-        database.migrate()
-    assert {*ADDED} <= columns(database)
-    assert store.get("a", waits.id).usage is None
-    for job in leases.claim("an engine", count=2):
-        assert leases.complete(job, {}, Used(Usage(1.0, 2, 1), "cpu"))
-    usage = store.get("a", runs.id).usage
-    assert usage is not None and usage["engine_seconds"] == 1.0
-    with database.read() as connection:
-        assert connection.scalar(select(func.sum(ledger.c.jobs))) == 2
-        assert set(connection.scalars(select(ledger.c.job_class))) == {"default"}
+def test_the_first_release_works_on_a_store_of_this_one(first_store: Database) -> None:
+    """During a rollout both write: what the older one inserts names no column that it does not know."""
+    first_store.migrate()
+    with first_store.write() as connection:
+        for statement in FIRST.replace("DIGEST", "another").replace("000001'", "000002'").split(";"):
+            if "INSERT INTO" in statement and "schema_version" not in statement:
+                statement = statement.replace("', 1, 'acme'", "', 2, 'acme'").replace("'old'", "'older'")
+                connection.exec_driver_sql(statement)
+    keys, _ = KeyStore(first_store).page()
+    assert len(keys) == 2 and not Processes(first_store).beat("older", "engine", {})
+    assert {job.sequence for job in Leases(first_store).claim("engine", 2)} == {1, 2}

@@ -144,6 +144,7 @@ def test_schemathesis_finds_nothing(demo_engine: Engine, tmp_path: Path, monkeyp
             # A document cannot say all: that a size is even, or a length within the model's. Refusals are fine.
             command += ["--max-examples", "25", "--seed", "7", "--exclude-checks", "positive_data_acceptance"]
             variables = {"SKYLAPSE_KEY": key, "SKYLAPSE_FULL_KEY": full_key, "SKYLAPSE_VIDEO": video["id"]}
+            variables["SKYLAPSE_OPERATOR_KEY"] = service.key(scopes=("operator",))
             environment = {**os.environ, **variables, "NO_COLOR": "1"}
             run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
             print(run.stdout)  # what was tried, and how long it took

@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 
+from skylapse.serve.admin_answers import ADMIN_ANSWERS, ADMIN_BODIES
 from skylapse.serve.api import create_app
 from skylapse.serve.context import Context, open_context
 from skylapse.serve.openapi import BODIES
@@ -37,6 +38,7 @@ class House:
     service: Service
     document: dict[str, Any]
     key: str
+    operator: str  # a key
     video_id: str
 
     @property
@@ -45,8 +47,14 @@ class House:
 
     @property
     def operations(self) -> dict[str, tuple[str, str]]:
-        """(method, path) of each; the finished video stands for every id."""
-        values = {"video_id": self.video_id, "model": "demo", "character_id": "char_1"}
+        """(method, path) of each of a tenant's; the finished video stands for every id."""
+        return {name: found for name, found in self.all_operations.items() if name not in ADMIN_ANSWERS}
+
+    @property
+    def all_operations(self) -> dict[str, tuple[str, str]]:
+        """And operators', with ids of none."""
+        values = {"video_id": self.video_id, "model": "demo", "character_id": "char_1", "tenant": "acme"}
+        values |= {"job_id": UNKNOWN, "key_id": "key_0000000000000000", "engine_id": "none"}
         return {
             operation["operationId"]: (method.upper(), path.format(**values))
             for path, found in self.document["paths"].items()
@@ -72,7 +80,7 @@ def house(demo_engine: Engine, service: Service, tmp_path_factory: pytest.TempPa
             (job,) = Leases(held.context.database).claim("a test")
             stored = asdict(held.context.artifacts.write(f"jobs/{video_id}/1/video.mp4", clip))
             Leases(held.context.database).complete(job, {"video": stored})
-            yield House(held, client.get("/openapi.json").json(), key, video_id)
+            yield House(held, client.get("/openapi.json").json(), key, held.key("ops", ("operator",)), video_id)
 
 
 def test_every_documented_status_is_answered(
@@ -86,7 +94,7 @@ def test_every_documented_status_is_answered(
         for status in operation["responses"]
     }
     answered = set()
-    for part in (fine, wrong, unknown, barred, malformed, conflicting, broken):
+    for part in (fine, wrong, unknown, barred, malformed, operated, conflicting, broken):
         for name, answer in part(house):
             check(answer)
             answered.add((name, status_of(answer)))
@@ -168,7 +176,7 @@ def barred(house: House) -> Iterator[Told]:
     """No key, and one that may only do the other thing."""
     keys = {scope: house.service.key("tenant", scopes=(scope,)) for scope in ("read", "write")}
     with httpx.Client(base_url=house.service.url, trust_env=False) as client:
-        for name, (method, path) in house.operations.items():
+        for name, (method, path) in house.all_operations.items():
             if path.startswith("/v1/"):
                 yield name, client.request(method, path)
                 other = keys["write" if method == "GET" else "read"]
@@ -177,9 +185,11 @@ def barred(house: House) -> Iterator[Told]:
 
 def malformed(house: House) -> Iterator[Told]:
     """Bodies that do not come, are too large, or of no known type."""
-    client = Client(house.service.url, house.key)
-    for name in (*BODIES, "createCharacter"):
-        method, path = house.operations[name]
+    tenant = Client(house.service.url, house.key)
+    operator = Client(house.service.url, house.operator)
+    for name in (*BODIES, "createCharacter", *ADMIN_BODIES):
+        method, path = house.all_operations[name]
+        client = operator if name in ADMIN_BODIES else tenant
         yield name, client.send(method, path, [JSON], slowly())
         yield name, client.send(method, path, [JSON], num_bytes=10**9)
         yield name, client.send(method, path, [TEXT], b"a video, please")
@@ -191,6 +201,39 @@ def slowly() -> Iterator[bytes]:
     while True:
         time.sleep(0.02)
         yield b" "
+
+
+def operated(house: House) -> Iterator[Told]:
+    """What operators ask, rightly and wrongly."""
+    service, paths = house.service, house.all_operations
+    with service.client(service.key("tried")) as tenant, service.client(house.operator) as client:
+        job = f"/v1/admin/jobs/{tenant.post('/v1/videos', json=SMALL).json()['id']}"
+        yield "retryJob", client.post(f"{job}/retry")  # it has not failed
+        yield "changeJob", client.patch(job, json={"priority": 1})
+        yield "retrieveJob", client.get(job)
+        yield "cancelJob", client.post(f"{job}/cancel")
+        again = client.post(f"{job}/retry")
+        yield "retryJob", again
+        client.post(f"/v1/admin/jobs/{again.json()['id']}/cancel")
+        made = client.post("/v1/admin/keys", json={"tenant": "tried"})
+        yield "createKey", made
+        key = f"/v1/admin/keys/{made.json()['id']}"
+        yield "changeKey", client.patch(key, json={"name": "a test's"})
+        yield "rotateKey", client.post(f"{key}/rotate", json={"overlap_s": 60})
+        yield "revokeKey", client.delete(key)
+        yield "changeTenant", client.patch(paths["changeTenant"][1], json={"weight": 2})
+        engines = client.get("/v1/admin/engines")
+        yield "listEngines", engines
+        yield "drainEngine", client.post(f"/v1/admin/engines/{engines.json()['data'][0]['id']}/drain")
+        for name in ("listTenants", "listJobs", "listKeys", "listAudit"):
+            yield name, client.get(paths[name][1])
+            yield name, client.get(paths[name][1], params={"limit": 0})
+        for name in ADMIN_BODIES:
+            yield name, client.request(*paths[name], json={"colour": "red"})
+        known: dict[str, Any] = {"changeJob": {"priority": 1}}
+        for name in ("retrieveJob", "changeJob", "cancelJob", "retryJob", "drainEngine", "revokeKey", "changeKey"):
+            yield name, client.request(*paths[name], json=known.get(name))
+        yield "rotateKey", client.request(*paths["rotateKey"])
 
 
 def conflicting(house: House) -> Iterator[Told]:
@@ -232,7 +275,7 @@ def away(house: House, folder: Path) -> Iterator[Told]:
     with TestClient(create_app(context), headers={"authorization": f"Bearer {house.key}"}) as client:
         for name in ("read", "write"):
             setattr(context.database, name, _fail)
-        for name, (method, path) in house.operations.items():
+        for name, (method, path) in house.all_operations.items():
             if name != "health":
                 yield name, client.request(method, path)
         assert client.get("/healthz").json()["store"] == "unreachable"

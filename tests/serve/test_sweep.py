@@ -45,6 +45,18 @@ def test_of_an_ended_job_its_artifacts_are_left_and_nothing_else(context: Contex
     assert len(context.artifacts.keys(f"jobs/{fresh.id}")) == 4, "a zombie may still be writing"
 
 
+def test_a_failed_job_keeps_what_it_starts_from_until_it_expires(context: Context) -> None:
+    job = context.jobs.create("a", {"prompt": "a star", "inputs": ["image.png"]})
+    for name in ("inputs/image.png", "1/preview-8.webp", "1/checkpoint-5/state.json"):
+        context.artifacts.write(f"jobs/{job.id}/{name}", b"x")
+    context.jobs.cancel("a", job.id)
+    for ago_s, left in ((60, [f"jobs/{job.id}/inputs/image.png"]), (2000, [])):
+        with context.database.write() as connection:
+            connection.execute(update(jobs).where(jobs.c.id == job.id).values(ended_at=now() - ago_s))
+        Sweeper(context).sweep()
+        assert context.artifacts.keys(f"jobs/{job.id}") == left
+
+
 def test_an_expired_job_is_still_told_of_and_has_no_files(context: Context) -> None:
     job = ended_job(context, 2000)
     sweeper = Sweeper(context)

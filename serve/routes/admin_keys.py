@@ -1,0 +1,97 @@
+"""Keys of all tenants, as operators see them: made, listed, named, rotated, revoked."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request
+from fastapi.responses import JSONResponse
+from starlette.concurrency import run_in_threadpool
+
+from ..admin_schema import ChangeKey, CreateKey, RotateKey, show_key
+from ..auth import Caller, Operator
+from ..context import Context
+from ..errors import ApiError
+from ..schema import show_page
+from ..store.keys import KeyNotFound
+from .admin import After, Limit, actor, read_json, refusing
+
+router = APIRouter(prefix="/v1/admin/keys", tags=["operators"])
+KEY_ID = re.compile("key_[0-9a-f]{16}")
+KeyId = Annotated[str, Path(description="A key's id, which is not its text.")]
+
+
+@router.get("", operation_id="listKeys")
+def page(request: Request, caller: Operator, limit: Limit = 20, after: After = None) -> JSONResponse:
+    """Every key there was, the newest first, without its text."""
+    try:
+        keys, has_more = request.app.state.context.keys.page(limit, after)
+    except KeyNotFound:
+        message = "Invalid 'after': there is no such key."
+        raise ApiError(400, message, code="invalid_value", param="after") from None
+    return JSONResponse(show_page([show_key(key) for key in keys], has_more))
+
+
+@router.post("", operation_id="createKey")
+async def create(request: Request, caller: Operator) -> JSONResponse:
+    """A new key; its text is in this answer alone."""
+    asked = await read_json(request, CreateKey)
+    return await run_in_threadpool(_create, request, caller, asked)
+
+
+def _create(request: Request, caller: Caller, asked: CreateKey) -> JSONResponse:
+    context: Context = request.app.state.context
+    with refusing():
+        key, text = context.keys.create(**dict(asked), by=actor(request, caller))
+    return JSONResponse(show_key(key, text))
+
+
+@router.patch("/{key_id}", operation_id="changeKey")
+async def change(request: Request, caller: Operator, key_id: KeyId) -> JSONResponse:
+    """Name a valid key, or set when it ends."""
+    asked = await read_json(request, ChangeKey)
+    return await run_in_threadpool(_change, request, caller, key_id, asked)
+
+
+def _change(request: Request, caller: Caller, key_id: str, asked: ChangeKey) -> JSONResponse:
+    context: Context = request.app.state.context
+    if not KEY_ID.fullmatch(key_id):
+        raise _no_key()
+    try:
+        with refusing():
+            key = context.keys.change(key_id, asked.model_dump(exclude_unset=True), actor(request, caller))
+    except KeyNotFound:
+        raise _no_key() from None
+    return JSONResponse(show_key(key))
+
+
+@router.post("/{key_id}/rotate", operation_id="rotateKey")
+async def rotate(request: Request, caller: Operator, key_id: KeyId) -> JSONResponse:
+    """A new key that may what this one may, which ends after `overlap_s`; the new text is in this answer alone."""
+    asked = await read_json(request, RotateKey)
+    return await run_in_threadpool(_rotate, request, caller, key_id, asked)
+
+
+def _rotate(request: Request, caller: Caller, key_id: str, asked: RotateKey) -> JSONResponse:
+    context: Context = request.app.state.context
+    if not KEY_ID.fullmatch(key_id):
+        raise _no_key()
+    try:
+        with refusing():
+            key, text = context.keys.rotate(key_id, asked.overlap_s, actor(request, caller))
+    except KeyNotFound:
+        raise _no_key() from None
+    return JSONResponse(show_key(key, text))
+
+
+@router.delete("/{key_id}", operation_id="revokeKey")
+def revoke(request: Request, caller: Operator, key_id: KeyId) -> JSONResponse:
+    """End a valid key at once, and the sessions of browsers that were opened with it."""
+    if not KEY_ID.fullmatch(key_id) or not request.app.state.context.keys.revoke(key_id, actor(request, caller)):
+        raise _no_key()
+    return JSONResponse({"id": key_id, "object": "key.deleted", "deleted": True})
+
+
+def _no_key() -> ApiError:
+    return ApiError(404, "There is no valid key of this id.", code="key_not_found", param="key_id")

@@ -1,9 +1,9 @@
 """The operators' library: compiled once where a C++ compiler is, for every kind of processor that may run it.
 
 What is compiled lies in the artifact that uses it, so that one baked into an image needs no compiler. An image keeps
-the libraries too, beside the sources (`python -m skylapse.kernels.cpu.library` puts them there): it builds other models'
-artifacts without a compiler. An operator works on frames [T, H, W, C] of fp32; `compile/native.py` says which there are
-and what each computes.
+the libraries too, beside the sources, and builds artifacts of other models without one:
+`python -m skylapse.kernels.cpu.library` puts them there. An operator works on frames [T, H, W, C] of fp32;
+`compile/native.py` says which there are and what each computes.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NOT_HERE = {  # what a line says -> why it is not run here
     r"skylapse serve(?!.*(--check|--print-config))": "stays until it is stopped: tests/walk, tests/faults",
     r"skylapse compile (?!.*--status)": "half a minute of compiling: tests/walk, tests/compile",
+    r"skylapse models inspect .*--device-memory": "ten seconds: tests/walk, tests/runtime/models/test_inspect_fit.py",
     r"skylapse bench (all|goodput|gate|decode)": "minutes",
     r"skylapse bench denoise --profile": "a minute: tests/benchmarks/test_profile.py",
     r"skylapse bench serve": "minutes of load on a service: test_plan_of_the_page_is_accepted, tests/benchmarks/load",
@@ -32,7 +33,7 @@ NOT_HERE = {  # what a line says -> why it is not run here
     r"skylapse bench report": "every plot: tests/benchmarks/test_report.py",
     r"skylapse bench history": "writes into the package's own results",
     r"benchmarks.report.document": "writes into the repository: tests/benchmarks/test_documents.py",
-    r"kernels inspect|kernels\.inspect|kernels\.tune": "minutes of compiling: tests/kernels/test_inspect.py, test_tune.py",
+    r"kernels inspect|kernels\.inspect|kernels\.tune": "minutes: tests/kernels/test_inspect.py, test_tune.py",
     r"skylapse\.benchmarks (kernels|pick)": "minutes, or a GPU: tests/benchmarks/test_kernel_suite.py, test_pick.py",
     r"gpu_lease(\.| --dry-run| --merge| --apply)": "minutes, or a GPU: tests/benchmarks/test_gpu_lease.py",
     r"SKYLAPSE_KERNELS=": "a GPU's kernels",

@@ -1,7 +1,7 @@
 """README from the top, as a stranger who copies every line: a fresh clone, an account without a home, a long TMPDIR.
 
-`make test-walk` runs it, in at most ten minutes (WALK_S=1800 on a machine that others keep busy); it needs root, to make
-the account, and what pip asks of the network.
+`make test-walk` runs it, in at most ten minutes (WALK_S=1800 on a machine that others keep busy). It needs root, to
+make the account, and packages for pip.
 """
 
 from __future__ import annotations

@@ -31,8 +31,9 @@ def compile(arguments: Sequence[str], settings: Settings) -> int:
 
     from .decoders import Decoders
     from .engine import parse_device
+    from .models.hub import resolve_folder
     from .models.model import load_codec
-    from .models.registry import read_folder, resolve_folder
+    from .models.registry import read_folder
 
     threads = options.threads or settings.threads
     if threads is not None:

@@ -199,6 +199,8 @@ def show_video(job: Job, expires_after_s: float | None = None) -> dict[str, Any]
         "resumed_from_step": job.resumed_from_step,
         "native_size": request.get("native_size"),
         "native_frames": request.get("native_frames"),
+        "model_revision": job.revision,
+        "model_fingerprint": job.fingerprint,
     }
 
 

@@ -24,7 +24,8 @@ import torch
 
 from ...runtime.config import load_settings
 from ...runtime.engine import DTYPES, parse_device
-from ...runtime.models.registry import read_folder, resolve_folder
+from ...runtime.models.hub import resolve_folder
+from ...runtime.models.registry import read_folder
 from ...runtime.request import VideoRequest
 from ..demo_model.scenes import caption, draw_scenes
 from ..harness import Missing, ratios, reason_of

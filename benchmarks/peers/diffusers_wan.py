@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...runtime.models.registry import resolve_folder
+from ...runtime.models.hub import resolve_folder
 from ...runtime.request import VideoRequest
 from ..harness import Missing
 from ..metrics import Clip

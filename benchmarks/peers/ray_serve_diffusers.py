@@ -110,7 +110,7 @@ class Pipeline:
         import torch
         from diffusers import AutoencoderKLWan, WanPipeline
 
-        from ...runtime.models.registry import resolve_folder
+        from ...runtime.models.hub import resolve_folder
 
         torch.set_num_threads(threads)
         folder = resolve_folder(model)

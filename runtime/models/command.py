@@ -36,7 +36,11 @@ def add_models(commands: argparse._SubParsersAction[Parser]) -> None:
     add_device(calibration)
     add_sampling(calibration)
     calibration.set_defaults(run=_calibrate)
-    for command in (listing, inspection, calibration):
+    download = questions.add_parser("download", help="fetch a model's files from its hub", allow_abbrev=False)
+    download.add_argument("model", metavar="MODEL", help="a Hugging Face id")
+    download.add_argument("--revision", metavar="REV", help="a branch, a tag or a commit (default: the hub's own)")
+    download.set_defaults(run=_download_model)
+    for command in (listing, inspection, calibration, download):
         command.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -129,6 +133,23 @@ def _how(row: dict[str, Any]) -> str:
     ways += ["guidance branches apart"] if row["guidance"] == "apart" else []
     ways += [f"in tiles of {row['tiles']}"] if row["tiles"] else []
     return ", ".join(ways)
+
+
+def _download_model(options: argparse.Namespace, settings: Settings) -> int:
+    from .hub import COMMIT, Download, resolve_folder
+
+    def tell(progress: Download) -> None:
+        print(f"skylapse: downloading {progress.model}: {progress}", file=sys.stderr, flush=True)
+
+    folder = resolve_folder(options.model, settings.cache_dir, options.revision, tell)
+    if not options.json:
+        print(folder)
+        return 0
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    commit = folder.name if COMMIT.fullmatch(folder.name) else None
+    facts = {"model": options.model, "revision": commit, "folder": str(folder)}
+    print(json.dumps(facts | {"files": len(sizes), "bytes": sum(sizes)}))
+    return 0
 
 
 def _calibrate(options: argparse.Namespace, settings: Settings) -> int:

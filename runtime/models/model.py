@@ -24,10 +24,11 @@ from ..vae.wan import WanVAE, WanVAEConfig, checkpoint_name
 from .checkpoint import load_weights
 from .configs import parse_config
 from .fingerprint import fingerprint
+from .hub import resolve_folder
 from .image_encoder import ImageEncoder
 from .placement import place
 from .quantization import quantized_weights
-from .registry import EXPERTS, ModelFolder, read_folder, resolve_folder
+from .registry import EXPERTS, ModelFolder, read_folder
 from .residency import CudaMover, Mover, Residency
 from .text_encoder import TextEncoder
 from .wan import WanConfig, WanDenoiser
@@ -120,15 +121,16 @@ def load_model(
     cache_dir: Path | None = None,
     quantize: str | None = None,
     mover: Mover | None = None,
+    revision: str | None = None,
 ) -> Model:
     """Load a model by name; ValueError names the model, the component and the key that do not fit.
 
     quantize: "fp8" or "int8" for the weights of the denoiser's blocks; see `quantization`. mover: what moves parts that
-    do not stay on the device; by default CUDA's on CUDA, and on a CPU nothing moves.
+    do not stay on the device; by default CUDA's on CUDA, and on a CPU nothing moves. revision: of a hub's model.
     The VAE encodes in fp32 whatever `dtype` is: in bf16 a given image is visibly another. What it decodes in is the
     settings' affair.
     """
-    path = resolve_folder(name, cache_dir or settings.cache_dir)
+    path = resolve_folder(name, cache_dir or settings.cache_dir, revision)
     try:
         return _load_folder(name, path, device, dtype, settings, quantize, mover)
     except ValueError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +12,11 @@ from typing import Any
 from ..cache.spec import PRESETS, parse_policy
 from ..request import ModelDefaults, ModelLimits
 from .checkpoint import read_json, tensor_headers
+from .hub import DEMO_FOLDER, cached_folder, local_folder, resolve_folder
 from .published import published
 
-DEMO_FOLDER = Path(__file__).parent / "demo"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 EXPERTS = ("transformer", "transformer_2")
 ENCODERS = ("text_encoder", "image_encoder")
-DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt")  # never a pickle, never code
 TRANSFORMER_CLASS = "WanTransformer3DModel"
 VAE_CLASS = "AutoencoderKLWan"
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
@@ -155,26 +152,6 @@ class ModelFolder:
         )
 
 
-def resolve_folder(name: str, cache_dir: Path | None = None) -> Path:
-    """The folder of "demo", a local diffusers folder, or a hub id (downloaded: JSON and safetensors alone)."""
-    if name == "demo":
-        return DEMO_FOLDER
-    if name and Path(name).is_dir():
-        return Path(name)
-    if not HUB_ID.fullmatch(name):
-        raise ValueError(
-            f'model must be "demo", a folder or a hub id like "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", got {name!r}'
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=list(DOWNLOADED)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"model {name!r} is no local folder and could not be downloaded: {reason}") from error
-
-
 def read_folder(path: Path, name: str = "") -> ModelFolder:
     """Read and check a folder's JSON files; ValueError names what is missing or not supported.
 
@@ -230,6 +207,8 @@ def _cached_models(cache_dir: Path | None) -> Iterator[ModelEntry]:
     for repository in sorted(repositories, key=lambda r: r.repo_id):
         for revision in repository.revisions:
             path = revision.snapshot_path / "model_index.json"
+            if not any(revision.snapshot_path.glob("transformer/*.safetensors")):  # an ingress reads JSON alone
+                continue
             if path.exists() and json.loads(path.read_text()).get("transformer", [None, None])[1] == TRANSFORMER_CLASS:
                 yield ModelEntry(repository.repo_id, "downloaded", "hub cache", revision.size_on_disk)
                 break
@@ -237,21 +216,9 @@ def _cached_models(cache_dir: Path | None) -> Iterator[ModelEntry]:
 
 def describe(name: str, cache_dir: Path | None = None) -> ModelFolder:
     """A model's configs, from the disk where it is there, from this package where it is published, else downloaded."""
-    if name != "demo" and not (name and Path(name).is_dir()) and (known := published_folder(name)) is not None:
-        return known if (path := _cached(name, cache_dir)) is None else read_folder(path, name)
+    if local_folder(name) is None and (known := published_folder(name)) is not None:
+        return known if (path := cached_folder(name, cache_dir, None)) is None else read_folder(path, name)
     return read_folder(resolve_folder(name, cache_dir), name)
-
-
-def _cached(name: str, cache_dir: Path | None) -> Path | None:
-    """The folder of a hub id that was downloaded whole."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        path = Path(snapshot_download(name, cache_dir=cache_dir, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-    return path if any(path.glob("transformer/*.safetensors")) else None
 
 
 def inspect_model(name: str, cache_dir: Path | None = None) -> ModelReport:

@@ -12,6 +12,8 @@ from .database import Database, now
 from .tables import processes
 
 ENGINE, DISPATCHER = "engine", "dispatcher"
+# `state` of an engine's facts; one of an earlier release tells none, and takes work. A failed one tells its `error`.
+LOADING, READY, DRAINING, FAILED = "loading", "ready", "draining", "failed"
 
 
 @dataclass(frozen=True)

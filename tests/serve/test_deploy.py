@@ -171,13 +171,12 @@ def test_links_of_the_page_lead_somewhere() -> None:
 
 
 def test_images_and_pods_set_what_the_local_service_sets_of_ray(cluster: dict[str, Any]) -> None:
-    from skylapse.serve.command import RAY
+    from skylapse.serve.local_service import RAY
 
     image = dict(re.findall(r"\b(RAY_\w+)=(\S+)", DOCKERFILE))
     for pod in pods(cluster).values():
         given = image | {name: variable.get("value") for name, variable in environment(pod).items()}
-        differing = {name: given.get(name) for name, value in RAY.items() if given.get(name) != value}
-        assert [*differing] == ["RAY_DEDUP_LOGS"], "which is for one machine's terminal"
+        assert {name: given.get(name) for name, value in RAY.items() if given.get(name) != value} == {}
 
 
 def test_images_are_built_from_a_tag_for_two_targets() -> None:

@@ -23,13 +23,17 @@ def options(num_gpus: float, monkeypatch: pytest.MonkeyPatch, **config: Any) -> 
     from skylapse.serve import app
 
     monkeypatch.setattr(app, "cluster_gpus", lambda: num_gpus)
-    found: dict[str, dict[str, Any]] = {}
-    bound: Any = app.build({"data": "unused", **config})
-    while bound is not None:
-        deployment = bound._bound_deployment
-        found[deployment.name] = deployment.ray_actor_options
-        bound = next((x for x in deployment.init_args if hasattr(x, "_bound_deployment")), None)
-    return found
+    return {one.name: one.ray_actor_options for one in deployments(app.build({"data": "unused", **config}))}
+
+
+def deployments(bound: Any) -> list[Any]:
+    """Of an application: what it is bound to, and what that is bound to."""
+    if isinstance(bound, dict):
+        return [deployment for part in bound.values() for deployment in deployments(part)]
+    if not hasattr(bound, "_bound_deployment"):
+        return []
+    deployment = bound._bound_deployment
+    return [deployment, *(found for part in deployment.init_args for found in deployments(part))]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +123,7 @@ def test_more_engines_than_gpus_end_the_command_with_2_and_one_line(tmp_path: Pa
 ACTORS = """
 import json, os, sys, time
 from skylapse.runtime.config import export
-from skylapse.serve.command import RAY
+from skylapse.serve.local_service import RAY
 
 export(RAY)
 import ray

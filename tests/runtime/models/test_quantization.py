@@ -25,9 +25,9 @@ from skylapse.kernels.weight_formats import FORMATS, Functions, WeightFormat
 from skylapse.runtime.cache.calibration import Calibration, read_calibrations, write_calibration
 from skylapse.runtime.models.checkpoint import load_weights
 from skylapse.runtime.models.compiled import compile_trunk
+from skylapse.runtime.models.hub import DEMO_FOLDER
 from skylapse.runtime.models.linear import Linear
 from skylapse.runtime.models.quantization import parse_quantize, quantized_weights
-from skylapse.runtime.models.registry import DEMO_FOLDER
 from skylapse.runtime.models.wan import WanConfig, WanDenoiser
 
 CPU = torch.device("cpu")

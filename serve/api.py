@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from pydantic.fields import FieldInfo
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -19,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .. import __version__
 from .catalog import Catalog
 from .context import Context
-from .errors import ApiError
+from .errors import ApiError, refused_field
 from .logs import JOB, REQUEST
 from .openapi import describe_api
 from .routes import characters, content, events, generations, health, models, page, remakes, session, videos
@@ -118,7 +119,15 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     param = str(first["loc"][-1])
-    return _answer(ApiError(400, f"Invalid '{param}': {first['msg']}.", code="invalid_value", param=param))
+    return _answer(refused_field(first | {"loc": (param,)}, _parameter(request.scope.get("route"), param)))
+
+
+def _parameter(route: object, name: str) -> FieldInfo | None:
+    """A route's own declaration of a parameter."""
+    if not isinstance(route, APIRoute):
+        return None
+    declared = (*route.dependant.query_params, *route.dependant.header_params, *route.dependant.path_params)
+    return next((one.field_info for one in declared if one.alias == name), None)
 
 
 async def _no_route(request: Request, error: Exception) -> JSONResponse:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from sqlalchemy import create_engine, text
@@ -14,7 +15,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from ..runtime.config import Settings
-from .config import ServeConfig
+from .config import ONE_MODELS, ServeConfig
 from .config_source import SECRETS, Effective
 
 MASK = "***"
@@ -26,7 +27,8 @@ def effective_lines(effective: Effective) -> Iterator[str]:
     values = effective.config.model_dump(mode="json")
     for name, source in effective.sources.items():
         value = masked(name, effective.hidden.get(name, values[name]))
-        line = f"{name}: {flow(value)}"
+        is_an_entrys = effective.config.models and name in ONE_MODELS  # which a file with `models` may not have
+        line = f"{'# ' if is_an_entrys else ''}{name}: {flow(value)}"
         yield f"{line:<56} # {source}"
 
 
@@ -89,12 +91,12 @@ def check_store(url: str) -> None:
         path = Path(parsed.database or "")
         if not path.exists():
             return check_folder(path.parent, "database_url's folder")
-        url = f"sqlite:///file:{path}?mode=ro&uri=true"
+        url = f"sqlite:///file:{quote(str(path))}?immutable=1&uri=true"  # else files appear beside one in WAL mode
     try:
         engine = create_engine(url)
         try:
             with engine.connect() as connection:
-                connection.execute(text("SELECT 1 FROM sqlite_master" if "mode=ro" in url else "SELECT 1"))
+                connection.execute(text("SELECT 1 FROM sqlite_master" if "immutable" in url else "SELECT 1"))
         finally:
             engine.dispose()
     except (SQLAlchemyError, ImportError) as error:
@@ -104,7 +106,7 @@ def check_store(url: str) -> None:
 def check_artifacts(config: ServeConfig) -> None:
     """ValueError where files could not be stored."""
     if "://" not in config.artifacts:
-        return check_folder(Path(config.artifacts), "artifacts_url")
+        return check_folder(Path(config.artifacts), "artifacts_url") if config.artifacts_url else None
     import fsspec
 
     try:

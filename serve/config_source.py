@@ -20,7 +20,7 @@ from pydantic_core import PydanticUndefined
 
 from ..runtime.config import SERVE_PREFIX
 from .config import ServeConfig
-from .field_words import allowed, fault, field_at, near, shown
+from .field_words import allowed, fault, field_at, fields_of, near, shown
 
 # Variables that there were before all fields had one, or that mean the same for the whole of a process.
 SHORT = {
@@ -162,13 +162,13 @@ def read_file(path: Path) -> dict[str, Any]:
 
 def told(error: ValidationError, model: type[BaseModel], sources: Mapping[str, str] | None = None) -> str:
     """One line for the first thing that is wrong: the setting, where it comes from, what is allowed, its value."""
-    first = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])  # why another may be missing
     place, source = ".".join(map(str, first["loc"])), (sources or {}).get(str(first["loc"][0]) if first["loc"] else "")
     whence = f" ({source})" if source and source != option_of(place) else ""
     if first["type"] == "extra_forbidden":
-        holder = field_at(model, first["loc"][:-1]) if len(first["loc"]) > 1 else None
-        names = model.model_fields if holder is None else _names(holder)
-        meant = near(str(first["loc"][-1]), names)
+        holder = field_at(model, first["loc"][:-1]) if len(first["loc"]) > 1 else model
+        meant = near(str(first["loc"][-1]), fields_of(holder))
         hint = f"; did you mean {meant}?" if meant else ""
         return f"{place}: no such setting{whence}{hint}"
     wrong = fault(first, model)
@@ -177,12 +177,6 @@ def told(error: ValidationError, model: type[BaseModel], sources: Mapping[str, s
     if first["type"] == "missing" or place in SECRETS or (first["type"] == "value_error" and ", got" in wrong):
         return f"{place} {wrong}{whence}"
     return f"{place} {wrong}, got {shown(first['input'])}{whence}"
-
-
-def _names(field: FieldInfo) -> list[str]:
-    """Of the object that a field, or each item of its list, is."""
-    words = allowed(field) or ""
-    return words.rpartition("an object of ")[2].split(", ") if "an object of " in words else []
 
 
 def _help(name: str, field: FieldInfo) -> str:

@@ -95,6 +95,15 @@ def field_at(model: type[BaseModel] | FieldInfo | None, loc: Sequence[str | int]
     return field
 
 
+def fields_of(holder: type[BaseModel] | FieldInfo | None) -> list[str]:
+    """Names that an object may have, which is a model's or what a field, or each item of its list, is."""
+    kind: Any = holder
+    if isinstance(holder, FieldInfo):
+        kind = _without_none(holder.annotation)
+        kind = _without_none(_inner(kind)) if _inner(kind) is not None else kind
+    return [*kind.model_fields] if _is_model(kind) else []
+
+
 def _is_model(holder: Any) -> bool:
     return isinstance(holder, type) and issubclass(holder, BaseModel)
 

@@ -96,7 +96,7 @@ def parse(schema: type[Asked], fields: dict[str, Any]) -> Asked:
     try:
         return schema.model_validate(fields)
     except ValidationError as error:
-        raise refusal(error) from None
+        raise refusal(error, schema) from None
 
 
 def find_job(request: Request, caller: Caller, video_id: str) -> Job:

@@ -66,7 +66,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [name for name in os.environ if name.startswith("SKYLAPSE_DATA")]:
         monkeypatch.delenv(name)
     open_context(ServeConfig(data=str(tmp_path / "skylapse-data"))).database.close()
-    (tmp_path / "settings.json").write_text("{}")
+    for name in ("settings.json", "settings.yaml"):
+        (tmp_path / name).write_text("{}")
     for name in ("old.json", "new.json"):
         shutil.copy(ROOT / "benchmarks" / "results" / "cpu" / "denoise.json", name)
     return tmp_path

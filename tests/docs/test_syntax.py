@@ -27,7 +27,7 @@ SPANS = [
 ]
 PROGRAMS = {  # that a document may call; of those that are not ours a shell checks the line alone
     "skylapse", "python", "python3", "make", "pip", "source", "export", ".ci/run", "mkdir", "cat", "cp", "curl",
-    "docker", "kubectl", "serve", "ray", "promtool", "prometheus", "psql", "pg_dump", "nsys", "ncu",
+    "docker", "kubectl", "jq", "serve", "ray", "promtool", "prometheus", "psql", "pg_dump", "nsys", "ncu",
 }  # fmt: skip
 WANTING = "the following arguments are required"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from markdown_blocks import PAGES, ROOT, Block, Span, blocks, spans
+from markdown_blocks import PAGES, ROOT, Block, Span, blocks, links, spans
 from our_commands import Call, calls
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -66,6 +66,23 @@ def test_our_programs_take_the_options_in_a_sentence(page: Path) -> None:
         if (wrong := call.parse()) and not wrong.startswith(WANTING)
     }
     assert said == {}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_there_are(page: Path) -> None:
+    missing = []
+    for link in links(page):
+        name, _, heading = link.text.partition("#")
+        target = page.parent / name
+        if not target.exists() or (heading and heading not in headings(target)):
+            missing.append(f"{link.place} {link.text}")
+    assert missing == []
+
+
+def headings(page: Path) -> set[str]:
+    """As a link names them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_make_has_every_target_and_every_test_that_is_named() -> None:

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import httpx2 as httpx
 import pytest
 from running import PARTS, Running, wait_for
 from test_kills import check_completed, start_jobs, wait_until_stepping
@@ -91,6 +92,27 @@ def test_an_engine_that_gives_no_sign_is_told_in_the_log_and_again_when_it_does(
     finally:
         os.kill(pid, signal.SIGCONT)
     wait_for(lambda: said("is well again"), 20.0, "its end")
+
+
+def test_a_killed_proxy_is_back_soon_with_these_limits_too(patient: Running) -> None:
+    """A timeout is for who lives: the dead are noticed at the next check."""
+    times_s = []
+    for _ in range(2):  # the machine may be busy with something else
+        patient.kill("proxy")
+        killed_s = time.monotonic()
+        wait_for(lambda: not answers(patient), 5.0, "the port to be dead", 0.02)
+        wait_for(lambda: answers(patient), 60.0, "the port to be back", 0.05)
+        times_s.append(time.monotonic() - killed_s)
+        if times_s[-1] < 8:
+            break
+    print(f'{{"proxy_dead_s": {times_s}}}')
+    assert min(times_s) < 8
+
+
+def answers(service: Running) -> bool:
+    with suppress(httpx.HTTPError):
+        return service.client.get("/healthz", timeout=1.0).status_code == 200
+    return False
 
 
 def test_only_the_threads_that_work_on_jobs_give_way(patient: Running) -> None:

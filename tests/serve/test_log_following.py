@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,18 @@ def test_a_terminal_shows_the_time_the_part_and_the_message() -> None:
     told = as_text(JsonLines("engine").format(record))
     assert told[12:] == f" warning engine: job {JOB} failed" and told[2] == ":"
     assert as_text("no JSON") == "no JSON"
+
+
+def test_a_pipe_named_by_proc_as_a_containers_stdout_is_takes_lines(
+    monkeypatch: pytest.MonkeyPatch, bare_logger: logging.Logger
+) -> None:
+    """deploy/kuberay.yaml names /proc/1/fd/1."""
+    read, write = os.pipe()
+    monkeypatch.setenv("SKYLAPSE_LOG_TO", f"/proc/{os.getpid()}/fd/{write}")
+    log_as_json("engine")
+    bare_logger.warning("job %s failed", JOB)
+    for handler in bare_logger.handlers:
+        handler.close()
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        assert json.loads(pipe.read())["job"] == JOB

@@ -43,7 +43,8 @@ def test_replica_loads_its_engine_so(quantize: Any, offload: Any, monkeypatch: p
         raise Loaded(arguments, options)
 
     monkeypatch.setattr(Engine, "from_pretrained", from_pretrained)
-    replica = SimpleNamespace(config=ServeConfig(quantize=quantize, offload=offload, threads=1))
+    (group,) = ServeConfig(quantize=quantize, offload=offload, threads=1).groups
     with pytest.raises(Loaded) as loaded:
-        EngineReplica.load(replica)
-    assert loaded.value.args == (("demo", None, None), {"quantize": quantize, "offload": offload})
+        EngineReplica.load(SimpleNamespace(group=group, _tell_download=None))
+    asked = {"quantize": quantize, "offload": offload, "revision": None}
+    assert loaded.value.args == (("demo", None, None, None), asked)

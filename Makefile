@@ -109,7 +109,7 @@ $(VENV)/javascript/.installed: tests/serve/javascript/package-lock.json
 
 # Of the wheel as it is installed: in an environment of its own, with the extras that `make demo` brings.
 sbom: $(VENV)/.dev
-	@rm -rf dist $(VENV)/wheel && mkdir -p dist
+	@rm -rf build dist $(VENV)/wheel && mkdir -p dist
 	@echo "building the wheel and installing it (log: $(LOG))"
 	@{ $(BIN)/python -m build --wheel --outdir dist . && $(BIN)/python -m venv $(VENV)/wheel \
 		&& $(VENV)/wheel/bin/python -m pip install -c constraints.txt "$$(echo dist/*.whl)[serve$(comma)compile]"; } \

@@ -56,7 +56,7 @@ def of_environment(python: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "cyclonedx_py", "environment", "--no-validate", "--output-reproducible"]
     done = subprocess.run([*command, "-o", "-", python], capture_output=True, text=True, check=True)
     bom: dict[str, Any] = json.loads(done.stdout)
-    found = [part for part in bom["components"] if part["name"] == ROOT]
+    found = [part for part in bom.setdefault("components", []) if part["name"] == ROOT]
     if len(found) != 1:
         raise ValueError(f"--python must be of an environment that has {ROOT}, got {python!r}")
     bom["components"].remove(found[0])

@@ -28,8 +28,16 @@ ENGINE_CPUS, OTHERS_CPUS = 0.5, 0.1
 STREAMS = 1000  # open event streams and requests of one ingress; Serve's default of 5 would be used up by five watchers
 
 
-def build(arguments: dict[str, Any], engine: type[EngineReplica] = EngineReplica) -> Application:
-    """The application for a `ServeConfig`'s fields; a config file's deployment options come on top."""
+def build(arguments: dict[str, Any]) -> Application:
+    """The application for a `ServeConfig`'s fields; a config file's deployment options come on top.
+
+    Ray refuses a builder of more than one parameter, with a default or without.
+    """
+    return application(arguments, EngineReplica)
+
+
+def application(arguments: dict[str, Any], engine: type[EngineReplica]) -> Application:
+    """The same with engines of a kind of their own."""
     config = pin_revisions(ServeConfig(**arguments))
     asked = config.model_dump(exclude_defaults=True)
     settings, num_gpus = load_settings(), cluster_gpus()

@@ -79,3 +79,15 @@ def spans(page: Path) -> list[Span]:
         line = token.map[0] + 1 if token.map else line
         found += [Span(page, line, one.content) for one in token.children or () if one.type == "code_inline"]
     return found
+
+
+def links(page: Path) -> list[Span]:
+    """Where links and pictures lead, but other sites and headings of the same page."""
+    found, line = [], 0
+    for token in MarkdownIt("commonmark").enable("table").parse(page.read_text()):
+        line = token.map[0] + 1 if token.map else line
+        for one in token.children or ():
+            target = str(one.attrs.get("href") or one.attrs.get("src") or "")
+            if target and not re.match(r"\w+:|#", target):
+                found.append(Span(page, line, target))
+    return found

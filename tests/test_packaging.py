@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -123,10 +126,14 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = [sys.executable, "-m", "pip", "--python", str(python)]
     run([*pip, "install", "--no-deps", "--no-index", str(wheel)], cwd=folder)
     (site,) = (folder / "lib").glob("python*/site-packages")
-    borrowed = [path for path in sys.path if path.endswith("site-packages")]
-    (site / "borrowed.pth").write_text(
-        "\n".join(borrowed) + "\n"
-    )  # .pth files in there, our editable one's too, stay unread
+    borrowed = folder / "borrowed"
+    borrowed.mkdir()
+    for each in (Path(path) for path in sys.path if path.endswith("site-packages")):
+        for entry in each.iterdir():
+            link = borrowed / entry.name
+            if "skylapse" not in entry.name and not link.is_symlink():
+                link.symlink_to(entry)
+    (site / "borrowed.pth").write_text(f"{borrowed}\n")  # .pth files in there stay unread
     return folder / "bin"
 
 
@@ -149,3 +156,49 @@ def test_installed_command_makes_a_video(installed: Path, tmp_path: Path, demo_f
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mp4", "sheet.png"]
     assert (tmp_path / "clip.mp4").stat().st_size > 1000
+
+
+def test_list_of_what_is_installed_is_cyclonedx_and_whole(installed: Path, tmp_path: Path) -> None:
+    """deploy/sbom.py of the wheel's environment; it validates what it writes."""
+    pytest.importorskip("cyclonedx")
+    sbom = [sys.executable, str(ROOT / "deploy" / "sbom.py")]
+    command = [*sbom, "--python", str(installed / "python"), "-o", "sbom.json"]
+    run(command, cwd=tmp_path)
+    text = (tmp_path / "sbom.json").read_text()
+    found = json.loads(text)
+    root = found["metadata"]["component"]
+    assert (found["bomFormat"], found["specVersion"]) == ("CycloneDX", "1.6")
+    assert (root["name"], root["version"]) == ("skylapse", skylapse.__version__)
+    parts = {part["name"].lower().replace("_", "-"): part for part in found["components"]}
+    metadata = project()["project"]
+    assert isinstance(metadata, dict)
+    needed = {re.split(r"[\[;>=<]", text)[0].strip() for text in metadata["dependencies"]}
+    assert {name for name in needed if name.replace("_", "-") not in parts} == set()
+    torch = parts["torch"]
+    assert torch["purl"].startswith(f"pkg:pypi/torch@{torch['version'].replace('+', '%2B')}") and torch["licenses"]
+    assert parts["cpython"]["purl"] == f"pkg:generic/cpython@{platform.python_version()}"
+    depends = {one["ref"]: one.get("dependsOn", []) for one in found["dependencies"]}
+    assert torch["bom-ref"] in depends[root["bom-ref"]]
+    assert str(ROOT) not in text and str(installed.parent) not in text
+    run([*command[:-1], "again.json"], cwd=tmp_path)
+    assert (tmp_path / "again.json").read_text() == text
+
+
+def test_list_is_refused_for_an_environment_without_skylapse(tmp_path: Path) -> None:
+    pytest.importorskip("cyclonedx")
+    venv.create(tmp_path / "empty", symlinks=True)
+    command = [sys.executable, str(ROOT / "deploy" / "sbom.py"), "--python", str(tmp_path / "empty" / "bin" / "python")]
+    done = subprocess.run([*command, "-o", str(tmp_path / "sbom.json")], capture_output=True, text=True)
+    assert done.returncode == 1 and "--python must be of an environment that has skylapse, got" in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "sbom.json").exists()
+
+
+@pytest.mark.skipif(shutil.which("dpkg-query") is None, reason="no Debian")
+def test_list_of_an_image_has_debians_packages(installed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("cyclonedx")
+    command = [sys.executable, str(ROOT / "deploy" / "sbom.py"), "--python", str(installed / "python"), "--debian"]
+    run([*command, "-o", "sbom.json"], cwd=tmp_path)
+    found = json.loads((tmp_path / "sbom.json").read_text())["components"]
+    debian = [part for part in found if part["purl"].startswith("pkg:deb/debian/")]
+    assert {"bash", "libc6"} <= {part["name"] for part in debian}
+    assert all("distro=" in part["purl"] and part["version"] for part in debian)

@@ -44,9 +44,9 @@ tree was clean. Contestants take turns in one process or on one machine, and rat
 machine that grows slow for a while does not decide. Peers are run, never quoted.
 
     skylapse bench all --quick                  # every local suite in under 10 minutes on two cores
-    skylapse bench NAME --help                  # a suite's own options
+    skylapse bench denoise --help               # a suite's own options
     skylapse bench denoise --profile out        # a trace, and a step's time by our own nouns
-    skylapse bench serve --url http://127.0.0.1:8000 --trace poisson --rate 0.5 --slo p95=30s --plan-for 2.5/s
+    skylapse bench serve --url http://127.0.0.1:8000 --loads 0.2,0.4,0.8 --slo p95=30s --plan-for 2.5/s
     skylapse bench goodput                      # our service and a plain Ray Serve + diffusers one, the same traces
     skylapse bench simulate --replicas 8,64,1000
     skylapse bench report bench-results -o page.html --png plots

@@ -8,9 +8,12 @@ import made_up
 import pytest
 from made_up import around, comparison, measurement, report
 
+from skylapse.benchmarks.fits.table import read as read_fits
 from skylapse.benchmarks.record import write
+from skylapse.benchmarks.report.blocks import Blocks
 from skylapse.benchmarks.report.document import main
 from skylapse.benchmarks.report.tables import figure, table
+from skylapse.runtime.models.published import published
 
 
 def test_committed_documents_are_those_of_the_committed_results(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,3 +123,38 @@ def test_suites_with_a_table_of_their_own_are_shown_by_it() -> None:
 )
 def test_figures_have_three_digits(value: float, text: str) -> None:
     assert figure(value) == text
+
+
+def test_models_are_a_line_each_with_the_smallest_cards_that_fit(root: Path) -> None:
+    blocks = Blocks(root / "benchmarks" / "results")
+    lines = blocks.filled("<!-- models: memory -->\nold\n<!-- /models -->\n", "README.md").splitlines()
+    assert blocks.wrong == [] and lines[1].startswith("| hub id |") and lines[-1] == "<!-- /models -->"
+    rows = {cells[1].strip(" `"): cells for line in lines[3:-1] if (cells := line.split("|"))}
+    assert list(rows) == list(published())
+    for model, cells in rows.items():
+        table = next(one for path in blocks.results.glob("memory/*.json") if (one := read_fits(path)).model == model)
+        least, whole, fp8 = (int(cell.split()[0]) for cell in cells[4:7])
+        fits = {
+            (row["card_gb"], row["quantize"], not row["moved"])
+            for row in table.rows
+            if row["fits"] and f"{row['width']}x{row['height']}," in cells[3]
+        }
+        assert least == min(card for card, quantize, _ in fits if quantize is None) and whole >= least
+        assert (whole, None, True) in fits and fp8 == min(card for card, quantize, _ in fits if quantize == "fp8")
+    assert "first and last frame |" in "|".join(rows["Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers"])
+    assert "an image" not in rows["Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers"][2]
+
+
+def test_section_of_another_document_comes_without_its_comments(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tree / "docs" / "performance.md").write_text(
+        "# Fast\n\n## In short\n\n"
+        "In <!-- figure: cpu/startup.json | startup/cold | {median:.0f} s -->9 s<!-- /figure -->.\n\n## More\n"
+    )
+    text = "<!-- from: docs/performance.md | In short -->\nold\n<!-- /from -->\n"
+    (tree / "README.md").write_text(text)
+    assert main(["--root", str(tree)]) == 0
+    assert (tree / "README.md").read_text() == text.replace("old", "In 2 s.")
+    for wrong, said in (("docs/performance.md | Long", "no heading 'Long'"), ("docs/none.md | A", "none.md")):
+        (tree / "README.md").write_text(text.replace("docs/performance.md | In short", wrong))
+        assert main(["--root", str(tree)]) == 1
+        assert said in capsys.readouterr().err

@@ -33,5 +33,5 @@ class Poisoned(EngineReplica):
 
 
 if __name__ == "__main__":
-    app.build = partial(app.build, engine=Poisoned)  # type: ignore[assignment]
+    app.build = partial(app.application, engine=Poisoned)  # type: ignore[assignment]
     sys.exit(command.serve(sys.argv[1:], load_settings()))

@@ -258,7 +258,7 @@ def test_libraries_that_an_image_brings_need_no_compiler(
     monkeypatch.setattr(library, "READY", tmp_path / "ready")
     made = libraries[LEVELS[0]].parent
     monkeypatch.setattr(library, "_compiled", lambda level: (made / library.name_of(level)).read_bytes())
-    library.main()
+    library.main([])
     monkeypatch.undo()
     monkeypatch.setattr(library, "READY", tmp_path / "ready")
     monkeypatch.setattr(library, "compiler", lambda: None)

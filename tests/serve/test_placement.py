@@ -207,3 +207,18 @@ def test_parts_that_need_no_device_do_not_load_torch(module: str) -> None:
     """So they cannot hold memory of one."""
     code = f"import sys, skylapse.serve.{module}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_cluster_builds_the_application_and_finds_the_deployments_that_its_file_names(
+    monkeypatch: pytest.MonkeyPatch, root: Path
+) -> None:
+    """By the function with which Ray's controller reads `import_path`: it refuses a builder of two parameters."""
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build_as_a_cluster
+
+    from skylapse.serve import app
+
+    asked = pytest.importorskip("yaml").safe_load((root / "deploy" / "serve.yaml").read_text())["applications"][0]
+    assert asked["import_path"] == f"{app.__name__}:{app.build.__name__}"
+    monkeypatch.setattr(app, "cluster_gpus", lambda: 1.0)
+    bound = build_as_a_cluster(app.build, {**asked["args"], "model": "demo"})
+    assert {one["name"] for one in asked["deployments"]} == {one.name for one in deployments(bound)}

@@ -141,12 +141,22 @@ class Terminal:
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(max(1.0, self.until_s - time.monotonic()))
 
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        with suppress(subprocess.TimeoutExpired):
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it; what still runs in it is killed."""
+        pipes = self.process.stdin, self.process.stdout
+        assert pipes[0] is not None and pipes[1] is not None
+        with suppress(BrokenPipeError):
+            pipes[0].close()
+        try:
             self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
         self._listener.join(5)
+        pipes[1].close()
 
     def _type(self, text: str) -> None:
         assert self.process.stdin is not None

@@ -1,6 +1,7 @@
 """README from the top, as a stranger who copies every line: a fresh clone, an account without a home, a long TMPDIR.
 
-`make test-walk` runs it, in at most ten minutes; it needs root, to make the account, and what pip asks of the network.
+`make test-walk` runs it, in at most ten minutes (WALK_S=1800 on a machine that others keep busy). It needs root, to
+make the account, and packages for pip.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from markdown_blocks import ROOT, Block, blocks
 from walk.account import Account, Terminal, stranger
 
 pytestmark = [pytest.mark.walk, pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a fresh account")]
-TIME_S = 600.0
+TIME_S = float(os.environ.get("WALK_S", "600"))
 PORT = 8000
 NOT_HERE = {  # what a line begins with -> why nobody can run it on a machine of CI
     r"docker ": "no Docker daemon",
@@ -41,24 +43,27 @@ def test_readme_works_from_the_top(account: Account) -> None:
     until_s = time.monotonic() + TIME_S
     checkout = account.folder / "skylapse"
     port = free_port()
-    terminal, service = Terminal(account, checkout, until_s), None
-    first = terminal
     print(f"\n{account.name}, without HOME, TMPDIR of {len(account.environment['TMPDIR'])} bytes", flush=True)
-    for block in blocks(checkout / "README.md"):
-        for command in typed(block):
-            if reason := next((why for begins, why in NOT_HERE.items() if re.match(begins, command)), None):
-                print(f"  not run:   $ {command} ({reason})", flush=True)
-            elif ready := next((said for whole, said in STAYS.items() if re.match(whole, command)), None):
-                service = Terminal(account, checkout, until_s)
-                service.run("source .venv/bin/activate")
-                assert service.start(f"{command} --port {port}", ready).endswith(f":{port}")
-                terminal = Terminal(account, checkout, until_s)  # the second one, which README asks for
-            else:
-                terminal.run(command.replace(f":{PORT}/", f":{port}/"))
-    assert [name for name in MADE if not (checkout / name).is_file()] == []
-    assert service is not None and service.interrupt() == 0, service and service.said
-    for each in (first, terminal):
-        each.close()
+    with ExitStack() as stack:
+
+        def terminal() -> Terminal:
+            return stack.enter_context(Terminal(account, checkout, until_s))
+
+        here, service = terminal(), None
+        for block in blocks(checkout / "README.md"):
+            for command in typed(block):
+                if reason := next((why for begins, why in NOT_HERE.items() if re.match(begins, command)), None):
+                    print(f"  not run:   $ {command} ({reason})", flush=True)
+                elif ready := next((said for whole, said in STAYS.items() if re.match(whole, command)), None):
+                    service = terminal()
+                    service.run("source .venv/bin/activate")
+                    assert service.start(f"{command} --port {port}", ready).endswith(f":{port}")
+                    here = terminal()  # the second one, which README asks for
+                else:
+                    here.run(command.replace(f":{PORT}/", f":{port}/"))
+        assert [name for name in MADE if not (checkout / name).is_file()] == []
+        assert service is not None and service.interrupt() == 0, service and service.said
+        print(f"  {time.monotonic() + TIME_S - until_s:6.1f} s  all of it", flush=True)
     ended_s = time.monotonic() + 30.0
     while left := account.processes():
         assert time.monotonic() < ended_s, f"the service has left processes behind: {left}"

@@ -7,7 +7,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, TypeAlias
 
 Medium: TypeAlias = Literal["picture", "clip"]
@@ -73,9 +73,7 @@ class Refused(ValueError):
 def sentence(word: str, medium: Medium, bounds: Bounds, got: str = "") -> str:
     """Return "must ...", with what was found at its end."""
     a, file = FILES[medium]
-    limits = {"max_pixels": bounds.max_pixels, "max_bytes": bounds.max_bytes}
-    limits |= {"max_seconds": bounds.max_seconds, "max_frames": bounds.max_frames}
-    return SENTENCES[word].format(a=a, file=file, **limits) + (f", got {got}" if got else "")
+    return SENTENCES[word].format(a=a, file=file, **asdict(bounds)) + (f", got {got}" if got else "")
 
 
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, ArithmeticError, LookupError)

@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -87,7 +88,7 @@ GREYS = tuple((shade,) * 3 for shade in (0, 85, 170, 255))
 def packed(values: Bytes, bits: int) -> Bytes:
     """Values of 2 or 4 bits, side by side in bytes."""
     places = np.arange(8 // bits)[::-1] * bits
-    return (values.reshape(len(values), -1, 8 // bits) << places.astype(np.uint8)).sum(-1).astype(np.uint8)
+    return np.asarray((values.reshape(len(values), -1, 8 // bits) << places.astype(np.uint8)).sum(-1), np.uint8)
 
 
 def interlaced() -> bytes:
@@ -217,7 +218,7 @@ XMP += b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orient
 
 PICTURES: dict[str, Sent] = {
     # JPEG
-    **{f"jpeg_orientation_{tag}": Sent(lambda tag=tag: jpeg(exif=exif(tag)), *turned(tag), 2) for tag in range(1, 9)},
+    **{f"jpeg_orientation_{tag}": Sent(partial(jpeg, exif=exif(tag)), *turned(tag), 2) for tag in range(1, 9)},
     "jpeg_exif_broken": Sent(lambda: jpeg(exif=b"Exif\0\0II*\0\xff\xff\xff\xff"), tolerance=2),
     "jpeg_grey": Sent(lambda: saved("JPEG", Image.fromarray(grey_card()), quality=100), corners=GREYS, tolerance=2),
     "jpeg_progressive": Sent(lambda: jpeg(progressive=True), tolerance=2),

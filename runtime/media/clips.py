@@ -233,6 +233,6 @@ def _decoded(container: InputContainer, stream: av.VideoStream, subject: Subject
                 if frame.is_corrupt:
                     raise subject.refused("broken", detail="a frame of it is damaged")
                 # Frames before the first whole one refer to what was cut away; decoders make some of them, of grey.
-                if None in (first_key, frame.pts) or frame.pts >= first_key:
+                if first_key is None or frame.pts is None or frame.pts >= first_key:
                     yield from fields.push(frame, stream.time_base)
         yield from fields.finish()

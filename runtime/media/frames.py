@@ -78,11 +78,12 @@ class FrameReader:
         if frame.color_range == 0 and not frame.format.is_rgb and "yuvj" not in frame.format.name:
             frame.color_range = ColorRange.MPEG  # as the books say; swscale would take grey as full
         kind = "rgb48le" if self._to_sdr else "rgba" if self._has_alpha else "rgb24"
-        pixels = self._reformatter.reformat(frame, format=kind, interpolation=exact, threads=1).to_ndarray()
+        converted = self._reformatter.reformat(frame, format=kind, interpolation=exact, threads=1).to_ndarray()
         if self._to_sdr:
-            return self._to_sdr.pixels(pixels)
+            return self._to_sdr.pixels(converted.astype(np.uint16, copy=False))
+        pixels = converted.astype(np.uint8, copy=False)
         if primaries := WIDE_PRIMARIES.get(int(frame.color_primaries)):
-            pixels[..., :3] = colour.by_numbers(Image.fromarray(pixels[..., :3]), None, primaries)
+            pixels[..., :3] = np.asarray(colour.by_numbers(Image.fromarray(pixels[..., :3]), None, primaries))
         if self._has_alpha:  # on black, as pictures are
             pixels = ((pixels[..., :3].astype(np.uint16) * pixels[..., 3:] + 127) // 255).astype(np.uint8)
         return pixels
@@ -114,10 +115,10 @@ class FrameReader:
 
     def _turn_of(self, frame: av.VideoFrame) -> tuple[bool, bool, bool]:
         """Whether to swap x and y, then to mirror x, then y: what the display matrix does to a frame."""
-        found = [bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"]
-        if not found:
+        found = frame.side_data.get("DISPLAYMATRIX")
+        if found is None:
             return False, False, False
-        a, b, _, c, d, *_ = (value / 2**16 for value in struct.unpack("=9i", found[0][:36]))
+        a, b, _, c, d, *_ = (value / 2**16 for value in struct.unpack("=9i", bytes(found)[:36]))
         # x' = ax + cy, y' = bx + dy
         along, across = max(abs(a), abs(d)), max(abs(b), abs(c))
         is_swapped = across > along

@@ -7,7 +7,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, TypeAlias
 
 Medium: TypeAlias = Literal["picture", "clip"]
@@ -73,9 +73,7 @@ class Refused(ValueError):
 def sentence(word: str, medium: Medium, bounds: Bounds, got: str = "") -> str:
     """Return "must ...", with what was found at its end."""
     a, file = FILES[medium]
-    limits = {"max_pixels": bounds.max_pixels, "max_bytes": bounds.max_bytes}
-    limits |= {"max_seconds": bounds.max_seconds, "max_frames": bounds.max_frames}
-    return SENTENCES[word].format(a=a, file=file, **limits) + (f", got {got}" if got else "")
+    return SENTENCES[word].format(a=a, file=file, **asdict(bounds)) + (f", got {got}" if got else "")
 
 
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, ArithmeticError, LookupError)
@@ -106,19 +104,23 @@ class Subject:
     def decoding(self) -> Iterator[None]:
         """Make a Refused of what a decoder raises about its file; what it raises about us passes through.
 
-        Ours: no memory (MemoryError), a module that is missing, an error of the system's that has a number, such as
-        EMFILE where no file may be opened any more. FFmpeg's errors have numbers of their own, Pillow's have none.
+        Ours: a module that is missing, an error of the system's that has a number, such as EMFILE where no file may be
+        opened any more. FFmpeg's errors have numbers of their own, Pillow's have none.
         """
         try:
             yield
-        except (Refused, MemoryError, ImportError):
+        except (Refused, ImportError):
             raise
-        except BROKEN as error:
+        except MemoryError as error:
+            raise self.refused("costly") from error
+        except Exception as error:
             is_ffmpegs = type(error).__module__.startswith("av.")
             number = getattr(error, "errno", None)
             if number == errno.ENOMEM or "memory" in str(error):
-                raise MemoryError(str(error)) from error
-            if number in (errno.EMFILE, errno.ENFILE) or (number is not None and not is_ffmpegs):
+                raise self.refused("costly") from error
+            if number in (errno.EMFILE, errno.ENFILE) or not (is_ffmpegs or isinstance(error, BROKEN)):
+                raise
+            if number is not None and not is_ffmpegs:
                 raise
             words = getattr(error, "strerror", None) if is_ffmpegs else str(error)
             raise self.refused("broken", detail=str(words or type(error).__name__)) from error

@@ -10,7 +10,7 @@ from clip_maker import STEP, clip, combed
 from sent_clips import CLIPS, SentClip
 
 from skylapse.runtime.media.clips import count_frames, open_clip, read_frames, read_video
-from skylapse.runtime.media.refusal import Refused
+from skylapse.runtime.media.refusal import SENTENCES, Bounds, Refused, sentence
 
 
 def corners_of(pixels: np.ndarray) -> np.ndarray:
@@ -36,7 +36,7 @@ def test_a_clip_is_read_as_it_is_shown(name: str, tmp_path: Path) -> None:
     check(frames, sent)
     assert fps == pytest.approx(sent.fps, rel=0.03)
     assert count_frames(path) == len(frames)
-    assert np.array_equal(np.stack([*read_frames(path, *sent.size, 100)]), frames)
+    assert np.array_equal(np.stack([*read_frames(path, *sent.size, max_frames=100)]), frames)
 
 
 @pytest.mark.parametrize("name", [name for name, sent in CLIPS.items() if sent.refused])
@@ -76,3 +76,13 @@ def test_a_rate_picks_the_nearest_frames_by_their_times(tmp_path: Path) -> None:
     path.write_bytes(clip(times=range(24), rate=24, cards=[combed(48)[0][:, :64]] * 24))
     with open_clip(path) as sent:
         assert [*sent.picks(16)] == [*(np.arange(16) * 1.5 + 0.5).astype(int)]
+
+
+def test_every_reason_stands_in_the_document() -> None:
+    page = " ".join((Path(__file__).parents[3] / "docs" / "files.md").read_text().split())
+    of_both = {"kind", "aspect", "costly"}
+    of_pictures = {"animated", "colour", "profile"} | of_both
+    by_size = {"broken", "crash", "bytes", "small", "wide", "large", "long", "frames"}  # told in sentences of its own
+    for word in SENTENCES.keys() - by_size:
+        assert word not in of_pictures or sentence(word, "picture", Bounds()) in page
+        assert word in of_pictures - of_both or sentence(word, "clip", Bounds()) in page

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from sent_pictures import PICTURES, Sent
 
 from skylapse.runtime.media.pictures import check_image, picture_of, read_image
-from skylapse.runtime.media.refusal import Refused
+from skylapse.runtime.media.refusal import PICTURE_BOUNDS, Refused, Subject
 
 
 def corners_of(pixels: np.ndarray) -> np.ndarray:
@@ -43,3 +45,28 @@ def test_a_picture_that_could_not_be_shown_is_refused_by_name(name: str, tmp_pat
         read_image(path, *sent.size)
     assert (caught.value.word, caught.value.got) == (sent.refused, sent.got)
     assert str(caught.value).startswith("image 'sent' must ") and str(caught.value).count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "word"),
+    [
+        (OSError("image file is truncated"), "broken"),
+        (SyntaxError("broken PNG file"), "broken"),
+        (av.error.PatchWelcomeError(-0x45574150, "Not yet implemented"), "broken"),
+        (av.error.InvalidDataError(-0x41444E49, "Invalid data"), "broken"),
+        (MemoryError(), "costly"),
+        (av.error.FFmpegError(errno.ENOMEM, "Cannot allocate memory"), "costly"),
+        (OSError("out of memory error when reading image file"), "costly"),
+        (OSError(errno.EMFILE, "Too many open files"), ""),
+        (OSError(errno.EIO, "Input/output error"), ""),
+        (av.error.FFmpegError(errno.EMFILE, "Too many open files"), ""),
+        (ModuleNotFoundError("No module named 'PIL.ImageCms'"), ""),
+        (AttributeError("a mistake of ours"), ""),
+    ],
+    ids=repr,
+)
+def test_a_failure_is_the_files_or_ours(error: Exception, word: str) -> None:
+    subject = Subject("image", "picture", PICTURE_BOUNDS)
+    with pytest.raises(Refused if word else type(error)) as caught, subject.decoding():
+        raise error
+    assert caught.value is error if not word else caught.value.word == word

@@ -89,7 +89,7 @@ def command_in(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     engine = type("Engine", (FakeEngine,), {"loaded": [], "requests": []})
     known = SimpleNamespace(
         defaults=FakeEngine.defaults, limits=FakeEngine.limits
-    )  # of "demo" alone; others are on a hub
+    )  # of "demo" alone
     monkeypatch.setattr(registry, "known_folder", lambda name, cache_dir: known if name == "demo" else None)
     module = ModuleType("skylapse.runtime.engine")
     module.__dict__.update(Engine=engine)

@@ -17,7 +17,7 @@ from math import ceil, isfinite
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import __version__
-from .runtime.config import Settings, load_settings
+from .runtime.config import Settings, load_settings, settle_home
 from .runtime.models.command import add_models
 from .runtime.options import Parser, add_device, add_sampling, sampling
 from .runtime.request import MAX_SIDE, MIN_SIDE, VideoRequest, check_shape, frames_for, longest_seconds
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, 1 for our failures, 2 for the user's mistakes, 130 after Ctrl-C."""
     debug = False
     try:
+        if (told := settle_home()) is not None:
+            print(f"skylapse: {told}", file=sys.stderr)
         settings = load_settings()
         debug = settings.debug
         logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="skylapse: %(message)s")
@@ -280,7 +282,7 @@ class _Lines:
 # need, what they do).
 ELSEWHERE = {
     "serve": ("serve.command", "serve", "serve the OpenAI Videos API on this machine"),
-    "keys": ("serve.command", "serve", "make, list and revoke the service's API keys"),
+    "keys": ("serve.commands.keys", "serve", "make, list and revoke the service's API keys"),
     "compile": ("runtime.compile_command", "compile", "build a faster decoder for this machine"),
     "kernels": ("runtime.doctor", "gpu", "which kernels run on this machine, and why"),
     "bench": ("benchmarks.command", "dev", "measure kernels beside their peers"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import stat
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +17,8 @@ from ..kernels.backends import parse
 MIB = 2**20
 DECODERS = ("auto", "eager", "onnxruntime", "inductor", "tensorrt")
 OFFLOAD = ("auto", "none", "all")  # which parts of a model may leave the device while nothing needs them
+SERVE_PREFIX = "SKYLAPSE_SERVE_"  # and a field of ServeConfig: one machine's service
+LOG_LEVELS = ("debug", "info", "warning", "error")
 QUANTIZE = weight_formats.words()  # what the weights of a denoiser's blocks may be kept in
 
 
@@ -34,9 +39,7 @@ class Settings:
     max_queued: int = 256  # SKYLAPSE_MAX_QUEUED: requests that an engine takes before it says that it is full
     memory_bytes: int | None = None  # SKYLAPSE_MEMORY_MB: what weights and requests may take; None is most of it
     tenant_weights: Mapping[str, float] = field(default_factory=dict)  # SKYLAPSE_TENANT_WEIGHTS: "a=2,b=0.5"
-    profile_dir: Path = field(
-        default_factory=lambda: Path.home() / ".cache" / "skylapse"
-    )  # SKYLAPSE_PROFILE_DIR: measured memory profiles
+    profile_dir: Path = field(default_factory=lambda: profiles())  # SKYLAPSE_PROFILE_DIR: measured memory profiles
     decoder: str = "auto"  # SKYLAPSE_DECODER: auto, eager, onnxruntime, inductor or tensorrt
     encoder: str | None = None  # SKYLAPSE_ENCODER: the same, of what encodes; None is as `decoder` has it
     decoder_dtype: str = "auto"  # SKYLAPSE_DECODER_DTYPE: fp32, bf16 or fp16; auto is bf16 on CUDA, fp32 on a CPU
@@ -48,6 +51,9 @@ class Settings:
     quantize: str = "none"  # SKYLAPSE_QUANTIZE: fp8 or int8 weights in the denoiser's blocks
     offload: str = "auto"  # SKYLAPSE_OFFLOAD: auto moves what does not fit, none nothing, all every part
     kernels: Mapping[str, str] = field(default_factory=dict)  # SKYLAPSE_KERNELS: "attention=sdpa"
+    log_to: Path | None = None  # SKYLAPSE_LOG_TO: a file, or a folder of one a process; None is stderr
+    log_level: str = "info"  # SKYLAPSE_LOG_LEVEL: debug, info, warning or error, of the service's lines
+    health_timeout_s: int = 30  # SKYLAPSE_HEALTH_TIMEOUT_S: a replica that is silent for three of these is replaced
     # secrets of the service, which belong into no file that a dashboard shows
     api_key: str | None = field(default=None, repr=False)  # SKYLAPSE_API_KEY: the local service's key
     database_url: str | None = field(default=None, repr=False)  # SKYLAPSE_DATABASE_URL: SQLAlchemy's, with a password
@@ -60,9 +66,65 @@ def export(variables: Mapping[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
+def our_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """All of this process's variables that are ours."""
+    return {name: text for name, text in environ.items() if name.startswith("SKYLAPSE_")}
+
+
 def environment(changes: Mapping[str, str]) -> dict[str, str]:
     """This process's variables with some changed, for a process that it starts."""
     return {**os.environ, **changes}
+
+
+def home() -> Path | None:
+    """The folder of who runs this process; None where there is no HOME and nobody of this number is known."""
+    try:
+        return Path.home()
+    except (KeyError, RuntimeError):
+        return None
+
+
+def profiles() -> Path:
+    """Where measured profiles are kept unless SKYLAPSE_PROFILE_DIR says otherwise."""
+    return (home() or Path(tempfile.gettempdir()) / f"skylapse-home-{os.getuid()}") / ".cache" / "skylapse"
+
+
+def settle_home() -> str | None:
+    """Give this process and its children a place for caches where the home folder is missing or cannot be written.
+
+    torch, Triton, huggingface_hub and Ray look for one, and each fails in words of its own without it. A home that is
+    there and can only be read keeps the models that it holds. Returns what to tell, or None where all is well.
+    """
+    ours = home()
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ.setdefault("USER", f"user-{os.getuid()}")  # torch names its compile cache by it
+    is_there = ours is not None and ours.is_dir()
+    if ours is not None and is_there and os.access(ours, os.W_OK | os.X_OK):
+        return None
+    place = _private_folder(Path(tempfile.gettempdir()) / f"skylapse-home-{os.getuid()}")
+    caches = {"SKYLAPSE_PROFILE_DIR": "skylapse", "TRITON_CACHE_DIR": "triton", "MPLCONFIGDIR": "matplotlib"}
+    caches |= {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "XDG_CACHE_HOME": ""}
+    if ours is None or not is_there:
+        os.environ["HOME"] = str(place)
+        return f"HOME is {'not set' if ours is None else 'no folder'}: what is cached goes to {place}"
+    if not (ours / ".cache" / "huggingface").is_dir():
+        caches["HF_HOME"] = "huggingface"
+    export({name: str(place / ".cache" / folder) for name, folder in caches.items()})
+    return f"HOME cannot be written: what is cached goes to {place}"
+
+
+def _private_folder(path: Path) -> Path:
+    """`path`, made for nobody else; another one where it is somebody else's."""
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+            return path
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="skylapse-home-"))
 
 
 def configures_allocator(environ: Mapping[str, str] = os.environ) -> bool:
@@ -98,6 +160,9 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         "quantize": _choice(given, "SKYLAPSE_QUANTIZE", QUANTIZE),
         "offload": _choice(given, "SKYLAPSE_OFFLOAD", OFFLOAD),
         "kernels": _kernels(given, "SKYLAPSE_KERNELS"),
+        "log_to": _path(given, "SKYLAPSE_LOG_TO"),
+        "log_level": _choice(given, "SKYLAPSE_LOG_LEVEL", LOG_LEVELS),
+        "health_timeout_s": _whole(given, "SKYLAPSE_HEALTH_TIMEOUT_S", 1, 3600),
         "api_key": given.get("SKYLAPSE_API_KEY"),
         "database_url": given.get("SKYLAPSE_DATABASE_URL"),
         "webhook_secret": given.get("SKYLAPSE_WEBHOOK_SECRET"),
@@ -168,6 +233,10 @@ def _file(given: Mapping[str, str], name: str) -> Path | None:
     if not path.is_file():
         raise ValueError(f"{name} must be a file, got {given[name]!r}")
     return path
+
+
+def _path(given: Mapping[str, str], name: str) -> Path | None:
+    return Path(os.path.expanduser(given[name])) if name in given else None
 
 
 def _folder(given: Mapping[str, str], name: str) -> Path | None:

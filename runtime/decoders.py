@@ -82,6 +82,7 @@ class Decoders:
         self._process: subprocess.Popen[str] | None = None
         self._closing = threading.Event()
         self._waiting: dict[str, str] = {}  # part -> why its build has not begun
+        self._builds: dict[str, str] = {}  # part -> the backend that is being built for it, or waits for its turn
 
     @cached_property
     def selector(self) -> Selector:
@@ -152,6 +153,8 @@ class Decoders:
             return "eager", "as configured"
         chosen = self.selector_of(part).chosen(*self.default_size)
         backend, why = (chosen.backend, chosen.why) if chosen else ("eager", "the next clip chooses")
+        if (building := self._builds.get(part)) is not None:
+            why = f"{building} is being built in the background"
         return backend, "; ".join(filter(None, (why, self._waiting.get(part))))
 
     def latent_size(self, width: int, height: int) -> tuple[int, int]:
@@ -223,11 +226,15 @@ class Decoders:
 
     def _build_all(self, wanting: Sequence[tuple[str, str]]) -> None:
         remaining = list(wanting)
+        self._builds = {part: name for part, name in wanting}
         while True:
             for part, name in [*remaining]:
                 if not self._closing.is_set() and self._has_room(part, name):
                     remaining.remove((part, name))
-                    self._build(part, name)
+                    try:
+                        self._build(part, name)
+                    finally:
+                        del self._builds[part]
             if not remaining or self._closing.wait(ASK_AGAIN_S):
                 return
 

@@ -86,14 +86,15 @@ class Engine:
         cache_dir: str | Path | None = None,
         quantize: str | None = None,
         offload: str | None = None,
+        revision: str | None = None,
     ) -> Engine:
         """An engine for "demo", a local diffusers folder, or a hub id.
 
         device: default cuda where there is one. dtype: of text encoder and denoiser, "fp32" or "bf16"; default bf16 on
         cuda and fp32 on the CPU. quantize: "fp8", "int8" or "none", of the weights of the denoiser's blocks; default
         SKYLAPSE_QUANTIZE's. offload: "auto", "none" or "all", the parts that leave a GPU while nothing needs them;
-        default SKYLAPSE_OFFLOAD's. Raises ValueError for an unknown model, a checkpoint that does not fit its config,
-        or a backend of SKYLAPSE_KERNELS that the device cannot run.
+        default SKYLAPSE_OFFLOAD's. revision: a branch, a tag or a commit of a hub id. Raises ValueError for an unknown
+        model, a checkpoint that does not fit its config, or a backend of SKYLAPSE_KERNELS that the device cannot run.
         """
         settings = load_settings()
         if offload is not None:
@@ -110,7 +111,13 @@ class Engine:
         directory = Path(cache_dir) if cache_dir is not None else None
         kept_in = parse_quantize(quantize or settings.quantize, where)
         model = load_model(
-            name, device=where, dtype=precision, settings=settings, cache_dir=directory, quantize=kept_in
+            name,
+            device=where,
+            dtype=precision,
+            settings=settings,
+            cache_dir=directory,
+            quantize=kept_in,
+            revision=revision,
         )
         engine = cls(model, settings, backends)
         # Loaded in 0.7 ms. Measured at the first start of all, which the first request would wait for instead: the
@@ -251,6 +258,10 @@ class Engine:
             ticket,
             lambda: self._join(load_trajectory(Path(folder), ticket, self.model, self.text_cache, deadline_s)),
         )
+
+    def start_stepping(self) -> None:
+        """Start the thread of all streams now: it has the priority of the thread that calls this."""
+        _ = self._loop
 
     def close(self) -> None:
         """Stop the thread that streams have started, if any, and a build; requests stay where they are."""

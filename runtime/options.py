@@ -3,15 +3,86 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
+import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from .config import OFFLOAD, QUANTIZE
 from .request import SOLVERS
 
+COMMANDS = ("COMMAND", "SUITE")  # metavars of what follows a command's name
+# What argparse says, and what we say instead: it names neither what an option may be nor which one was meant.
+PHRASES = (
+    (r"argument (\S+): invalid choice: (.+) \(choose from (.+)\)", "{option} must be {choices}, got {value}"),
+    (r"argument (\S+): invalid (?:int) value: (.+)", "{option} must be a whole number, got {value}"),
+    (r"argument (\S+): invalid (?:float) value: (.+)", "{option} must be a number, got {value}"),
+    (r"argument (\S+): expected (?:one argument|at least one argument|\d+ arguments?)", "{option} needs a value"),
+    (r"argument (\S+): not allowed with argument (\S+)", "{option} and {value} exclude each other"),
+    (r"argument (\S+): ignored explicit argument (.+)", "{option} takes no value, got {value}"),
+    (r"argument (\S+): (must .+)", "{option} {value}"),
+    (r"one of the arguments (.+) is required", "one of {option} is missing"),
+)
+
 
 class Parser(argparse.ArgumentParser):
+    """Mistakes are ValueErrors in our words; the answer to no command at all is the help."""
+
+    _given: tuple[str, ...] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = tuple(args or ())
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)  # one line and exit code 2, as for every other mistake
+        raise ValueError(self._in_our_words(message))  # one line and exit code 2, as for every other mistake
+
+    def _in_our_words(self, message: str) -> str:
+        if missing := re.fullmatch(r"the following arguments are required: (.+)", message):
+            if missing[1] in COMMANDS:
+                if self._given:
+                    return self._unknown(" ".join(self._given))
+                self.print_help(sys.stderr)
+                raise SystemExit(2)
+            return f"{missing[1]} {'are' if ',' in missing[1] else 'is'} missing"
+        if unknown := re.fullmatch(r"unrecognized arguments: (.+)", message):
+            return self._unknown(unknown[1])
+        for pattern, told in PHRASES:
+            if found := re.fullmatch(pattern, message, re.DOTALL):
+                groups = [*found.groups(), "", ""]
+                option, value, choices = groups[0].rpartition("/")[2], groups[1], groups[2]
+                words = " or ".join(choice.strip("'") for choice in choices.split(", "))
+                if option in COMMANDS and choices:
+                    return f"there is no command {value}{_meant(value.strip(chr(39)), words.split(' or '))}"
+                return told.format(option=option, value=value, choices=words)
+        return message
+
+    def _unknown(self, arguments: str) -> str:
+        first = arguments.split()[0]
+        if not first.startswith("-"):
+            return f"nothing is expected where {first!r} stands"
+        name = first.partition("=")[0]
+        return f"there is no option {name}{_meant(name, self.options)}"
+
+    @property
+    def options(self) -> list[str]:
+        """Of this command and of those below it."""
+        below = [parser for action in self._actions for parser in (getattr(action, "choices", None) or {})]
+        parsers = [
+            action.choices[name]
+            for action in self._actions
+            if isinstance(action, argparse._SubParsersAction)
+            for name in below
+            if name in action.choices
+        ]
+        own = [option for action in self._actions for option in action.option_strings]
+        return own + [option for parser in parsers for option in parser.options]
+
+
+def _meant(name: str, names: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, [*names], 1, 0.7)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def add_device(command: argparse.ArgumentParser) -> None:

@@ -59,6 +59,8 @@ class Video(BaseModel):
     resumed_from_step: int | None
     native_size: str
     native_frames: int
+    model_revision: str | None
+    model_fingerprint: str | None
 
 
 class Preview(BaseModel):
@@ -104,6 +106,8 @@ class Model(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str
+    revision: str | None
     tasks: list[str]
     native_sizes: list[str]
     default_size: str

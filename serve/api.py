@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from pydantic.fields import FieldInfo
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -19,9 +20,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .. import __version__
 from .catalog import Catalog
 from .context import Context
-from .errors import ApiError
+from .errors import ApiError, refused_field
+from .logs import JOB, REQUEST
 from .openapi import describe_api
 from .routes import characters, content, events, generations, health, models, page, remakes, session, videos
+from .signs import Signs
 from .store.jobs import NotFound
 from .watch import Watch
 
@@ -39,6 +42,7 @@ def create_app(context: Context, behind_proxy: bool = False) -> FastAPI:
     app.state.context = context
     app.state.catalog = Catalog(context.config)
     app.state.watch = Watch(context.jobs)
+    app.state.signs = Signs(context.processes)
     for routes in ROUTES:
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _refused)
@@ -65,9 +69,13 @@ class Labelled:
         given = Headers(scope=scope).get("x-request-id", "") if self.behind_proxy else ""
         request_id = given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = request_id
+        status = 0  # none: the client has gone
+        REQUEST.set(request_id)
 
         async def labelled(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 headers = MutableHeaders(scope=message)
                 if not self.behind_proxy:
                     headers["x-request-id"] = request_id
@@ -76,7 +84,22 @@ class Labelled:
                 headers.setdefault("x-content-type-options", "nosniff")
             await send(message)
 
-        await self.app(scope, receive, labelled)
+        try:
+            await self.app(scope, receive, labelled)
+        finally:
+            _log_answer(scope, status, time.perf_counter() - began_s)
+
+
+def _log_answer(scope: Scope, status: int, seconds: float) -> None:
+    """One line a request, of its route and not of its URL; polls that went well are told at level debug alone."""
+    route = getattr(scope.get("route"), "path", "unknown")
+    is_poll = scope["method"] in ("GET", "HEAD") and 200 <= status < 400
+    level = logging.DEBUG if is_poll else logging.WARNING if status >= 500 else logging.INFO
+    facts = {"method": scope["method"], "route": route, "status": status, "ms": round(1000 * seconds)}
+    job = scope["state"].get("job") or scope.get("path_params", {}).get("video_id", "")
+    if JOB.fullmatch(job):
+        facts["job"] = job
+    logger.log(level, "%s %s %d", scope["method"], route, status, extra={"facts": facts})
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
@@ -96,7 +119,15 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     param = str(first["loc"][-1])
-    return _answer(ApiError(400, f"Invalid '{param}': {first['msg']}.", code="invalid_value", param=param))
+    return _answer(refused_field(first | {"loc": (param,)}, _parameter(request.scope.get("route"), param)))
+
+
+def _parameter(route: object, name: str) -> FieldInfo | None:
+    """A route's own declaration of a parameter."""
+    if not isinstance(route, APIRoute):
+        return None
+    declared = (*route.dependant.query_params, *route.dependant.header_params, *route.dependant.path_params)
+    return next((one.field_info for one in declared if one.alias == name), None)
 
 
 async def _no_route(request: Request, error: Exception) -> JSONResponse:
@@ -126,7 +157,7 @@ def no_video() -> ApiError:
 
 
 async def _store_away(request: Request, error: Exception) -> JSONResponse:
-    logger.error("the store does not answer: %s (%s)", type(error).__name__, request.state.request_id)
+    logger.error("the store does not answer: %s", type(error).__name__)
     message = "The service cannot reach its store; try again in a moment."
     return _answer(ApiError(503, message, code="store_unavailable", type="server_error", retry_after_s=2))
 

@@ -11,42 +11,52 @@ from starlette.types import ASGIApp
 
 from ..runtime.config import load_settings
 from .api import create_app
+from .autoscaling import BacklogPolicy
+from .catalog import pin_revisions
 from .config import ServeConfig
 from .context import open_context
 from .dispatcher import Dispatcher
 from .logs import log_as_json
+from .loopback import stay_on_loopback
+from .model_entry import EngineGroup
 from .placement import check_gpus, cluster_gpus, gpus_per_engine
 from .replica import EngineReplica
 
 logger = logging.getLogger(__name__)
-CHECKED: dict[str, Any] = dict(health_check_period_s=1, health_check_timeout_s=10)
+POLICY = f"{BacklogPolicy.__module__}:{BacklogPolicy.__name__}"
+ENGINE_CPUS, OTHERS_CPUS = 0.5, 0.1
 STREAMS = 1000  # open event streams and requests of one ingress; Serve's default of 5 would be used up by five watchers
 
 
 def build(arguments: dict[str, Any], engine: type[EngineReplica] = EngineReplica) -> Application:
     """The application for a `ServeConfig`'s fields; a config file's deployment options come on top."""
-    config = ServeConfig(**arguments)
+    config = pin_revisions(ServeConfig(**arguments))
     asked = config.model_dump(exclude_defaults=True)
-    num_gpus = cluster_gpus()
+    settings, num_gpus = load_settings(), cluster_gpus()
+    checked: dict[str, Any] = dict(health_check_period_s=1, health_check_timeout_s=settings.health_timeout_s)
     try:
-        check_gpus(config, num_gpus, load_settings().memory_bytes)
+        check_gpus(config, num_gpus, settings.memory_bytes)
     except ValueError as error:  # `skylapse serve` has refused by now, while a cluster may grow or say more
         logger.warning("%s; engines without room wait for it", error)
-    engines = serve.deployment(
-        name="Engine",
-        num_replicas=config.engines,
-        max_ongoing_requests=config.engine_slots,
-        graceful_shutdown_timeout_s=config.drain_s,
-        ray_actor_options={"num_cpus": 0.5, "num_gpus": gpus_per_engine(config, num_gpus)},
-        **CHECKED,
-    )(engine).bind(asked)
+    engines = {
+        group.deployment: serve.deployment(
+            name=group.deployment,
+            max_ongoing_requests=group.engine_slots,
+            graceful_shutdown_timeout_s=config.drain_s,
+            ray_actor_options={"num_cpus": ENGINE_CPUS, "num_gpus": gpus_per_engine(group, num_gpus)},
+            **_replicas(config, group),
+            **checked,
+        )(engine).bind(asked, group.deployment)
+        for group in config.groups
+    }
     dispatcher = serve.deployment(
-        name="Dispatcher", graceful_shutdown_timeout_s=5, ray_actor_options={"num_cpus": 0.1}, **CHECKED
+        name="Dispatcher", graceful_shutdown_timeout_s=5, ray_actor_options={"num_cpus": OTHERS_CPUS}, **checked
     )(Dispatcher).bind(asked, engines)
 
     def answers() -> ASGIApp:
         """Made in each ingress replica; the store is all that it needs."""
-        log_as_json()
+        log_as_json("ingress")
+        stay_on_loopback()
         return create_app(open_context(asked), behind_proxy=True)
 
     ingress = serve.deployment(
@@ -54,7 +64,34 @@ def build(arguments: dict[str, Any], engine: type[EngineReplica] = EngineReplica
         num_replicas=config.ingresses,
         max_ongoing_requests=STREAMS,
         graceful_shutdown_timeout_s=10,
-        ray_actor_options={"num_cpus": 0.1},
-        **CHECKED,
+        ray_actor_options={"num_cpus": OTHERS_CPUS},
+        **checked,
     )(serve.ingress(answers)())
     return ingress.bind(dispatcher)  # an application is what hangs together: nothing is asked of the dispatcher
+
+
+def cpus_of(config: ServeConfig) -> float:
+    """What all parts together ask Ray for, at most: without as many, some would wait for ever."""
+    engines = sum(group.max_engines for group in config.groups)
+    return ENGINE_CPUS * engines + OTHERS_CPUS * (config.ingresses + 1)
+
+
+def _replicas(config: ServeConfig, group: EngineGroup) -> dict[str, Any]:
+    """So many engines, or as many as the backlog wants."""
+    scaling = group.autoscaling
+    if scaling is None:
+        return {"num_replicas": group.engines}
+    queue = group.queue
+    kwargs = {"clear_in_s": scaling.clear_in_s, "model": queue.model, "default": queue.is_default}
+    kwargs["canary"] = queue.canary
+    if not load_settings().database_url:  # which holds a password, and Serve logs these arguments
+        kwargs["database_url"] = config.database
+    return {
+        "autoscaling_config": {
+            "min_replicas": scaling.min_replicas,
+            "max_replicas": scaling.max_replicas,
+            "upscale_delay_s": scaling.upscale_delay_s,
+            "downscale_delay_s": scaling.downscale_delay_s,
+            "policy": {"policy_function": POLICY, "policy_kwargs": kwargs},
+        }
+    }

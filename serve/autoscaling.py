@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..runtime.config import load_settings
 from .store.backlog import Backlog, read_backlog
 from .store.database import Database
+from .store.model_queue import ModelQueue
 
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
@@ -30,16 +31,27 @@ class BacklogPolicy:
     """For `autoscaling_config.policy`, with the arguments as its `policy_kwargs`.
 
     clear_in_s: an engine is added for so many seconds of work. database_url: SQLAlchemy's, ServeConfig's; where it
-    holds a password, leave it out here, since Serve logs these arguments: then it is SKYLAPSE_DATABASE_URL.
+    holds a password, leave it out here, since Serve logs these arguments: then it is SKYLAPSE_DATABASE_URL. model: the
+    served name of the model whose jobs count; "": all jobs. default: it is the first of several, whose are also the
+    jobs that name none. canary: of a model that has one, whether its share of the jobs counts or the rest.
     """
 
-    def __init__(self, clear_in_s: float = 60.0, database_url: str = "", poll_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        clear_in_s: float = 60.0,
+        database_url: str = "",
+        poll_s: float = 1.0,
+        model: str = "",
+        default: bool = False,
+        canary: bool | None = None,
+    ) -> None:
         url = database_url or load_settings().database_url
         if not url:
             raise ValueError("the autoscaling policy needs a database_url, or SKYLAPSE_DATABASE_URL")
         if not clear_in_s > 0 or math.isinf(clear_in_s):
             raise ValueError(f"clear_in_s must be a number of seconds above 0, got {clear_in_s}")
         self.clear_in_s, self.poll_s = clear_in_s, poll_s
+        self.queue = ModelQueue(model, default, canary) if model else None
         self.database = Database(url)
         self.backlog: Backlog | None = None  # None: not known
         self.polled_s = self.read_s = float("-inf")
@@ -59,7 +71,7 @@ class BacklogPolicy:
     async def _read(self) -> None:
         """One read a task: one that went on for ever would keep this policy alive after a redeploy has replaced it."""
         try:
-            self.backlog = await asyncio.to_thread(read_backlog, self.database)
+            self.backlog = await asyncio.to_thread(read_backlog, self.database, self.queue)
             self.read_s = time.monotonic()
         except SQLAlchemyError as error:  # its text would hold the URL
             if self.backlog is not None:

@@ -1,18 +1,29 @@
-"""What the service's models can do, read from their folders' JSON files: no weights, no torch, no engine asked."""
+"""What the service's models can do, read from their folders' JSON files: no weights, no torch, no engine asked.
+
+A hub's models are looked up in the background when an ingress starts. It is not ready before, and no request waits.
+"""
 
 from __future__ import annotations
 
+import logging
+import threading
 from dataclasses import dataclass
-from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from ..runtime.cache.spec import PRESETS
 from ..runtime.config import load_settings
-from ..runtime.models.hub import resolve_folder
+from ..runtime.models.fingerprint import fingerprint
+from ..runtime.models.hub import HubUnreachable, cached_folder, local_folder, pin, resolve_configs
 from ..runtime.models.registry import ModelFolder, read_folder
 from ..runtime.request import ModelDefaults, ModelLimits
 from .config import ServeConfig
 from .errors import ApiError
+from .model_entry import EngineGroup, ModelEntry, is_of_canary
+from .store.tables import CANARY
+
+logger = logging.getLogger(__name__)
+FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,15 @@ class ServedModel:
 
     name: str
     folder: ModelFolder
+    served: str = ""  # the model's own name, whatever alias was asked for
+    revision: str | None = None
+    canary: tuple[float, str | None] | None = None  # its share of the jobs, and its revision
+
+    def assign(self, job_id: str) -> tuple[str | None, str | None]:
+        """(variant, revision) for a new job."""
+        if self.canary is not None and is_of_canary(job_id, self.canary[0]):
+            return CANARY, self.canary[1]
+        return None, self.revision
 
     @property
     def defaults(self) -> ModelDefaults:
@@ -55,6 +75,8 @@ class ServedModel:
             "object": "model",
             "created": CREATED,
             "owned_by": "skylapse",
+            "root": self.served,
+            "revision": self.revision,
             "tasks": self.folder.tasks,
             "native_sizes": [f"{width}x{height}" for width, height in self.native_sizes],
             "default_size": f"{defaults.width}x{defaults.height}",
@@ -72,22 +94,138 @@ CREATED = 1_764_000_000  # OpenAI's field; of skylapse's first release, whatever
 
 
 class Catalog:
-    """The service's model and its aliases."""
+    """The service's models and their aliases."""
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
+        self._folders: dict[str, ModelFolder] = {}  # of each served model
+        self._reasons: dict[str, str] = {}  # of those that are not resolved
+        self._closing = threading.Event()
+        self._groups = config.groups
+        waiting = []
+        for group in self._groups:
+            if group.is_canary:
+                continue  # it has the stable one's sizes and limits; its engines tell if it does not fit
+            try:
+                is_here = local_folder(group.model) is not None
+            except ValueError as error:
+                is_here = True
+                self._reasons[group.name] = str(error)
+            if not is_here:
+                self._reasons[group.name] = f"model {group.name!r} is being looked up"
+                waiting.append(group)
+            elif group.name not in self._reasons:
+                self._resolve(group)
+        self._thread = threading.Thread(target=self._resolve_all, args=(waiting,), name="skylapse-catalog", daemon=True)
+        if waiting:
+            self._thread.start()
+
+    @property
+    def reason(self) -> str | None:
+        """Why jobs cannot be taken for every model yet; None once all are resolved."""
+        return next(iter([*self._reasons.values()]), None)
 
     def find(self, name: str | None, param: str = "model") -> ServedModel:
-        """ApiError 404 for a name that nobody has."""
-        model = self.config.model_of(name)
-        if model is None:
-            raise ApiError(404, "There is no such model.", code="model_not_found", param=param)
-        return ServedModel(name or self.config.model, _folder(model))
+        """ApiError 404 for a name that nobody has, 503 for a model that is not resolved yet."""
+        served = self.config.model_of(name)
+        if served is None:
+            names = ", ".join(self.names)
+            message = f"There is no model {str(name)[:200]!r}; there are: {names}."
+            raise ApiError(404, message, code="model_not_found", param=param)
+        folder = self._folders.get(served)
+        if folder is None:
+            message = f"The model {served!r} cannot be used yet: the service is still looking up what it can do."
+            raise ApiError(503, message, code="model_not_ready", type="server_error", param=param, retry_after_s=2)
+        groups = [group for group in self._groups if group.name == served]
+        entry = next(entry for entry in self.config.entries if entry.served_name == served)
+        canary = None if entry.canary is None else (entry.canary.share, groups[1].revision)
+        return ServedModel(name or served, folder, served, groups[0].revision, canary)
+
+    @property
+    def names(self) -> list[str]:
+        """All that clients may name."""
+        return list(dict.fromkeys((*self.config.model_names, *self.config.aliases)))
 
     def all(self) -> list[ServedModel]:
-        return [self.find(name) for name in (self.config.model, *self.config.aliases)]
+        """Those that are resolved, by all of their names."""
+        return [self.find(name) for name in self.names if self.config.model_of(name) in self._folders]
+
+    def close(self) -> None:
+        """Stop looking up what is not resolved."""
+        self._closing.set()
+
+    def _resolve_all(self, groups: list[EngineGroup]) -> None:
+        pause_s = FIRST_RETRY_S
+        while groups := [group for group in groups if not self._resolve(group)]:
+            if self._closing.wait(pause_s):
+                return
+            pause_s = min(LONGEST_RETRY_S, 2 * pause_s)
+
+    def _resolve(self, group: EngineGroup) -> bool:
+        try:
+            self._folders[group.name] = _read(group)
+        except (ValueError, OSError) as error:
+            reason = " ".join(str(error).split())
+            if reason != self._reasons.get(group.name):
+                logger.error("model %r cannot be used: %s", group.name, reason)
+            self._reasons[group.name] = reason
+            return False
+        self._reasons.pop(group.name, None)
+        return True
 
 
-@lru_cache(maxsize=16)
-def _folder(model: str) -> ModelFolder:
-    return read_folder(resolve_folder(model, load_settings().cache_dir))
+def check_models(config: ServeConfig) -> None:
+    """ValueError with one line for the first model, or canary, whose JSON files cannot be had or are not a model's.
+
+    Also for weights that are on this machine and are not those of its `fingerprint`.
+    """
+    cache_dir = load_settings().cache_dir
+    for group in config.groups:
+        _read(group)
+        folder = local_folder(group.model) or cached_folder(group.model, cache_dir, group.revision)
+        if folder is not None:
+            check_fingerprint(group, folder)
+
+
+def check_fingerprint(group: EngineGroup, folder: Path) -> None:
+    """ValueError where a folder holds other weights than the configuration says."""
+    if group.fingerprint is not None and (found := fingerprint(folder)) != group.fingerprint:
+        raise ValueError(f"fingerprint of model {group.name!r} must be {group.fingerprint}, got {found}")
+
+
+def pin_revisions(config: ServeConfig) -> ServeConfig:
+    """The configuration with the commits that its revisions are now, so that all parts of the service mean the same.
+
+    ValueError for a model that there is not; a hub that does not answer is waited for by whoever needs it.
+    """
+    if config.models:
+        pinned: dict[str, Any] = {"models": tuple(_pinned(entry) for entry in config.models)}
+    else:
+        entry = _pinned(config.entries[0])
+        pinned = {"revision": entry.revision, "canary": entry.canary}
+        pinned = {name: value for name, value in pinned.items() if value != getattr(config, name)}
+    return config.model_copy(update=pinned)
+
+
+def _read(group: EngineGroup) -> ModelFolder:
+    return read_folder(resolve_configs(group.model, load_settings().cache_dir, group.revision), group.model)
+
+
+def _pinned(entry: ModelEntry) -> ModelEntry:
+    canary = entry.canary
+    if canary is not None:
+        revision = _commit(canary.model or entry.model, canary.revision)
+        canary = canary.model_copy(update={"revision": revision})
+    return entry.model_copy(update={"revision": _commit(entry.model, entry.revision), "canary": canary})
+
+
+def _commit(model: str, revision: str | None) -> str | None:
+    if local_folder(model) is not None:
+        if revision is not None:
+            raise ValueError(f"revision is a hub id's, and {model!r} is a folder, got revision {revision!r}")
+        return None
+    try:
+        return pin(model, load_settings().cache_dir, revision)
+    except HubUnreachable as error:
+        logger.warning("revisions are not pinned: %s", error)
+        return revision

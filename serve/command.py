@@ -1,114 +1,116 @@
-"""`skylapse serve` and `skylapse keys`: one machine's service, and who may use it."""
+"""`skylapse serve`: one machine's service."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
 import secrets
 import signal
 import socket
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stdout, suppress
 from multiprocessing import get_context
-from pathlib import Path
 from threading import Event
+from typing import Any
 
-from pydantic import ValidationError
-
-from ..runtime.config import Settings, export
+from ..runtime.config import Settings, our_variables
 from ..runtime.doctor import check_kernels
 from ..runtime.options import Parser, add_device
 from .config import ServeConfig
+from .config_check import effective_lines, problems
+from .config_source import add_options, load_config
 from .context import MAX_PRIORITY, TENANT, Context, open_context
+from .local_service import APPLICATION, LocalService, RayLines
+from .log_following import LogFollower
+from .logs import JsonLines, as_text
+from .ray_session import open_session
 from .ready import in_words
+from .status_watch import StatusWatch
 from .store.keys import PREFIX, SCOPES
-from .store.processes import DISPATCHER, ENGINE, READY
 
-READY_S = 120.0
-# Serve notices a dead proxy after 3 checks, and by default makes one in 10 s: the port would be dead for half a minute.
-RAY = {
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "skylapse.serve.edge.middlewares",
-    "RAY_SERVE_ENABLE_HA_PROXY": "0",  # it binds all addresses, and ends long requests when it reloads
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # who asks for no GPU sees none; by default, all of them
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "0",
-}
-OBJECT_STORE_BYTES = 80 * 2**20  # clips go through the artifact store: Ray carries job ids alone
+logger = logging.getLogger(__name__)
+LOG_FORMATS = ("json", "text")
+LOOK_S = 0.2
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(arguments: Sequence[str], settings: Settings) -> int:
     """Run the service until it is told to stop."""
     options = _serve_parser().parse_args(arguments)
-    config = _config(options)
-    if not 0 < options.port < 65536:
-        raise ValueError(f"port must be from 1 to 65535, got {options.port}")
-    _check_free(options.host, options.port)
-    from .catalog import Catalog
+    effective = load_config(options, our_variables())
+    if options.print_config:
+        print("\n".join(effective_lines(effective)))
+        return 0
+    from .catalog import check_models, pin_revisions
 
-    Catalog(config).find(None)  # an unknown model is told before anything is started
-    if settings.kernels:
-        with ProcessPoolExecutor(1, get_context("spawn")) as child:  # this process takes no memory of the GPU
-            child.submit(check_kernels, dict(settings.kernels), config.device).result()
+    config = effective.config
+    checks = {
+        "port": lambda: _check_port(options.host, options.port),
+        "models": lambda: check_models(pin_revisions(config)),  # an unknown one is told before anything is started
+        "kernels": lambda: _check_kernels(config, settings),
+    }
+    if options.check:
+        found = [*problems(effective, settings, checks)]
+        for problem in found:
+            print(f"skylapse: error: {problem}", file=sys.stderr)
+        if not found:
+            print("a service can be started with these settings")
+        return 2 if found else 0
+    for check in checks.values():
+        check()
+    config = pin_revisions(config)
     context = open_context(config)
     key = _local_key(context, settings.api_key)
-    stopped = Event()
-    _listen(stopped)
     url = f"http://{'127.0.0.1' if options.host in ('0.0.0.0', '::') else options.host}:{options.port}"
-    print(f"starting the service (model {config.model}, data in {config.folder})", file=sys.stderr, flush=True)
-    _start(config, settings, options.host, options.port, stopped)
-    try:
-        if _wait_until_ready(context, stopped):
-            _say(url, key, options.host)
-            stopped.wait()
-    finally:
-        _stop()
-    return 0
-
-
-def keys(arguments: Sequence[str], settings: Settings) -> int:
-    """Make, list and revoke API keys."""
-    options = _keys_parser().parse_args(arguments)
-    store = open_context(ServeConfig(data=options.data)).keys
-    if options.command == "create":
-        valid_s = None if options.days is None else options.days * 86400.0
-        key, text = store.create(
-            options.tenant, options.scope or SCOPES[:2], max_priority=options.max_priority, valid_s=valid_s
-        )
-        print(json.dumps({"id": key.id, "tenant": key.tenant, "scopes": key.scopes, "key": text}))
-    elif options.command == "list":
-        for key in store.page():
-            times = {"created_at": key.created_at, "expires_at": key.expires_at, "revoked_at": key.revoked_at}
-            print(json.dumps({"id": key.id, "tenant": key.tenant, "scopes": key.scopes, **times}))
-    elif not store.revoke(options.id):
-        raise ValueError(f"there is no valid key {options.id!r}")
-    return 0
+    names = ", ".join(config.model_names)
+    of = f"models {names}" if config.models else f"model {names}"
+    print(f"starting the service ({of}, data in {config.folder})", file=sys.stderr, flush=True)
+    stopped, session = Event(), open_session()
+    write = _writer(options.log_format or ("text" if sys.stdout.isatty() else "json"))
+    follower = LogFollower(session.logs, write)
+    with _logging(write, settings):
+        try:
+            return _run(LocalService(config, settings, session), context, options, (url, key), stopped)
+        finally:
+            follower.close()
+            if settings.debug:
+                print(f"what Ray wrote is kept in {session.folder}", file=sys.stderr)
+            else:
+                session.remove()
 
 
 # --------------------------------------------------------------------------------------------------------- the service
 
 
-def _config(options: argparse.Namespace) -> ServeConfig:
-    """From the file, where there is one, and the options on top of it. ValueError names what is wrong."""
-    fields = {}
-    if options.config is not None:
-        try:
-            fields = json.loads(Path(options.config).read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"config must be JSON, got {options.config!r}: {error}") from None
-        if not isinstance(fields, dict):
-            raise ValueError(f"config must be an object of settings, got {options.config!r}")
-    given = {name: getattr(options, name, None) for name in ServeConfig.model_fields}
+def _run(
+    service: LocalService, context: Context, options: argparse.Namespace, told: tuple[str, str], stopped: Event
+) -> int:
+    """Until it is told to stop, or cannot be started; the exit code."""
+    logger.info("the service starts")
+    watch = StatusWatch(service.status, context.processes, APPLICATION, context.config.groups)
+    _listen(stopped)
     try:
-        return ServeConfig(**fields | {name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        service.start(options.host, options.port)
+        _listen(stopped)  # Ray has put a handler in the place of ours, which aborts the process 3 s after a SIGTERM
+        watch.start()
+        is_said = False
+        while not stopped.wait(LOOK_S):
+            if watch.failure is not None:
+                if watch.failure.is_mistake:
+                    raise ValueError(str(watch.failure))
+                print(f"skylapse: failed: {watch.failure}", file=sys.stderr)
+                return 1
+            if watch.is_ready and not is_said:
+                is_said = True
+                _say(*told, options.host, watch.engines)
+    finally:
+        watch.close()
+        logger.info("the service stops")
+        print("stopping", file=sys.stderr, flush=True)
+        service.stop()
+    return 0
 
 
 def _listen(stopped: Event) -> None:
@@ -116,66 +118,59 @@ def _listen(stopped: Event) -> None:
         signal.signal(number, lambda *_: stopped.set())
 
 
-def _start(config: ServeConfig, settings: Settings, host: str, port: int, stopped: Event) -> None:
-    export(RAY)
-    import ray
-    from ray import serve as ray_serve
+def _writer(log_format: str) -> Callable[[str], None]:
+    """Prints one line of the log; where nobody reads any more, it is lost and the service goes on."""
+    stdout = sys.stdout
 
-    from .app import build
-    from .placement import check_gpus, cluster_gpus
+    def write(line: str) -> None:
+        with suppress(BrokenPipeError):
+            print(as_text(line) if log_format == "text" else line, file=stdout, flush=True)
 
-    cores = max(2, os.cpu_count() or 2)
-    ray.init(
-        address="local",
-        num_cpus=cores,
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        configure_logging=True,
-    )
+    return write
+
+
+@contextmanager
+def _logging(write: Callable[[str], None], settings: Settings) -> Iterator[None]:
+    """Let this process's own lines go the way of the others'."""
+    handler = Printed(write)
+    handler.setFormatter(JsonLines("service"))
+    ours = logging.getLogger("skylapse")
+    before = ours.level, ours.propagate
+    ours.addHandler(handler)
+    ours.setLevel(settings.log_level.upper())
+    ours.propagate = False
     try:
-        check_gpus(config, cluster_gpus(), settings.memory_bytes)
-    except ValueError:
-        ray.shutdown()
-        raise
-    _listen(stopped)  # Ray has put a handler in the place of ours, which aborts the process 3 s after a SIGTERM
-    ray_serve.start(http_options={"host": host, "port": port})
-    ray_serve.run(build(config.model_dump(exclude_defaults=True)), name="skylapse", route_prefix="/", blocking=False)
+        with redirect_stdout(RayLines()):
+            yield
+    finally:
+        ours.removeHandler(handler)
+        ours.level, ours.propagate = before
 
 
-def _stop() -> None:
-    import ray
-    from ray import serve as ray_serve
+class Printed(logging.Handler):
+    """Hands a record's line on."""
 
-    print("stopping", file=sys.stderr, flush=True)
-    if ray.is_initialized():
-        ray_serve.shutdown()  # type: ignore[no-untyped-call]
-        ray.shutdown()
+    def __init__(self, write: Callable[[str], None]) -> None:
+        super().__init__()
+        self.write = write
 
-
-def _wait_until_ready(context: Context, stopped: Event) -> bool:
-    """Whether a dispatcher and an engine have given a sign; False where it was told to stop before."""
-    until_s = time.monotonic() + READY_S
-    while time.monotonic() < until_s:
-        alive = context.processes.alive(3.0)
-        facts = {process.kind: process.facts for process in alive if process.facts.get("state", READY) == READY}
-        if {DISPATCHER, ENGINE} <= facts.keys():
-            if "ready_s" in facts[ENGINE]:  # else it is of an earlier version, and of this folder's last service
-                print(in_words(facts[ENGINE]), file=sys.stderr)
-            return True
-        if stopped.wait(0.2):
-            return False
-    raise RuntimeError(f"the service was not ready within {READY_S:g} s")
+    def emit(self, record: logging.LogRecord) -> None:
+        self.write(self.format(record))
 
 
-def _say(url: str, key: str, host: str) -> None:
-    print(f"skylapse serves at {url}")
-    print(f"key:  {key}")
-    print(f'try:  curl {url}/v1/videos -H "Authorization: Bearer {key}" -F prompt="a red circle moving right"')
-    if host not in ("127.0.0.1", "localhost", "::1"):
+def _say(url: str, key: str, host: str, engines: Mapping[str, Mapping[str, Any]]) -> None:
+    """For who has started it, on stderr: the log, which others read, holds no key."""
+    logger.info("the service is ready", extra={"facts": {"url": url}})
+    for facts in engines.values():
+        whose = f"{facts['model']}: " if len(engines) > 1 else ""
+        print(f"{whose}{in_words(facts)}", file=sys.stderr)
+    print(f"skylapse serves at {url}", file=sys.stderr)
+    print(f"key:  {key}", file=sys.stderr)
+    example = f'curl {url}/v1/videos -H "Authorization: Bearer {key}" -F prompt="a red circle moving right"'
+    print(f"try:  {example}", file=sys.stderr)
+    if host not in LOOPBACK_HOSTS:
         print(f"note: {host} is not this machine alone; put TLS in front", file=sys.stderr)
-    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def _local_key(context: Context, wanted: str | None) -> str:
@@ -191,7 +186,9 @@ def _local_key(context: Context, wanted: str | None) -> str:
     return key
 
 
-def _check_free(host: str, port: int) -> None:
+def _check_port(host: str, port: int) -> None:
+    if not 0 < port < 65536:
+        raise ValueError(f"port must be from 1 to 65535, got {port}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -199,6 +196,12 @@ def _check_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ValueError(f"port {port} of {host} cannot be taken: {error.strerror}") from None
+
+
+def _check_kernels(config: ServeConfig, settings: Settings) -> None:
+    if settings.kernels:
+        with ProcessPoolExecutor(1, get_context("spawn")) as child:  # this process takes no memory of the GPU
+            child.submit(check_kernels, dict(settings.kernels), config.device).result()
 
 
 # -------------------------------------------------------------------------------------------------------------- options
@@ -216,21 +219,9 @@ def _serve_parser() -> argparse.ArgumentParser:
     add_device(parser)
     option("--engines", type=int, metavar="N", help="engine replicas, each with the model (default: 1)")
     option("--ingresses", type=int, metavar="N", help="replicas that answer requests (default: 1)")
-    option("--config", metavar="FILE", help="more settings, as JSON; docs/deploy.md has them all")
-    return parser
-
-
-def _keys_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="skylapse keys", description="Who may use the service.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    create = commands.add_parser("create", help="a new key, shown this once", allow_abbrev=False)
-    create.add_argument("--tenant", default=TENANT, help="whose jobs and quotas (default: local)")
-    create.add_argument("--scope", action="append", choices=SCOPES, help="default: read and write")
-    create.add_argument("--max-priority", type=int, default=0, metavar="N", help="highest priority of its jobs")
-    create.add_argument("--days", type=float, metavar="N", help="how long it is valid (default: for ever)")
-    listing = commands.add_parser("list", help="every key, without its text", allow_abbrev=False)
-    revoke = commands.add_parser("revoke", help="end a key", allow_abbrev=False)
-    revoke.add_argument("id", metavar="KEY_ID")
-    for command in (create, listing, revoke):
-        command.add_argument("--data", default="skylapse-data", metavar="DIR", help="default: skylapse-data")
+    option("--config", metavar="FILE", help="settings as YAML or JSON; docs/deploy.md has them all")
+    option("--log-format", choices=LOG_FORMATS, help="of stdout's lines (default: text on a terminal, else json)")
+    option("--check", action="store_true", help="say whether a service could start so, and start none")
+    option("--print-config", action="store_true", help="print all settings, and where each comes from")
+    add_options(parser, but=frozenset(action.dest for action in parser._actions))
     return parser

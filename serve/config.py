@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from ..runtime.config import QUANTIZE
+from .model_entry import (
+    BOTH,
+    Autoscaling,
+    Canary,
+    Count,
+    EngineGroup,
+    Fingerprint,
+    ModelEntry,
+    Positive,
+    Revision,
+    Share,
+    deployment_names,
+    groups_of,
+    known_quantize,
+)
 
 MIB = 2**20
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
+ONE_MODELS = ("model", "revision", "fingerprint", "canary")  # fields that say nothing where there are several models
 
 
 class ServeConfig(BaseModel):
@@ -27,19 +39,24 @@ class ServeConfig(BaseModel):
     artifacts_options: dict[str, Any] = {}  # of that filesystem: endpoint_url, key, secret, ...
     output_dir: str = ""  # where /v1/videos/generations may leave files for its caller; "": nowhere
 
-    # the model
+    # the model, or several; what is here and not in ONE_MODELS is for those of `models` that have no value of their own
     model: str = "demo"
+    revision: Revision | None = None  # of a hub's model: a branch, a tag or a commit; None: as it is at the start
+    fingerprint: Fingerprint | None = None  # of the weights; engines that find others do not start
+    canary: Canary | None = None  # other weights for a share of the jobs
+    models: tuple[ModelEntry, ...] = ()  # the first one is the default. A list: KubeRay sorts the keys of an object
     device: Literal["cpu", "cuda"] | None = None  # None: cuda where Ray finds a GPU
     dtype: str | None = None
     quantize: str | None = None  # weights of the denoiser's blocks; None: SKYLAPSE_QUANTIZE
     offload: Literal["auto", "none", "all"] | None = None  # parts that leave a GPU; None: SKYLAPSE_OFFLOAD
     threads: Count | None = None  # of an engine on a CPU; None: as many as there are cores
-    aliases: dict[str, str] = {"sora-2": "", "sora-2-pro": ""}  # name -> model; "": the model above
+    aliases: dict[str, str] = {"sora-2": "", "sora-2-pro": ""}  # name -> a served model; "": the first one
     engines: Count = 1  # engine and ingress replicas; a Serve config file's own numbers come on top
     ingresses: Count = 1
     engine_gpus: Share = 1.0  # of a GPU, that Ray counts an engine on cuda as; below 1 engines share one
     warm_up: bool | None = None  # make what first requests would wait for, at the start; None: on cuda
     engine_slots: Count = 8  # requests that one engine works on at a time
+    autoscaling: Autoscaling | None = None  # instead of so many `engines`
 
     # jobs
     lease_s: Positive = 6.0  # renewed every third of it; a job whose engine vanished is queued again after this long
@@ -70,14 +87,28 @@ class ServeConfig(BaseModel):
     @field_validator("quantize")
     @classmethod
     def _is_known(cls, word: str | None) -> str | None:
-        if word is not None and word not in QUANTIZE:
-            raise ValueError(f"must be {' or '.join(QUANTIZE)}")
-        return word
+        return known_quantize(word)
 
     @model_validator(mode="after")
     def _fits(self) -> ServeConfig:
         if self.downloads == "redirect" and "://" not in self.artifacts_url:
             raise ValueError("downloads can only be redirected where artifacts_url is a bucket")
+        given = [name for name in ONE_MODELS if name in self.model_fields_set and self.models]
+        if given:
+            raise ValueError(f"{given[0]} belongs into an entry of models where these are given, got both")
+        if {"engines", "autoscaling"} <= self.model_fields_set and self.autoscaling is not None:
+            raise ValueError(BOTH)
+        names = self.model_names
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"models must have names of their own, got {name!r} twice")
+        for alias, target in self.aliases.items():
+            if target and target not in names:
+                raise ValueError(f"alias {alias!r} must name a model that is served, {_one_of(names)}, got {target!r}")
+            if alias in names and target not in ("", alias):
+                raise ValueError(f"alias {alias!r} must not be the name of another model, got {target!r}")
+            if alias in names and not target and alias != names[0]:
+                raise ValueError(f"alias {alias!r} must not be the name of another model, got {names[0]!r}")
         return self
 
     @property
@@ -97,8 +128,41 @@ class ServeConfig(BaseModel):
         """For files that nobody needs after a restart."""
         return self.folder / "scratch"
 
+    @property
+    def entries(self) -> tuple[ModelEntry, ...]:
+        """What is said of each model, also where there is one alone."""
+        return self.models or (
+            ModelEntry.model_construct(
+                model=self.model, revision=self.revision, fingerprint=self.fingerprint, canary=self.canary
+            ),
+        )
+
+    @property
+    def model_names(self) -> list[str]:
+        """Of the models that are served, the default first."""
+        return [entry.served_name for entry in self.entries]
+
+    @property
+    def groups(self) -> list[EngineGroup]:
+        """Engines: one deployment a model, `Engine` where there is one alone, and one for each canary."""
+        deployments = deployment_names(self.model_names) if self.models else ["Engine"]
+        service = {name: getattr(self, name) for name in type(self).model_fields}
+        return [
+            group
+            for index, (entry, deployment) in enumerate(zip(self.entries, deployments, strict=True))
+            for group in groups_of(entry, service, deployment, is_default=index == 0)
+        ]
+
+    def group(self, deployment: str) -> EngineGroup:
+        return next(group for group in self.groups if group.deployment == deployment)
+
     def model_of(self, name: str | None) -> str | None:
-        """The model behind a name that a client used, or None where there is none of that name."""
-        if name is None or name == self.model:
-            return self.model
-        return (self.aliases[name] or self.model) if name in self.aliases else None
+        """The served model behind a name that a client used, or None where there is none of that name."""
+        names = self.model_names
+        if name is None or name in names:
+            return name or names[0]
+        return (self.aliases[name] or names[0]) if name in self.aliases else None
+
+
+def _one_of(names: list[str]) -> str:
+    return f"one of {', '.join(names)}" if len(names) > 1 else names[0]

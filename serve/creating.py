@@ -102,6 +102,7 @@ def make_job(context: Context, caller: Caller, draft: Draft, asked: Sampling, ke
         idempotency = (route, key, _digest(draft, asked))
     for name, data in draft.files.items():
         context.artifacts.write(input_key(draft.job_id, name), data)
+    variant, revision = draft.model.assign(draft.job_id)
     try:
         job = context.jobs.create(
             caller.tenant,
@@ -112,6 +113,9 @@ def make_job(context: Context, caller: Caller, draft: Draft, asked: Sampling, ke
             bounds=_bounds(context.config, caller.tenant),
             idempotency_key=idempotency,
             webhook_url=asked.webhook_url,
+            model=draft.model.served,
+            variant=variant,
+            revision=revision,
         )
     except (QuotaExceeded, RateExceeded, StoreFull, IdempotencyConflict) as error:
         _forget(context.artifacts, draft)
@@ -160,8 +164,9 @@ def _digest(draft: Draft, asked: Sampling) -> str:
 
 
 def _work(context: Context, draft: Draft) -> float:
-    """Estimated seconds of one engine, by what engines have told of their speed."""
-    speeds = [float(p.facts["tokens_per_s"]) for p in context.processes.alive() if "tokens_per_s" in p.facts]
+    """Estimated seconds of one engine, by what engines of the model have told of their speed."""
+    told = [process.facts for process in context.processes.alive() if "tokens_per_s" in process.facts]
+    speeds = [float(facts["tokens_per_s"]) for facts in told if facts.get("model") == draft.model.served]
     share = draft.request.get("strength", 1.0)
     return max(0.05, share * draft.request["tokens"] / (sum(speeds) / len(speeds) if speeds else TOKENS_PER_S))
 

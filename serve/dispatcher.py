@@ -11,8 +11,9 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray import serve
@@ -21,6 +22,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .context import open_context
 from .logs import log_as_json
+from .loopback import stay_on_loopback
+from .model_entry import EngineGroup
 from .store.leases import Leases
 from .store.outbox import Outbox
 from .store.processes import DISPATCHER
@@ -31,25 +34,36 @@ logger = logging.getLogger(__name__)
 LOOK_S, BEAT_S, EXPIRE_S, SWEEP_S = 0.1, 1.0, 1.0, 5.0
 PAUSE_S = 0.3  # after a call that found no job
 OUTAGE_S = 1.0  # between two looks whether store or artifacts are back
-MAX_CALLS = 256  # that wait or work at a time; Serve scales engines by them
+MAX_CALLS = 256  # to one group's engines, that wait or work at a time; Serve scales engines by them
+
+
+@dataclass
+class Caller:
+    """The calls to one group's engines that wait or work, and when to look again after one that found no job."""
+
+    group: EngineGroup
+    engine: DeploymentHandle[Any]
+    calls: set[asyncio.Task[None]] = field(default_factory=set)
+    pause_until_s: float = float("-inf")
 
 
 class Dispatcher:
     """Its loops begin with the first health check, on the loop that the replica runs on."""
 
-    def __init__(self, config: dict[str, Any], engine: DeploymentHandle[Any]) -> None:
+    def __init__(self, config: dict[str, Any], engines: Mapping[str, DeploymentHandle[Any]]) -> None:
+        """engines: deployment -> its handle; one for each of the configuration's groups of engines."""
+        log_as_json("dispatcher")
+        stay_on_loopback()
         context = open_context(config)
-        log_as_json()
         self.config, self.processes = context.config, context.processes
         self.id = serve.get_replica_context().replica_id.unique_id
-        self.engine = engine
+        self.callers = [Caller(group, engines[group.deployment]) for group in self.config.groups]
         self.leases = Leases(context.database, self.config.lease_s, self.config.max_attempts)
         self.outbox = Outbox(context.database, self.config.webhook_attempts)
         self.sweeper = Sweeper(context)
         self.secret = open_secret(self.config)
-        self._calls: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
-        self._pause_until_s = self._store_was_away_s = float("-inf")
+        self._store_was_away_s = float("-inf")
 
     async def check_health(self) -> None:
         """Called by Serve every second."""
@@ -87,20 +101,21 @@ class Dispatcher:
             await asyncio.sleep(seconds)
 
     async def _call(self) -> None:
-        """Keep as many calls going as there are jobs that wait, and that calls of this dispatcher work on."""
-        if time.monotonic() < self._pause_until_s:
-            return
-        waiting, mine = await asyncio.to_thread(self.leases.load, self.id)
-        for _ in range(min(MAX_CALLS, waiting + mine) - len(self._calls)):
-            call = asyncio.ensure_future(self._run_next(f"{self.id}-{secrets.token_hex(4)}"))
-            self._calls.add(call)
-            call.add_done_callback(self._calls.discard)
+        """Keep as many calls to each group going as there are jobs that wait for it, and that its engines work on."""
+        loads = await asyncio.to_thread(self.leases.loads, self.id, [caller.group.queue for caller in self.callers])
+        for caller, (waiting, mine) in zip(self.callers, loads, strict=True):
+            if time.monotonic() < caller.pause_until_s:
+                continue
+            for _ in range(min(MAX_CALLS, waiting + mine) - len(caller.calls)):
+                call = asyncio.ensure_future(self._run_next(caller, f"{self.id}-{secrets.token_hex(4)}"))
+                caller.calls.add(call)
+                call.add_done_callback(caller.calls.discard)
 
-    async def _run_next(self, owner: str) -> None:
+    async def _run_next(self, caller: Caller, owner: str) -> None:
         """One call: a slot of an engine for as long as its job takes."""
         try:
-            if await self.engine.run_next.remote(owner) is None:  # somebody else's by now, or a suspect that waits
-                self._pause_until_s = time.monotonic() + PAUSE_S
+            if await caller.engine.run_next.remote(owner) is None:  # somebody else's by now, or a suspect that waits
+                caller.pause_until_s = time.monotonic() + PAUSE_S
         except asyncio.CancelledError:
             raise
         except Exception as error:  # its engine died
@@ -115,7 +130,8 @@ class Dispatcher:
                 logger.warning("the lease of job %s was not renewed; it is %s", job.id, job.state)
 
     async def _beat(self) -> None:
-        await asyncio.to_thread(self.processes.beat, self.id, DISPATCHER, {"calls": len(self._calls)})
+        calls = sum(len(caller.calls) for caller in self.callers)
+        await asyncio.to_thread(self.processes.beat, self.id, DISPATCHER, {"calls": calls})
 
     async def _deliver(self) -> None:
         await deliver_due(self.outbox, self.secret, self.config)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
+from .field_words import fault, field_at, fields_of, near, shown
+
+MAX_TOLD = 32  # characters of a value that an answer repeats
+PRIVATE = ("prompt", "negative_prompt", "key", "webhook_url")  # what clients write there is repeated nowhere
 MAX_RETRY_AFTER_S = 60  # a longer Retry-After is ignored by OpenAI's JavaScript SDK, which then retries at once
 
 
@@ -41,14 +47,26 @@ class ApiError(Exception):
         return {"retry-after": str(min(MAX_RETRY_AFTER_S, max(1, round(self.retry_after_s))))}
 
 
-def refusal(error: ValidationError) -> ApiError:
-    """A 400 for the first field that pydantic refused; what was sent is not repeated."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    param = ".".join(str(part) for part in first["loc"] if not isinstance(part, int)) or None
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"Unknown parameter: '{param}'.", code="unknown_parameter", param=param)
-    if first["type"] == "missing":
+def refusal(error: ValidationError, schema: type[BaseModel] | None = None) -> ApiError:
+    """A 400 for the first field of a body that pydantic refused; with its schema, what is allowed is told whole."""
+    return refused_field(error.errors(include_url=False)[0], schema)
+
+
+def refused_field(found: ErrorDetails, schema: type[BaseModel] | FieldInfo | None) -> ApiError:
+    """The same for one error; its place begins with the field. Only a number or a short word is repeated."""
+    names = [str(part) for part in found["loc"] if not isinstance(part, int)]
+    param = ".".join(names) or None
+    if found["type"] == "extra_forbidden":
+        holder = field_at(schema, found["loc"][:-1]) if len(names) > 1 else schema
+        meant = near(names[-1], fields_of(holder))
+        hint = f" Did you mean '{meant}'?" if meant else ""
+        return ApiError(400, f"Unknown parameter: '{param}'.{hint}", code="unknown_parameter", param=param)
+    if found["type"] == "missing":
         message = f"Missing required parameter: '{param}'."
         return ApiError(400, message, code="missing_required_parameter", param=param)
-    message = first["msg"].removeprefix("Value error, ")
-    return ApiError(400, f"Invalid '{param}': {message}.", code="invalid_value", param=param)
+    value, wrong = found["input"], fault(found, schema)
+    if param is None:
+        return ApiError(400, f"The body {wrong}.", code="invalid_value")
+    is_told = isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= MAX_TOLD)
+    got = f", got {shown(value)}" if is_told and param not in PRIVATE and ", got " not in wrong else ""
+    return ApiError(400, f"Invalid '{param}': {wrong}{got}.", code="invalid_value", param=param)

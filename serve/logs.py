@@ -4,26 +4,47 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 import time
+from contextvars import ContextVar
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any
+
+from ..runtime.config import load_settings
 
 JOB = re.compile(r"video_[0-9a-f]{32}")
+REQUEST: ContextVar[str | None] = ContextVar("request", default=None)  # the id of the request that is being answered
+MAX_FILE_BYTES = 8 * 2**20  # of a process; then it begins anew, and whoever follows it has read it by then
+SUFFIX = ".jsonl"
 
 
 class JsonLines(logging.Formatter):
-    """Time, level, logger, message, the job that the message names, and an exception's type and place."""
+    """Time, level, process, logger, message, the job and the request that it is about, an exception's type and place.
+
+    `extra={"facts": {...}}` of a call adds more.
+    """
+
+    def __init__(self, process: str = "") -> None:
+        super().__init__()
+        self.process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        message = record.getMessage()
-        line = {
+        message = " ".join(record.getMessage().split())
+        line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
+            "process": self.process or record.processName,
             "logger": record.name,
             "message": message,
         }
         if job := JOB.search(message):
             line["job"] = job[0]
+        if request := REQUEST.get():
+            line["request"] = request
+        line |= getattr(record, "facts", {})  # numbers that whoever logs them gives apart from the message
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
             line["error"] = type(error).__name__
@@ -35,12 +56,43 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
-def log_as_json(level: int = logging.INFO) -> None:
-    """For this process's `skylapse` loggers; others' are left as they are."""
+def as_text(line: str) -> str:
+    """A line of `JsonLines` for people; what is no such line stays as it is."""
+    try:
+        found = json.loads(line)
+        told = f"{found['time'][11:23]} {found['level']:7} {found['process']}: {found['message']}"
+    except (ValueError, KeyError, TypeError):
+        return line
+    ending = [f"{name} {found[name]}" for name in ("error", "at", "request") if name in found]
+    return f"{told} ({', '.join(ending)})" if ending else told
+
+
+class TextLines(JsonLines):
+    def format(self, record: logging.LogRecord) -> str:
+        return as_text(super().format(record))
+
+
+def log_as_json(process: str) -> None:
+    """For the `skylapse` loggers of one of the service's processes, whose part `process` names.
+
+    To SKYLAPSE_LOG_TO, or stderr; others' loggers are left as they are.
+    """
     logger = logging.getLogger("skylapse")
-    if not any(isinstance(handler.formatter, JsonLines) for handler in logger.handlers):
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(JsonLines())
-        logger.addHandler(handler)
-    logger.setLevel(level)
+    if any(isinstance(handler.formatter, JsonLines) for handler in logger.handlers):
+        return
+    settings = load_settings()
+    handler = _handler(settings.log_to, process)
+    handler.setFormatter(JsonLines(process))
+    logger.addHandler(handler)
+    logger.setLevel(settings.log_level.upper())
     logger.propagate = False
+
+
+def _handler(log_to: Path | None, process: str) -> logging.Handler:
+    if log_to is None:
+        return logging.StreamHandler(sys.stderr)
+    if log_to.is_dir():
+        return RotatingFileHandler(
+            log_to / f"{process}-{os.getpid()}{SUFFIX}", maxBytes=MAX_FILE_BYTES, backupCount=1, delay=True
+        )
+    return logging.FileHandler(log_to)  # such as a container's /proc/1/fd/1

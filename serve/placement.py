@@ -7,6 +7,7 @@ import math
 import ray
 
 from .config import ServeConfig
+from .model_entry import EngineGroup
 
 
 def cluster_gpus() -> float:
@@ -16,13 +17,13 @@ def cluster_gpus() -> float:
     return float(ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
 
 
-def gpus_per_engine(config: ServeConfig, num_gpus: float) -> float:
+def gpus_per_engine(group: EngineGroup, num_gpus: float) -> float:
     """What Ray is asked for, so that it gives every engine a GPU of its own; 0 for engines on a CPU.
 
     num_gpus: what Ray knows of, which decides where no device is configured.
     """
-    on_cuda = num_gpus > 0 if config.device is None else config.device == "cuda"
-    return config.engine_gpus if on_cuda else 0.0
+    on_cuda = num_gpus > 0 if group.device is None else group.device == "cuda"
+    return group.engine_gpus if on_cuda else 0.0
 
 
 def check_gpus(config: ServeConfig, num_gpus: float, memory_bytes: int | None) -> None:
@@ -30,19 +31,30 @@ def check_gpus(config: ServeConfig, num_gpus: float, memory_bytes: int | None) -
 
     memory_bytes: what an engine may take at most (SKYLAPSE_MEMORY_MB), without which it takes nearly all of its GPU.
     """
-    share = gpus_per_engine(config, num_gpus)
-    if not share:
+    shares = [(group, share) for group in config.groups if (share := gpus_per_engine(group, num_gpus))]
+    if not shares:
         return
-    if share < 1 and memory_bytes is None:
+    if memory_bytes is None and any(share < 1 for _, share in shares):
         raise ValueError(
             "engine_gpus below 1 needs SKYLAPSE_MEMORY_MB: Ray counts shares of a GPU, it bounds no memory"
         )
     if num_gpus < 1:
         raise ValueError("device cuda was asked for, but Ray finds no GPU")
-    room = int(num_gpus) * math.floor(1 / share + 1e-9)
-    if config.engines > room:
-        there = "1 GPU" if num_gpus == 1 else f"{num_gpus:g} GPUs"
-        each = "one each" if share == 1 else f"{share:g} each"
-        raise ValueError(
-            f"engines must be at most {room} on {there}, {each}, got {config.engines} (--device cpu takes none)"
-        )
+    there = "1 GPU" if num_gpus == 1 else f"{num_gpus:g} GPUs"
+    if len(shares) == 1:
+        ((group, share),) = shares
+        room = int(num_gpus) * _engines_a_gpu(share)
+        if group.min_engines > room:
+            each = "one each" if share == 1 else f"{share:g} each"
+            got = f"got {group.min_engines} (--device cpu takes none)"
+            raise ValueError(f"engines must be at most {room} on {there}, {each}, {got}")
+        return
+    # Engines of different shares are not packed together: an upper bound of what they need.
+    needed = sum(math.ceil(group.min_engines / _engines_a_gpu(share)) for group, share in shares)
+    if needed > num_gpus:
+        counts = ", ".join(f"{group.min_engines} of {group.name!r}" for group, _ in shares)
+        raise ValueError(f"engines must fit on {there}, got {counts}, which need {needed} (device cpu takes none)")
+
+
+def _engines_a_gpu(share: float) -> int:
+    return math.floor(1 / share + 1e-9)

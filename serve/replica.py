@@ -10,18 +10,22 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
 from ray import serve
 from sqlalchemy.exc import SQLAlchemyError
 
+from ..runtime.config import load_settings
 from ..runtime.engine import Engine
+from ..runtime.models.hub import Download, resolve_folder
 from ..runtime.warm_up import warm_up
+from .catalog import check_fingerprint
 from .context import Context, open_context
 from .gpu import gpu_reader
 from .logs import log_as_json
+from .loopback import stay_on_loopback
 from .measures import Measures
 from .ready import StartTimes, in_words
 from .store.leases import Leases
@@ -30,22 +34,42 @@ from .sweep import sweep_scratch
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 BEAT_S = 1.0
+DOWNLOAD_LINE_S = 10.0  # from one line of a download to the next
 NICE = 10
 MAX_REASON = 1000  # characters of why a start failed
 UNCHECKED_S = 5.0  # health checks come every second; a replica that is being drained gets none
 
 
+def give_way() -> None:
+    """Lower the priority of this thread, and of those that it starts; not of the process.
+
+    Clients who ask where their job stands do not wait for its steps, and neither do health checks and signs of life.
+    """
+    os.nice(NICE)  # Linux counts it by threads
+
+
+def in_thread(call: Callable[[], T]) -> T:
+    """What `call` returns or raises, from a thread of its own."""
+    with ThreadPoolExecutor(1, "skylapse-load") as thread:
+        return thread.submit(call).result()
+
+
 class EngineReplica:
     """`run_next` is an ongoing Serve request while its job is worked on, so Serve sees the load and lets it end."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], deployment: str = "Engine") -> None:
+        """deployment: which of the configuration's groups of engines it belongs to."""
         self._began_s = time.perf_counter()
+        log_as_json("engine")
+        stay_on_loopback()
         context = open_context(config)
-        log_as_json()
         self.config, self.processes = context.config, context.processes
+        self.group = self.config.group(deployment)
         self.id = serve.get_replica_context().replica_id.unique_id
-        self._standing: dict[str, Any] = {"model": self.config.model, "state": LOADING}
+        self._standing: dict[str, Any] = self.group.facts | {"state": LOADING}
+        self._download_told_s = float("-inf")
         self._closing = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="skylapse-heartbeat", daemon=True)
         self._beating.start()
@@ -58,7 +82,7 @@ class EngineReplica:
     def _open(self, context: Context) -> None:
         """Load the model, and take work from then on."""
         self._load_times = (0.0, 0.0)
-        self.engine = self.load()
+        self.engine = in_thread(self.load)
         self.measures = Measures()
         self.config.scratch.mkdir(parents=True, exist_ok=True)
         sweep_scratch(self.config.scratch)
@@ -70,13 +94,16 @@ class EngineReplica:
             scratch=self.config.scratch,
             stage_deadline_s=self.config.stage_deadline_s,
             checkpoint_every=self.config.checkpoint_every,
+            queue=self.group.queue,
+            revision=self.group.revision,
         )
         self._checked_s = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._packed = (0, 0)
         self.started = StartTimes(*self._load_times, time.perf_counter() - self._began_s).facts
         logger.info(in_words(self.started))
-        self._standing = self._standing | {"state": READY}
+        facts = {"state": READY, "fingerprint": self.engine.model.fingerprint}
+        self._standing = self.group.facts | facts  # without what was told of a download
 
     def _tell_failure(self, error: Exception) -> None:
         """Leave the reason in the store: Serve would tell it after twenty tries, and whoever waits reads it there."""
@@ -90,22 +117,41 @@ class EngineReplica:
 
     def load(self) -> Engine:
         """The engine, and what its first request would otherwise wait for."""
+        group = self.group
+        cache_dir = load_settings().cache_dir
+        folder = resolve_folder(group.model, cache_dir, group.revision, self._tell_download)
+        check_fingerprint(group, folder)
         began_s = time.perf_counter()
-        torch.set_num_threads(self.config.threads or os.cpu_count() or 1)  # Ray has set one for a fraction of a core
-        config = self.config
+        torch.set_num_threads(group.threads or os.cpu_count() or 1)  # Ray has set one for a fraction of a core
         engine = Engine.from_pretrained(
-            config.model, config.device, config.dtype, quantize=config.quantize, offload=config.offload
+            group.model,
+            group.device,
+            group.dtype,
+            cache_dir,
+            quantize=group.quantize,
+            offload=group.offload,
+            revision=group.revision,
         )
         if engine.device.type == "cpu":
-            os.nice(NICE)  # clients who ask where their job stands do not wait for its steps
+            give_way()
         _ = engine.memory, engine.previewer
         engine.decoders.prepare()
         loaded_s = time.perf_counter()
-        if engine.device.type == "cuda" if config.warm_up is None else config.warm_up:
+        if engine.device.type == "cuda" if group.warm_up is None else group.warm_up:
             warm_up(engine)
         self._load_times = loaded_s - began_s, time.perf_counter() - loaded_s
         engine.decoders.build_in_background()
+        engine.start_stepping()
         return engine
+
+    def _tell_download(self, progress: Download) -> None:
+        """Into the next sign of life, and now and then into the log."""
+        facts = {"bytes": progress.num_bytes, "total_bytes": progress.total_bytes, "progress": round(progress.share, 4)}
+        self._standing = self._standing | facts
+        if progress.share < 1 and time.monotonic() - self._download_told_s < DOWNLOAD_LINE_S:
+            return
+        self._download_told_s = time.monotonic()
+        logger.info("downloading %s: %s", progress.model, progress, extra={"facts": facts})
 
     async def run_next(self, owner: str) -> str | None:
         """Work on the next job to its end, as `owner`, by which its lease is found when this replica dies.
@@ -115,11 +161,15 @@ class EngineReplica:
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
             # They wait for store, disk and encoder. Python's default is as many as there are cores, and 4.
-            self._loop.set_default_executor(ThreadPoolExecutor(32, thread_name_prefix="skylapse"))
+            initializer = give_way if self.engine.device.type == "cpu" else None
+            self._loop.set_default_executor(ThreadPoolExecutor(32, "skylapse", initializer))
         return await asyncio.shield(asyncio.ensure_future(self.worker.run_next(owner)))
 
     def check_health(self) -> None:
-        """Called by Serve every second, on its own thread; raises where the replica has to be replaced."""
+        """Called by Serve every second; raises where the replica has to be replaced.
+
+        It waits for nothing, and the loop that it runs on does no work of a job: threads that do have a lower priority.
+        """
         self._checked_s = time.monotonic()
         if self.worker.is_lost:
             raise RuntimeError("the engine's device is lost, or a stage of it has stalled")
@@ -154,7 +204,7 @@ class EngineReplica:
         """What is told of an engine that takes work."""
         device = self.engine.device
         read_gpu = gpu_reader(device.index or 0) if device.type == "cuda" else dict
-        fixed = {"device": str(device), "slots": self.config.engine_slots, "gpus": ray.get_gpu_ids(), **self.started}
+        fixed = {"device": str(device), "slots": self.group.engine_slots, "gpus": ray.get_gpu_ids(), **self.started}
 
         def read() -> dict[str, Any]:
             told = fixed | self.measures.facts | self._packs() | read_gpu()

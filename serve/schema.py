@@ -49,9 +49,14 @@ def _is_a_length(value: str) -> str:
 
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
-Size = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{1,3}x[1-9][0-9]{1,3}$"), AfterValidator(_is_a_size)]
+Size = Annotated[
+    str,
+    StringConstraints(pattern=r"^[1-9][0-9]{1,3}x[1-9][0-9]{1,3}$"),
+    AfterValidator(_is_a_size),
+    Field(examples=["1280x720"]),
+]
 VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
-VideoId = Annotated[str, StringConstraints(pattern=rf"^{VIDEO_ID.pattern}$")]
+VideoId = Annotated[str, StringConstraints(pattern=rf"^{VIDEO_ID.pattern}$"), Field(examples=["video_" + 32 * "0"])]
 Strength = Annotated[Real, Field(gt=0, le=1)]
 SECONDS = r"^[0-9]{1,3}(\.[0-9]{1,3})?$"
 Seconds = Annotated[
@@ -121,7 +126,11 @@ class ImageReference(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    image_url: Annotated[str, StringConstraints(pattern="^data:", max_length=MAX_IMAGE_URL_BYTES)]
+    image_url: Annotated[
+        str,
+        StringConstraints(pattern="^data:", max_length=MAX_IMAGE_URL_BYTES),
+        Field(examples=["data:image/png;base64,..."]),
+    ]
 
 
 class VideoReference(BaseModel):
@@ -199,6 +208,8 @@ def show_video(job: Job, expires_after_s: float | None = None) -> dict[str, Any]
         "resumed_from_step": job.resumed_from_step,
         "native_size": request.get("native_size"),
         "native_frames": request.get("native_frames"),
+        "model_revision": job.revision,
+        "model_fingerprint": job.fingerprint,
     }
 
 

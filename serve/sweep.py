@@ -16,6 +16,7 @@ from .context import Context
 from .store.database import now
 from .store.jobs import Job, to_job
 from .store.outbox import Outbox
+from .store.processes import ENGINE
 from .store.tables import jobs
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Sweeper:
         if time.monotonic() - self._last_hourly_s > HOURLY_S:
             self._last_hourly_s = time.monotonic()
             self._sweep_orphans()
+            self._end_unserved()
             sweep_scratch(self.context.config.scratch)
             self.context.jobs.forget_idempotency(DAY_S)
             self.context.sessions.remove_expired()
@@ -70,6 +72,13 @@ class Sweeper:
                 logger.info(
                     "removed %d files of job %s, which is gone", self.artifacts.remove(f"jobs/{job_id}"), job_id
                 )
+
+    def _end_unserved(self) -> None:
+        """Jobs of a model that nobody has served for an hour, as long as a rollout of two configurations may take."""
+        alive = self.context.processes.alive(kind=ENGINE)
+        models = {*self.context.config.model_names, *(process.facts.get("model") for process in alive)}
+        for job_id in self.context.jobs.fail_unserved([name for name in models if name is not None], HOURLY_S):
+            logger.warning("job %s has failed: its model is not served any more", job_id)
 
     def _keep(self, job_id: str, wanted: set[str]) -> None:
         for key in self.artifacts.keys(f"jobs/{job_id}"):

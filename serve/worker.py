@@ -35,7 +35,8 @@ from .failures import failure
 from .keeper import DRAINED, STALLED, Held, Keeper
 from .measures import Measures
 from .store.jobs import Job
-from .store.leases import Leases, Standing
+from .store.leases import Leases, Standing, Weights
+from .store.model_queue import ModelQueue
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,9 +56,12 @@ class Worker:
         scratch: Path,
         stage_deadline_s: float,
         checkpoint_every: int,
+        queue: ModelQueue | None = None,
+        revision: str | None = None,
     ) -> None:
         self.engine, self.leases, self.artifacts, self.measures = engine, leases, artifacts, measures
         self.scratch, self.checkpoint_every = scratch, checkpoint_every
+        self.queue, self.weights = queue, Weights(engine.model.fingerprint, revision)
         self.keeper = Keeper(leases, stage_deadline_s)
         self.is_lost = False  # nothing comes out of this engine any more
         self._running = 0
@@ -69,7 +73,8 @@ class Worker:
         async with self._claiming:
             if self.is_lost or self._has_suspect:
                 return None
-            found = await persist(partial(self.leases.claim, owner, is_idle=self._running == 0))
+            claim = partial(self.leases.claim, owner, queue=self.queue, weights=self.weights)
+            found = await persist(partial(claim, is_idle=self._running == 0))
             if not found:
                 return None
             (job,) = found
@@ -124,6 +129,7 @@ class Worker:
 
     async def _work(self, job: Job, held: Held, folder: Path) -> None:
         held.report(Standing("encode", job.step, job.num_steps))
+        logger.info("job %s begins at step %d, attempt %d", job.id, job.checkpoint_step or 0, job.epoch)
         aside = Aside()
         try:
             files = await persist(partial(self._inputs, job, folder))
@@ -140,6 +146,7 @@ class Worker:
             aside.drop()
             if await persist(partial(self.leases.complete, job, stored)):
                 self.measures.ended("completed", time.perf_counter() - began_s)
+                logger.info("job %s is completed", job.id)
         except DeviceLost as error:
             self.is_lost = True
             logger.error("job %s is given back: %s", job.id, error)

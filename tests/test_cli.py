@@ -144,18 +144,18 @@ def test_a_clip_made_of_a_video_is_as_long_as_it(command: Command) -> None:
 # ------------------------------------------------------------------------------------------------ mistakes, failures
 
 BEFORE_LOADING = {
-    "no prompt": ([], "the following arguments are required: PROMPT"),
+    "no prompt": ([], "PROMPT is missing"),
     "empty prompt": ([""], "prompt must not be empty, got ''"),
     "long prompt": (["x" * 10_001], "prompt must have at most 10000 characters, got 10001"),
     "prompt that is no UTF-8": (["caf\udce9"], "prompt must be valid Unicode, got a broken character at 3"),
-    "unknown option": (["a", "--step", "3"], "unrecognized arguments: --step 3"),
+    "unknown option": (["a", "--step", "3"], "there is no option --step; did you mean --steps?"),
     "frames not 4k+1": (["a", "--frames", "16"], "num_frames must be 4k+1 for this model, got 16 (nearest: 13 or 17)"),
     "frames beyond": (["a", "--frames", "82"], "num_frames must be 4k+1 for this model, got 82 (nearest: 81)"),
     "frames of a model on a hub": (["a", "--frames", "16", "--model", "a/b"], "num_frames must be 4k+1, got 16"),
     "no frames": (["a", "--frames", "0"], "num_frames must be from 1 to 1025, got 0"),
-    "frames no number": (["a", "--frames", "many"], "argument --frames: invalid int value: 'many'"),
-    "frames and seconds": (["a", "--frames", "5", "--seconds", "1"], "--seconds: not allowed with argument --frames"),
-    "half a size": (["a", "--size", "64"], "argument --size: must be WIDTHxHEIGHT, for example 64x64, got '64'"),
+    "frames no number": (["a", "--frames", "many"], "--frames must be a whole number, got 'many'"),
+    "frames and seconds": (["a", "--frames", "5", "--seconds", "1"], "--seconds and --frames exclude each other"),
+    "half a size": (["a", "--size", "64"], "--size must be WIDTHxHEIGHT, for example 64x64, got '64'"),
     "size multiple": (
         ["a", "--size", "63x64"],
         "width must be a multiple of 16 for this model, got 63 (nearest: 48 or 64)",
@@ -170,7 +170,7 @@ BEFORE_LOADING = {
     "guidance inf": (["a", "--guidance", "inf"], "guidance_scale must be from 0 to 100, got inf"),
     "shift": (["a", "--shift", "0"], "shift must be above 0 and at most 100, got 0.0"),
     "negative seed": (["a", "--seed=-1"], "seed must be from 0 to 9223372036854775807, got -1"),
-    "solver": (["a", "--solver", "ddim"], "argument --solver: invalid choice: 'ddim' (choose from"),
+    "solver": (["a", "--solver", "ddim"], "--solver must be unipc or euler or dpmpp, got 'ddim'"),
     "fps": (["a", "--fps", "0"], "fps must be from 1 to 120, got 0"),
     "output suffix": (["a", "-o", "a.avi"], "output must end in .mp4 or .webp or .gif or .png, got 'a.avi'"),
     "output folder": (["a", "-o", "no/a.mp4"], "output must be in an existing folder, got 'no/a.mp4'"),
@@ -221,12 +221,18 @@ def test_mistake_is_one_line_with_exit_code_2_and_no_file(command: Command, case
     assert (result.stdout, result.files) == ("", ["huge.png", "text.png", "tiny.png"])
 
 
-@pytest.mark.parametrize("arguments", [[], ["models"], ["serv"], ["models", "inspect"]], ids=str)
+@pytest.mark.parametrize("arguments", [["serv"], ["models", "inspect"], ["--vrsion"]], ids=str)
 def test_incomplete_or_unknown_command_is_a_mistake(command: Command, arguments: list[str]) -> None:
     result = command(*arguments)
     assert (result.status, result.stdout) == (2, "")
-    assert result.stderr.startswith("skylapse: error: ")
-    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("skylapse: error: ") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["models"]], ids=str)
+def test_no_command_is_answered_with_the_help(command: Command, arguments: list[str]) -> None:
+    result = command(*arguments)
+    assert (result.status, result.stdout) == (2, "")
+    assert result.stderr.startswith("usage: skylapse") and "COMMAND" in result.stderr
 
 
 def test_wrong_environment_is_a_mistake(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

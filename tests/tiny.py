@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import torch
@@ -76,8 +77,8 @@ def draw_weights(module: nn.Module, seed: int) -> nn.Module:
     return module.eval()
 
 
-def build_pipeline(variant: str) -> WanPipeline | WanImageToVideoPipeline:
-    """diffusers' pipeline of a variant, random weights, on the CPU."""
+def build_pipeline(variant: str, seed: int = 0) -> WanPipeline | WanImageToVideoPipeline:
+    """diffusers' pipeline of a variant, random weights, on the CPU; seed: of the denoisers' weights."""
     transformer, vae, num_experts, options = VARIANTS[variant]
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
@@ -90,10 +91,10 @@ def build_pipeline(variant: str) -> WanPipeline | WanImageToVideoPipeline:
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=5.0
         ),
-        transformer=draw_weights(WanTransformer3DModel(**transformer), 2),
+        transformer=draw_weights(WanTransformer3DModel(**transformer), 2 + 100 * seed),
     )
     if num_experts == 2:
-        parts["transformer_2"] = draw_weights(WanTransformer3DModel(**transformer), 3)
+        parts["transformer_2"] = draw_weights(WanTransformer3DModel(**transformer), 3 + 100 * seed)
     shows_images = "i2v" in variant or "flf2v" in variant
     if not shows_images or "ti2v" in variant:
         pipeline = WanPipeline(**parts, **options)
@@ -122,7 +123,15 @@ def with_room(memory: MemoryBudget, available_bytes: int) -> MemoryBudget:
     return dataclasses.replace(memory, fitter=dataclasses.replace(memory.fitter, budget_bytes=taken + available_bytes))
 
 
-def save_checkpoint(variant: str, folder: Path) -> Path:
+def save_checkpoint(variant: str, folder: Path, seed: int = 0) -> Path:
     """A complete folder of a variant."""
-    build_pipeline(variant).save_pretrained(folder)
+    build_pipeline(variant, seed).save_pretrained(folder)
+    return folder
+
+
+def save_small_model(folder: Path, seed: int) -> Path:
+    """A folder whose own sizes are small, so that a service makes its clips in a moment; seed: of its weights."""
+    save_checkpoint("wan2.1-t2v", folder, seed)
+    defaults = {"width": 64, "height": 64, "num_frames": 5, "fps": 8, "num_inference_steps": 2, "guidance_scale": 3.0}
+    (folder / "skylapse.json").write_text(json.dumps({"native_sizes": [[64, 64]], "defaults": defaults}))
     return folder

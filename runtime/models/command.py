@@ -140,6 +140,7 @@ def _how(row: dict[str, Any]) -> str:
 
 
 def _download_model(options: argparse.Namespace, settings: Settings) -> int:
+    from .fingerprint import fingerprint
     from .hub import COMMIT, Download, resolve_folder
 
     def tell(progress: Download) -> None:
@@ -151,7 +152,7 @@ def _download_model(options: argparse.Namespace, settings: Settings) -> int:
         return 0
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     commit = folder.name if COMMIT.fullmatch(folder.name) else None
-    facts = {"model": options.model, "revision": commit, "folder": str(folder)}
+    facts = {"model": options.model, "revision": commit, "fingerprint": fingerprint(folder), "folder": str(folder)}
     print(json.dumps(facts | {"files": len(sizes), "bytes": sum(sizes)}))
     return 0
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def _last_known(name: str, cache_dir: Path | None, revision: str | None) -> str 
 
 def _download(name: str, cache_dir: Path | None, commit: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         disable_progress_bars()  # ours tells more, and tells it to logs as well
@@ -254,7 +255,6 @@ def _progress(name: str, cache_dir: Path | None, commit: str) -> Download | None
     """None until the list of files is there."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
-    from huggingface_hub.utils import filter_repo_objects
 
     try:
         tree = get_cached_repo_tree(name, revision=commit, cache_dir=cache_dir)
@@ -262,7 +262,7 @@ def _progress(name: str, cache_dir: Path | None, commit: str) -> Download | None
         return None
     sizes = {file.path: file.size for file in tree}
     folder = _repository(name, cache_dir) / "snapshots" / commit
-    wanted = [*filter_repo_objects(sizes, allow_patterns=[*DOWNLOADED])]
+    wanted = [path for path in sizes if any(fnmatch(path, pattern) for pattern in DOWNLOADED)]
     here = sum(sizes[path] for path in wanted if (folder / path).exists())
     here += sum(path.stat().st_size for path in _parts(name, cache_dir))
     total = sum(sizes[path] for path in wanted)

@@ -117,15 +117,16 @@ def load_model(
     cache_dir: Path | None = None,
     quantize: str | None = None,
     mover: Mover | None = None,
+    revision: str | None = None,
 ) -> Model:
     """Load a model by name; ValueError names the model, the component and the key that do not fit.
 
     quantize: "fp8" or "int8" for the weights of the denoiser's blocks; see `quantization`. mover: what moves parts that
-    do not stay on the device; by default CUDA's on CUDA, and on a CPU nothing moves.
+    do not stay on the device; by default CUDA's on CUDA, and on a CPU nothing moves. revision: of a hub's model.
     The VAE encodes in fp32 whatever `dtype` is: in bf16 a given image is visibly another. What it decodes in is the
     settings' affair.
     """
-    path = resolve_folder(name, cache_dir or settings.cache_dir)
+    path = resolve_folder(name, cache_dir or settings.cache_dir, revision)
     folder = read_folder(path, name)
     try:
         return _load_folder(name, folder, device, dtype, settings, quantize, mover)

@@ -52,6 +52,7 @@ async def generate(request: Request, caller: Writer, idempotency_key: Idempotenc
         job = await asyncio.to_thread(
             make_job, context, caller, draft, asked, idempotency_key, "/v1/videos/generations"
         )
+    request.state.job = job.id  # for the log
     job = await _ended(request.app.state.watch, job)
     if job.error_code is not None:
         status = 400 if job.error_code in ("invalid_request", "too_large", "cancelled") else 500

@@ -4,41 +4,38 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from sqlalchemy.exc import SQLAlchemyError
 
 from ..gauges import render
 from ..store.processes import DISPATCHER, ENGINE
 
 router = APIRouter(tags=["health"])
-SILENT_S = 10.0
+SILENT_S = 10.0  # after which an engine is not told of any more
 
 
 @router.get("/healthz", operation_id="health")
-def health(request: Request) -> JSONResponse:
+async def health(request: Request) -> JSONResponse:
     """200 while this ingress answers, with what it knows of the others."""
-    context = request.app.state.context
-    try:
-        processes = context.processes.alive(SILENT_S)
-        store = "ok"
-    except SQLAlchemyError:
-        processes, store = [], "unreachable"
-    engines = [{"id": p.id, **p.facts} for p in processes if p.kind == ENGINE]
-    dispatchers = sum(p.kind == DISPATCHER for p in processes)
-    body = {"status": "ok", "store": store, "dispatchers": dispatchers, "engines": engines, "models": _models(request)}
+    processes = await request.app.state.signs.alive()
+    store = "unreachable" if processes is None else "ok"
+    engines = [{"id": p.id, **p.facts} for p in processes or () if p.kind == ENGINE and p.silent_s <= SILENT_S]
+    dispatchers = sum(p.kind == DISPATCHER for p in processes or ())
+    body = {"status": "ok", "store": store, "dispatchers": dispatchers, "engines": engines}
+    body["models"] = request.app.state.catalog.names
     return JSONResponse(body)
 
 
 @router.get("/readyz", operation_id="ready")
-def ready(request: Request) -> JSONResponse:
-    """200 when jobs are taken and will be worked on: the store answers and a dispatcher is alive.
+async def ready(request: Request) -> JSONResponse:
+    """200 when jobs are taken and will be worked on: models are resolved, the store answers, a dispatcher is alive.
 
     An engine need not be: where they scale to none, the first job starts one.
     """
-    try:
-        dispatchers = request.app.state.context.processes.alive(SILENT_S, DISPATCHER)
-    except SQLAlchemyError:
+    if (reason := request.app.state.catalog.reason) is not None:
+        return JSONResponse({"status": reason}, 503, {"retry-after": "2"})
+    processes = await request.app.state.signs.alive()
+    if processes is None:
         return JSONResponse({"status": "store unreachable"}, 503, {"retry-after": "2"})
-    if not dispatchers:
+    if not any(p.kind == DISPATCHER for p in processes):
         return JSONResponse({"status": "no dispatcher"}, 503, {"retry-after": "2"})
     return JSONResponse({"status": "ready"})
 
@@ -47,8 +44,3 @@ def ready(request: Request) -> JSONResponse:
 def metrics(request: Request) -> Response:
     """Gauges from the store, the same on every ingress; engines' own are at their nodes' exporters."""
     return Response(render(request.app.state.context), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def _models(request: Request) -> list[str]:
-    config = request.app.state.context.config
-    return [config.model, *config.aliases]

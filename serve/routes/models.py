@@ -18,6 +18,6 @@ def page(request: Request, caller: Reader) -> JSONResponse:
     return JSONResponse({"object": "list", "data": [model.show() for model in request.app.state.catalog.all()]})
 
 
-@router.get("/{model}", operation_id="retrieveModel")
+@router.get("/{model:path}", operation_id="retrieveModel")
 def retrieve(request: Request, caller: Reader, model: Annotated[str, Path()]) -> JSONResponse:
     return JSONResponse(request.app.state.catalog.find(model).show())

@@ -10,11 +10,12 @@ from fastapi.responses import JSONResponse
 
 from ..asking import EDIT, REMIX, SOURCE
 from ..auth import Caller, Writer
-from ..catalog import ServedModel
+from ..catalog import Catalog, ServedModel
 from ..creating import Draft, draft_extension, draft_remake, make_job
 from ..errors import ApiError
 from ..schema import EditVideo, ExtendVideo, RemixVideo, Sampling
 from ..sources import Source, finished_source, sent_source
+from ..store.jobs import Job
 from ..uploads import Body, read_body
 from .videos import Asked, IdempotencyKey, VideoId, answer, find_job, find_model, parse, refuse_files
 
@@ -60,13 +61,15 @@ async def _remake(
     context, route = request.app.state.context, request.url.path
     with await read_body(request, max_bytes=context.config.max_body_bytes, folder=context.config.scratch) as body:
         asked = parse(schema, body.fields)
-        model = await find_model(request, asked)
+        model = None if asked.model is None else await find_model(request, asked)
         refuse_files(body.files, but="" if video_id else "video")
         named = video_id or _named(asked, body)
         if named is not None:
             job = await asyncio.to_thread(find_job, request, caller, named)
+            model = model or _model_of(request, job)
             source = await asyncio.to_thread(finished_source, context, job)
         else:
+            model = model or await find_model(request, asked)
             source = await sent_source(context, body.files["video"], model)
         draft = draft_of(asked, model, source)
         draft.files[SOURCE] = source.data
@@ -74,6 +77,13 @@ async def _remake(
         draft.request["remixed_from_video_id"] = named
         job = await asyncio.to_thread(make_job, context, caller, draft, asked, idempotency_key, route)
     return answer(request, job)
+
+
+def _model_of(request: Request, job: Job) -> ServedModel:
+    """The model that made the source, by the name that was asked for where it still means that."""
+    catalog: Catalog = request.app.state.catalog
+    name = job.request["model"]
+    return catalog.find(name if catalog.config.model_of(name) == job.model else job.model)
 
 
 def _named(asked: Sampling, body: Body) -> str | None:

@@ -130,7 +130,7 @@ async def _read_login(request: Request) -> Login:
     try:
         return Login.model_validate_json(body)
     except ValidationError as error:
-        raise refusal(error) from None
+        raise refusal(error, Login) from None
 
 
 def _answer(key: ApiKey | None) -> JSONResponse:

@@ -96,7 +96,7 @@ def parse(schema: type[Asked], fields: dict[str, Any]) -> Asked:
     try:
         return schema.model_validate(fields)
     except ValidationError as error:
-        raise refusal(error) from None
+        raise refusal(error, schema) from None
 
 
 def find_job(request: Request, caller: Caller, video_id: str) -> Job:
@@ -139,6 +139,7 @@ async def add_image(draft: Draft, upload: Upload | None, max_pixels: int) -> Non
 
 def answer(request: Request, job: Job) -> JSONResponse:
     """A video, and when to ask for it again."""
+    request.state.job = job.id  # for the log
     response = JSONResponse(show_video(job, request.app.state.context.config.retention_s))
     if not job.has_ended:
         wait_ms = POLL_AFTER_MS if job.eta_s is None else min(5000, max(200, round(1000 * job.eta_s)))

@@ -6,7 +6,7 @@ States: queued -> in_progress -> completed | failed. Who works on a job holds a 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -74,6 +74,10 @@ class Job:
     error_code: str | None
     error_message: str | None
     webhook_url: str | None
+    model: str | None = None
+    variant: str | None = None
+    revision: str | None = None
+    fingerprint: str | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -106,11 +110,15 @@ class JobStore:
         bounds: Bounds = Bounds(),
         idempotency_key: tuple[str, str, str] | None = None,
         webhook_url: str | None = None,
+        model: str | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
     ) -> Job:
         """A queued job, or the one that the same idempotency key made before.
 
-        work: estimated seconds of one engine. idempotency_key: (route, key, digest of the request). Raises
-        QuotaExceeded, RateExceeded or StoreFull, and IdempotencyConflict where the key was used with another digest.
+        work: estimated seconds of one engine. model, variant, revision: whose engines work on it. idempotency_key:
+        (route, key, digest of the request). Raises QuotaExceeded, RateExceeded or StoreFull, and IdempotencyConflict
+        where the key was used with another digest.
         Once this returns, the job is not lost.
         """
         with self.database.write() as connection:
@@ -123,6 +131,7 @@ class JobStore:
             job_id = job_id or new_job_id()
             values = dict(id=job_id, sequence=sequence, tenant=tenant, request=dict(request), created_at=now())
             values |= dict(priority=priority, work=work, webhook_url=webhook_url)
+            values |= dict(model=model, variant=variant, revision=revision)
             connection.execute(insert(jobs).values(**values))
             if idempotency_key is not None:
                 route, key, digest = idempotency_key
@@ -157,12 +166,13 @@ class JobStore:
         return [to_job(row) for row in found], set(seen) - {row.id for row in rows}
 
     def position(self, job: Job) -> int:
-        """How many queued jobs are before this one, roughly: by priority and age, whatever the tenants' shares are."""
+        """How many queued jobs of its model are before this one, roughly: by priority and age, whoever's they are."""
         before = or_(
             jobs.c.priority > job.priority, and_(jobs.c.priority == job.priority, jobs.c.sequence < job.sequence)
         )
         with self.database.read() as connection:
-            return connection.scalar(select(func.count()).where(jobs.c.state == QUEUED, before)) or 0
+            same = jobs.c.model.is_(None) if job.model is None else jobs.c.model == job.model
+            return connection.scalar(select(func.count()).where(jobs.c.state == QUEUED, same, before)) or 0
 
     def cancel(self, tenant: str, job_id: str) -> Job:
         """End a job with `cancelled`, unless it has ended; whoever works on it has lost the lease, and stops."""
@@ -172,6 +182,21 @@ class JobStore:
             if connection.execute(unfinished.values(**ended(FAILED), **CANCELLED)).rowcount:
                 tell(connection, job_id)
             return one(connection, mine)
+
+    def fail_unserved(self, models: Collection[str], older_than_s: float) -> list[str]:
+        """End jobs that have waited so long for a model that is none of these; returns their ids."""
+        with self.database.write() as connection:
+            unserved = and_(
+                jobs.c.state == QUEUED,
+                jobs.c.model.is_not(None),
+                jobs.c.model.not_in(models),
+                jobs.c.created_at < now() - older_than_s,
+            )
+            ids = list(connection.scalars(select(jobs.c.id).where(unserved).with_for_update(skip_locked=True)))
+            connection.execute(update(jobs).where(jobs.c.id.in_(ids)).values(**ended(FAILED), **UNSERVED))
+            for job_id in ids:
+                tell(connection, job_id)
+            return ids
 
     def delete(self, tenant: str, job_id: str) -> Job:
         """Forget a job, and with it the lease of whoever works on it; returns what it was, for its artifacts' sake."""
@@ -230,6 +255,7 @@ class JobStore:
         return one(connection, jobs.c.id == found.job_id)
 
 
+UNSERVED = dict(error_code="model_not_found", error_message="The model of this job is not served any more.")
 CANCELLED = dict(error_code="cancelled", error_message="The job was cancelled.")
 
 

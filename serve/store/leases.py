@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, case, func, or_, select, update
+from sqlalchemy import Connection, and_, case, func, or_, select, true, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from .database import Database, now
 from .jobs import Job, ended, one, tell, to_job
+from .model_queue import ModelQueue
 from .tables import COMPLETED, FAILED, IN_PROGRESS, QUEUED, jobs
 
 CHANGED = dict(version=jobs.c.version + 1)
@@ -31,6 +32,14 @@ class Standing:
     eta_s: float | None = None
 
 
+@dataclass(frozen=True)
+class Weights:
+    """What an engine has loaded: a digest of it, and its revision where it is a hub's."""
+
+    fingerprint: str
+    revision: str | None = None
+
+
 class Leases:
     """Every method is one transaction. Those that take a job return whether it was still its holder's."""
 
@@ -39,23 +48,34 @@ class Leases:
 
     # --- who works on what ----------------------------------------------------------------------------------------
 
-    def claim(self, owner: str, count: int = 1, is_idle: bool = True) -> list[Job]:
+    def claim(
+        self,
+        owner: str,
+        count: int = 1,
+        is_idle: bool = True,
+        queue: ModelQueue | None = None,
+        weights: Weights | None = None,
+    ) -> list[Job]:
         """Up to `count` jobs for `owner`: by priority, then between tenants by how many each has running, then by age.
+
+        queue: which jobs are the owner's to take, None: all. weights: what it has loaded. A job that other weights have
+        worked on begins again, so no clip is made by two.
 
         A suspect (its engine died under it) is handed out alone, and only to an engine that does nothing else; others
         get nothing while it is first in line, or a busy engine would never come to it.
         """
+        mine = true() if queue is None else queue.where
         with self.database.write() as connection:
             running = (
                 select(jobs.c.tenant, func.count().label("running"))
-                .where(jobs.c.state == IN_PROGRESS)
+                .where(jobs.c.state == IN_PROGRESS, mine)
                 .group_by(jobs.c.tenant)
                 .subquery()
             )
             waiting = (
                 select(jobs.c.id, jobs.c.is_suspect)
                 .outerjoin(running, running.c.tenant == jobs.c.tenant)
-                .where(jobs.c.state == QUEUED)
+                .where(jobs.c.state == QUEUED, mine)
                 .order_by(jobs.c.priority.desc(), func.coalesce(running.c.running, 0), jobs.c.sequence)
                 .limit(count)
                 .with_for_update(of=jobs, skip_locked=True)
@@ -67,7 +87,7 @@ class Leases:
                 chosen = [row.id for row in itertools.takewhile(lambda row: not row.is_suspect, found)]
             if not chosen:
                 return []
-            claimed = dict(
+            claimed: dict[str, Any] = dict(
                 state=IN_PROGRESS,
                 epoch=jobs.c.epoch + 1,
                 owner=owner,
@@ -75,20 +95,39 @@ class Leases:
                 started_at=func.coalesce(jobs.c.started_at, now()),
                 resumed_from_step=case((jobs.c.checkpoint.is_not(None), jobs.c.checkpoint_step)),
             )
+            if weights is not None:
+                is_others = and_(jobs.c.fingerprint.is_not(None), jobs.c.fingerprint != weights.fingerprint)
+                has_checkpoint = and_(jobs.c.checkpoint.is_not(None), ~is_others)
+                claimed |= dict(
+                    checkpoint=case((is_others, None), else_=jobs.c.checkpoint),
+                    checkpoint_step=case((is_others, 0), else_=jobs.c.checkpoint_step),
+                    resumed_from_step=case((has_checkpoint, jobs.c.checkpoint_step)),
+                    fingerprint=weights.fingerprint,
+                    revision=weights.revision,
+                )
             connection.execute(
                 update(jobs).where(jobs.c.id.in_(chosen), jobs.c.state == QUEUED).values(**claimed, **CHANGED)
             )
             rows = connection.execute(select(jobs).where(jobs.c.id.in_(chosen)).order_by(jobs.c.sequence))
             return [to_job(row) for row in rows]
 
-    def load(self, owner_prefix: str) -> tuple[int, int]:
-        """(jobs that wait, jobs that owners whose names begin so work on)."""
+    def load(self, owner_prefix: str, queue: ModelQueue | None = None) -> tuple[int, int]:
+        """(jobs that wait, jobs that owners whose names begin so work on), of one queue or of all."""
+        return self.loads(owner_prefix, [queue])[0]
+
+    def loads(self, owner_prefix: str, queues: Sequence[ModelQueue | None]) -> list[tuple[int, int]]:
+        """The same of several queues."""
+        is_mine = and_(jobs.c.state == IN_PROGRESS, jobs.c.owner.startswith(owner_prefix, autoescape=True))
+        waits = jobs.c.state == QUEUED
+        query = select(jobs.c.model, jobs.c.variant, _count(waits), _count(is_mine))
+        query = query.where(or_(waits, is_mine)).group_by(jobs.c.model, jobs.c.variant)
         with self.database.read() as connection:
-            waiting = select(func.count()).where(jobs.c.state == QUEUED)
-            mine = select(func.count()).where(
-                jobs.c.state == IN_PROGRESS, jobs.c.owner.startswith(owner_prefix, autoescape=True)
-            )
-            return connection.scalar(waiting) or 0, connection.scalar(mine) or 0
+            rows = connection.execute(query).all()
+        loads = []
+        for queue in queues:
+            found = [row for row in rows if queue is None or queue.takes(row[0], row[1])]
+            loads.append((sum(row[2] for row in found), sum(row[3] for row in found)))
+        return loads
 
     def renew(self, held: Sequence[Job]) -> set[str]:
         """Keep the leases of these jobs; returns the ids of those that are not their holder's any more."""
@@ -176,6 +215,10 @@ class Leases:
         connection.execute(update(jobs).where(jobs.c.id == job.id).values(**CHANGED | values))
         if one(connection, jobs.c.id == job.id).has_ended:
             tell(connection, job.id)
+
+
+def _count(condition: ColumnElement[bool]) -> ColumnElement[int]:
+    return func.coalesce(func.sum(case((condition, 1), else_=0)), 0)
 
 
 def _held(job: Job) -> ColumnElement[bool]:

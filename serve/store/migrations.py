@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, Table, func, insert, inspect, select, text
 
-from .tables import metadata, versions
+from .tables import jobs, metadata, versions
 
 Step = Callable[[Connection], None]
 
@@ -20,7 +20,21 @@ def _first(connection: Connection) -> None:
     metadata.create_all(connection)
 
 
-STEPS: tuple[Step, ...] = (_first,)
+def _models(connection: Connection) -> None:
+    """Jobs say whose they are: one of several models, by which weights."""
+    add_columns(connection, jobs, "model", "variant", "revision", "fingerprint")
+
+
+STEPS: tuple[Step, ...] = (_first, _models)
+
+
+def add_columns(connection: Connection, table: Table, *names: str) -> None:
+    """Add columns that may be null, as the table has them now; a new store has them from its first step."""
+    there = {column["name"] for column in inspect(connection).get_columns(table.name)}
+    for name in names:
+        if name not in there:
+            kind = table.c[name].type.compile(connection.dialect)
+            connection.execute(text(f"alter table {table.name} add column {name} {kind}"))
 
 
 def migrate(connection: Connection, steps: tuple[Step, ...] = STEPS) -> int:

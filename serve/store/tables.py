@@ -24,6 +24,8 @@ versions = Table("schema_version", metadata, Column("version", Integer, primary_
 
 QUEUED, IN_PROGRESS, COMPLETED, FAILED = STATES = ("queued", "in_progress", "completed", "failed")
 
+CANARY = "canary"  # a job's variant; null is the stable one
+
 jobs = Table(
     "jobs",
     metadata,
@@ -60,6 +62,11 @@ jobs = Table(
     Column("error_code", String(64)),
     Column("error_message", Text),
     Column("webhook_url", Text),  # told once it has ended
+    # which weights
+    Column("model", Text),  # the served model's name, whatever alias was asked for; null: of a release that served one
+    Column("variant", String(16)),  # of the model, for whose engines the job was made
+    Column("revision", String(200)),  # of the hub's, where the model is one: as it was made for, then as it was claimed
+    Column("fingerprint", String(64)),  # of the weights that work on it, from its first claim on
     CheckConstraint(f"state in {STATES}", name="jobs_state"),
 )
 Index("jobs_waiting", jobs.c.state, jobs.c.lease_until, jobs.c.priority)

@@ -134,10 +134,10 @@ def test_service_decodes_eagerly_until_the_build_has_ended(service: Callable) ->
     codec, z = decoders.codec, latents()
     begun = codec.decode(z)
     first = next(begun)
-    assert decoders.report.backend == "eager"
+    assert decoders.report.backend == "eager" and decoders.report.why == "fake is being built in the background"
     gate.write_text("")  # waits until the builder reads it
     decoders._building.join(60)
-    assert decoders.report.backend == "fake"
+    assert decoders.report.backend == "fake" and "being built" not in decoders.report.why
     fake = decoders.selector.backend("fake")
     fake.calls = 0
     rest = list(begun)

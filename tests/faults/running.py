@@ -22,6 +22,12 @@ T = TypeVar("T")
 MARK = "SKYLAPSE_TEST_SERVICE"  # in the environment of the driver, and so of all processes that it starts
 KEY = "sk-skylapse-the-key-of-the-fault-tests"
 START_S = 150.0
+# What these tests kill has to be noticed soon; the service's own limits let a starved process live.
+TIGHT = {
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "10",
+    "SKYLAPSE_HEALTH_TIMEOUT_S": "10",
+}
 COMMAND = (sys.executable, "-m", "skylapse", "serve")
 PARTS = {
     "engine": re.compile(r"ray::ServeReplica:skylapse:Engine"),
@@ -41,9 +47,10 @@ class Running:
         config: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
         command: tuple[str, ...] = COMMAND,
+        limits: Mapping[str, str] = TIGHT,
     ) -> None:
         self.data, self.config, self.command = data, dict(config or {}), command
-        self.environment = dict(environment or {})
+        self.environment = {**limits, **(environment or {})}
         self.mark = secrets.token_hex(8)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -121,6 +128,18 @@ class Running:
                         title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                         if title.strip():
                             yield int(folder.name), title
+
+    @property
+    def ray_variables(self) -> dict[str, str]:
+        """What a second driver needs in its environment to reach this one's Ray: its token, and where it listens."""
+        pid = self.pids("controller")[0]
+        variables = (Path("/proc") / str(pid) / "environ").read_bytes().decode().split("\0")
+        return {name: text for name, _, text in (v.partition("=") for v in variables) if name.startswith("RAY_")}
+
+    def log(self) -> list[dict[str, Any]]:
+        """The lines of JSON that it has printed."""
+        lines = (self.data / "driver.log").read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
 
     @property
     def gcs_address(self) -> str:

@@ -99,13 +99,30 @@ def test_cancel_takes_effect_within_a_step_and_frees_the_slot(service: Running) 
 
 
 def test_no_log_holds_a_key_or_a_prompt(service: Running) -> None:
-    """All that Ray wrote for this service's processes; the driver prints the key, for whoever has started it."""
+    """All that Ray and our own processes wrote; the driver prints the key on stderr, for whoever has started it."""
     prompt = "an unmistakable zeppelin"
     service.ended([service.create(prompt=prompt, num_inference_steps=2)["id"]])
     service.client.get("/v1/videos/video_nonsense")
     service.client.post("/v1/videos", json={"prompt": prompt, "size": "nonsense"})
-    session = Path("/tmp/ray/session_latest/logs").resolve()
-    texts = [path.read_bytes() for path in session.rglob("*") if path.is_file()]
-    assert any(b"skylapse" in text for text in texts), "the logs are elsewhere"
+    folder = Path(service.ray_variables["RAY_AUTH_TOKEN_PATH"]).parent
+    texts = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    texts.append(json.dumps(service.log()).encode())
+    assert sum(b"skylapse" in text for text in texts) > 3, "the logs are elsewhere"
     for secret in (KEY, prompt):
         assert not any(secret.encode() in text for text in texts)
+
+
+def test_the_log_tells_each_job_from_its_request_to_its_end(service: Running) -> None:
+    """On stdout, a line of JSON an event, whichever process it happened in."""
+    made = service.client.post("/v1/videos", json={"prompt": "a star", "num_inference_steps": 2})
+    job = made.json()["id"]
+    service.ended([job])
+
+    def found() -> list[dict[str, Any]] | None:
+        lines = [line for line in service.log() if line.get("job") == job]
+        return lines if any(line["message"].endswith("is completed") for line in lines) else None
+
+    lines = wait_for(found, 10.0, "the end of the job in the log")
+    asked = next(line for line in lines if line.get("route") == "/v1/videos")
+    assert (asked["process"], asked["status"], asked["request"]) == ("ingress", 200, made.headers["x-request-id"])
+    assert any(line["process"] == "engine" and "begins at step 0" in line["message"] for line in lines)

@@ -19,7 +19,8 @@ from running import Running, wait_for
 from test_kills import check_completed, start_jobs, wait_until_stepping
 
 OUTAGE_S = 10.0
-TOKEN = {**os.environ, "RAY_AUTH_MODE": "token"}  # of the cluster, which a named address does not say by itself
+OURS = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
+RAYS_OWN = ("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_CLIENT_MODE", "RAY_JOB_CONFIG_JSON_ENV_VAR")  # of a worker
 
 
 @pytest.fixture
@@ -133,8 +134,9 @@ def test_a_redeployment_lets_running_jobs_end(tmp_path: Path) -> None:
         jobs = start_jobs(service, 3, seconds="4")
         wait_until_stepping(service, jobs, 10)
         script = REDEPLOY.format(arguments={"data": str(service.data), "engine_slots": 4}, address=service.gcs_address)
+        told = OURS | {name: text for name, text in service.ray_variables.items() if name not in RAYS_OWN}
         done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, timeout=240, cwd=tmp_path, env=TOKEN
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=240, cwd=tmp_path, env=told
         )
         assert done.returncode == 0, done.stderr[-3000:]
         videos = service.ended(jobs, within_s=240.0)

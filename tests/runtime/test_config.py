@@ -1,11 +1,14 @@
 """Settings: what the environment says, and errors that name the variable."""
 
+import os
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from skylapse.runtime.config import Settings, load_settings
+from skylapse.runtime import config
+from skylapse.runtime.config import Settings, load_settings, settle_home
 
 MIB = 2**20
 
@@ -98,3 +101,60 @@ def test_cache_dir_may_be_in_the_home_folder() -> None:
 def test_wrong_variable_is_named_with_what_is_allowed(name: str, text: str, allowed: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be {re.escape(allowed)}, got .*{re.escape(repr(text))}$"):
         load_settings({name: text})
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files; variables that are set meanwhile are unset afterwards."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    return tmp_path
+
+
+def test_a_home_that_can_be_written_is_left_as_it_is(temporary: Path) -> None:
+    os.environ["HOME"] = str(temporary)
+    assert settle_home() is None and [*temporary.iterdir()] == []
+
+
+def test_a_home_that_is_no_folder_is_replaced_by_a_private_one(temporary: Path) -> None:
+    os.environ["HOME"] = str(temporary / "nowhere")
+    told = settle_home()
+    place = Path(os.environ["HOME"])
+    assert told == f"HOME is no folder: what is cached goes to {place}"
+    assert place.parent == temporary and place.stat().st_mode & 0o777 == 0o700
+    assert settle_home() is None, "a second process finds it there"
+
+
+def test_a_home_that_can_only_be_read_keeps_its_models(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may write everywhere, so it is told that it may not."""
+    home = temporary / "home"
+    (home / ".cache" / "huggingface").mkdir(parents=True)
+    for name in ("HOME", "HF_HOME", "TRITON_CACHE_DIR", "SKYLAPSE_PROFILE_DIR"):
+        os.environ.pop(name, None)
+    os.environ["HOME"] = str(home)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "HOME cannot be written" in (settle_home() or "")
+    assert os.environ["HOME"] == str(home) and "HF_HOME" not in os.environ
+    for name in ("TRITON_CACHE_DIR", "SKYLAPSE_PROFILE_DIR"):
+        assert Path(os.environ[name]).is_relative_to(temporary) and not os.environ[name].startswith(str(home))
+
+
+def test_somebody_elses_folder_of_the_name_is_not_used(temporary: Path) -> None:
+    (temporary / f"skylapse-home-{os.getuid()}").mkdir(mode=0o777)
+    (temporary / f"skylapse-home-{os.getuid()}").chmod(0o777)
+    os.environ["HOME"] = str(temporary / "nowhere")
+    settle_home()
+    assert Path(os.environ["HOME"]).stat().st_mode & 0o777 == 0o700
+
+
+def test_nobody_known_and_no_home_is_no_error(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a user that a container's /etc/passwd does not know."""
+
+    def unknown(*_: object) -> None:
+        raise KeyError("getpwuid(): uid not found: 4711")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "SKYLAPSE_PROFILE_DIR"):
+        os.environ.pop(name, None)
+    assert config.home() is None and Settings().profile_dir.is_relative_to(temporary)
+    assert "HOME is not set" in (settle_home() or "") and os.environ["USER"].startswith("user-")

@@ -64,6 +64,20 @@ def demo_engine(demo_folder: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
+def two_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engine]]:
+    """Of two models, `a` and `b`, that differ in their weights alone."""
+    from tiny import save_small_model
+
+    from skylapse.runtime.engine import Engine
+
+    folder = tmp_path_factory.mktemp("models")
+    found = {name: Engine.from_pretrained(str(save_small_model(folder / name, seed))) for seed, name in enumerate("ab")}
+    yield found
+    for engine in found.values():
+        engine.close()
+
+
+@pytest.fixture(scope="session")
 def service(demo_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service that tests share; each takes a key of its own (`service.key()`), and sees no other test's videos."""
     pytest.importorskip("ray")  # whose counters a worker counts with; no part of Ray is started

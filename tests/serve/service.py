@@ -12,7 +12,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from skylapse.serve.measures import Measures
 from skylapse.serve.store.keys import SCOPES
 from skylapse.serve.store.leases import Leases
 from skylapse.serve.store.outbox import Outbox
-from skylapse.serve.store.processes import DISPATCHER, ENGINE
+from skylapse.serve.store.processes import DISPATCHER, ENGINE, READY
 from skylapse.serve.sweep import Sweeper
 from skylapse.serve.webhooks import deliver_due, open_secret
 from skylapse.serve.worker import Worker
@@ -94,9 +94,12 @@ class Service:
 
 
 @contextmanager
-def serving(folder: Path, engine: Engine, ingresses: int = 1, **config: Any) -> Iterator[Service]:
+def serving(
+    folder: Path, engine: Engine | Mapping[str, Engine], ingresses: int = 1, **config: Any
+) -> Iterator[Service]:
     """The service with its data in `folder`, until the block is left; `config`: fields of `ServeConfig`.
 
+    engine: of the one model, or deployment -> the engine of each of several.
     Every ingress opens the store for itself, as replicas in processes of their own do.
     """
     asked = ServeConfig(data=str(folder), **{"webhook_private": True, **config})
@@ -136,7 +139,8 @@ def serving(folder: Path, engine: Engine, ingresses: int = 1, **config: Any) -> 
         finally:
             stop.set()
             thread.join(STOP_S)
-            crew.worker.keeper.close()
+            for worker in crew.workers:
+                worker.keeper.close()
         assert not ended and not thread.is_alive(), f"the service did not stop well: {ended}"
 
 
@@ -156,7 +160,7 @@ async def _run(servers: list[uvicorn.Server], sockets: list[socket.socket], crew
 class Crew:
     """Who works on jobs and keeps the store tidy: a Dispatcher and an EngineReplica in one."""
 
-    def __init__(self, context: Context, engine: Engine, working: threading.Event) -> None:
+    def __init__(self, context: Context, engine: Engine | Mapping[str, Engine], working: threading.Event) -> None:
         config = context.config
         self.context, self.config, self.working = context, config, working
         self.id = f"crew-{secrets.token_hex(4)}"
@@ -165,16 +169,23 @@ class Crew:
         self.sweeper = Sweeper(context)
         self.secret = open_secret(config)
         self.measures = Measures()
-        self.worker = Worker(
-            engine,
-            self.leases,
-            context.artifacts,
-            self.measures,
-            scratch=config.scratch,
-            stage_deadline_s=config.stage_deadline_s,
-            checkpoint_every=config.checkpoint_every,
-        )
-        self._calls: set[asyncio.Task[str | None]] = set()
+        engines = engine if isinstance(engine, Mapping) else {"Engine": engine}
+        self.groups = [config.group(deployment) for deployment in engines]
+        self.workers = [
+            Worker(
+                engine,
+                self.leases,
+                context.artifacts,
+                self.measures,
+                scratch=config.scratch,
+                stage_deadline_s=config.stage_deadline_s,
+                checkpoint_every=config.checkpoint_every,
+                queue=group.queue,
+                revision=group.revision,
+            )
+            for group, engine in zip(self.groups, engines.values(), strict=True)
+        ]
+        self._calls: list[set[asyncio.Task[str | None]]] = [set() for _ in self.groups]
 
     async def work(self) -> None:
         """Until it is cancelled; the first error ends it."""
@@ -193,23 +204,26 @@ class Crew:
             await asyncio.sleep(seconds)
 
     async def _call(self) -> None:
-        for call in [call for call in self._calls if call.done()]:
-            self._calls.remove(call)
-            call.result()
+        for calls in self._calls:
+            for call in [call for call in calls if call.done()]:
+                calls.remove(call)
+                call.result()
         if not self.working.is_set():
             return
-        waiting, mine = await asyncio.to_thread(self.leases.load, self.id)
-        for _ in range(min(self.config.engine_slots, waiting + mine) - len(self._calls)):
-            self._calls.add(asyncio.create_task(self.worker.run_next(f"{self.id}-{secrets.token_hex(4)}")))
+        loads = await asyncio.to_thread(self.leases.loads, self.id, [group.queue for group in self.groups])
+        for (waiting, mine), group, worker, calls in zip(loads, self.groups, self.workers, self._calls, strict=True):
+            for _ in range(min(group.engine_slots, waiting + mine) - len(calls)):
+                calls.add(asyncio.create_task(worker.run_next(f"{self.id}-{secrets.token_hex(4)}")))
 
     async def _deliver(self) -> None:
         await deliver_due(self.outbox, self.secret, self.config)
 
     async def _beat(self) -> None:
         beat = self.context.processes.beat
-        facts = {"model": self.config.model, "slots": self.config.engine_slots, **self.measures.facts}
-        await asyncio.to_thread(beat, f"{self.id}-dispatcher", DISPATCHER, {"calls": len(self._calls)})
-        await asyncio.to_thread(beat, f"{self.id}-engine", ENGINE, facts)
+        await asyncio.to_thread(beat, f"{self.id}-dispatcher", DISPATCHER, {"calls": sum(map(len, self._calls))})
+        for index, group in enumerate(self.groups):
+            facts = {**group.facts, "state": READY, "slots": group.engine_slots, **self.measures.facts}
+            await asyncio.to_thread(beat, f"{self.id}-engine-{index}", ENGINE, facts)
 
     async def _tidy(self) -> None:
         await asyncio.to_thread(self.leases.expire)

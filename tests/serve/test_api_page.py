@@ -23,7 +23,7 @@ PAGE = (ROOT / "docs" / "api.md").read_text()
 CODE = re.compile("[a-z_]+")
 PATH = re.compile(r"`(GET|HEAD|POST|DELETE) (/[^`]*)`")
 # `invalid_{kind}` of media.py. A job's ends that no request is answered with are not among the errors.
-COMPUTED, ENDS = {"invalid_image", "invalid_video"}, {"cancelled", "crashed"}
+COMPUTED, ENDS = {"invalid_image", "invalid_video"}, {"cancelled", "crashed", "model_not_found"}
 
 
 def table(title: str) -> dict[str, str]:

@@ -97,7 +97,7 @@ def test_before_the_first_answer_nothing_changes(policy: BacklogPolicy) -> None:
 def test_while_the_store_is_away_nothing_changes_and_the_log_says_so_once(
     database: Database, policy: BacklogPolicy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def away(database: Database) -> Backlog:
+    def away(database: Database, queue: Any) -> Backlog:
         raise OperationalError("select", {}, Exception("connection to postgresql://a:secret@host refused"))
 
     async def run() -> None:
@@ -119,7 +119,7 @@ def test_a_store_that_hangs_is_asked_once_and_what_it_said_long_ago_counts_no_mo
 ) -> None:
     release, asked = threading.Event(), []
 
-    def hangs(database: Database) -> Backlog:
+    def hangs(database: Database, queue: Any) -> Backlog:
         asked.append(database)
         release.wait()
         return Backlog(0, 0.0)
@@ -143,7 +143,7 @@ def test_a_store_that_hangs_is_asked_once_and_what_it_said_long_ago_counts_no_mo
 def test_polls_keep_their_distance(policy: BacklogPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
 
-    def read(database: Database) -> Backlog:
+    def read(database: Database, queue: Any) -> Backlog:
         reads.append(database)
         return Backlog(0, 0.0)
 

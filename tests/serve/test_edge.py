@@ -10,8 +10,8 @@ from importlib import import_module
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from skylapse.serve.command import RAY
 from skylapse.serve.edge import MAX_HEADER_BYTES, WINDOW_BYTES, Edge, middlewares
+from skylapse.serve.local_service import RAY
 
 CHUNK = 2**16
 

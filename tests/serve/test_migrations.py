@@ -54,3 +54,18 @@ def test_a_step_that_fails_leaves_the_store_as_it_was(database: Database) -> Non
         pass
     assert "colour" not in columns(database)
     database.migrate()
+
+
+def test_a_store_of_the_first_release_gets_what_is_new_and_keeps_its_jobs(database: Database) -> None:
+    """Made as that release made it: without the columns that came later."""
+    added = ("model", "variant", "revision", "fingerprint")
+    store = JobStore(database)
+    job = store.create("a", {"prompt": "a star"})
+    with database.write() as connection:
+        for name in added:
+            connection.execute(text(f"alter table jobs drop column {name}"))
+        connection.execute(text("delete from schema_version where version > 1"))
+    assert not columns(database) & {*added}
+    database.migrate()
+    assert columns(database) >= {*added} and store.get("a", job.id) == job
+    assert store.create("a", {"prompt": "a star"}, model="demo").model == "demo"

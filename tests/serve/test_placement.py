@@ -23,13 +23,55 @@ def options(num_gpus: float, monkeypatch: pytest.MonkeyPatch, **config: Any) -> 
     from skylapse.serve import app
 
     monkeypatch.setattr(app, "cluster_gpus", lambda: num_gpus)
-    found: dict[str, dict[str, Any]] = {}
-    bound: Any = app.build({"data": "unused", **config})
-    while bound is not None:
-        deployment = bound._bound_deployment
-        found[deployment.name] = deployment.ray_actor_options
-        bound = next((x for x in deployment.init_args if hasattr(x, "_bound_deployment")), None)
-    return found
+    return {one.name: one.ray_actor_options for one in deployments(app.build({"data": "unused", **config}))}
+
+
+def test_each_model_has_a_deployment_and_a_policy_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from skylapse.serve import app
+
+    monkeypatch.delenv("SKYLAPSE_DATABASE_URL", raising=False)
+    scaled = {"name": "large", "model": "demo", "engine_slots": 2, "autoscaling": {"max_replicas": 3, "clear_in_s": 9}}
+    models = [{"model": "demo", "engines": 2, "canary": {"model": "demo", "share": 0.5}}, scaled]
+    found = {one.name: one for one in deployments(app.build({"data": "unused", "models": models}))}
+    assert {*found} == {"Ingress", "Dispatcher", "Engine-demo", "Engine-demo-canary", "Engine-large"}
+    assert (found["Engine-demo"].num_replicas, found["Engine-demo-canary"].num_replicas) == (2, 1)
+    scaling = found["Engine-large"]._deployment_config.autoscaling_config
+    kwargs = scaling.policy.policy_kwargs
+    assert (scaling.min_replicas, scaling.max_replicas, found["Engine-large"].max_ongoing_requests) == (0, 3, 2)
+    assert (kwargs["model"], kwargs["clear_in_s"], kwargs["default"], kwargs["canary"]) == ("large", 9.0, False, None)
+    assert kwargs["database_url"].startswith("sqlite:///")
+
+
+@pytest.mark.parametrize(
+    ("models", "num_gpus", "reason"),
+    [
+        (
+            [{"model": "demo", "engines": 2}, {"name": "b", "model": "demo"}],
+            2,
+            "2 of .demo., 1 of .b., which need 3",
+        ),
+        ([{"model": "demo"}, {"name": "b", "model": "demo"}], 2, None),
+        ([{"model": "demo", "engines": 2}, {"name": "b", "model": "demo", "device": "cpu"}], 2, None),
+        ([{"model": "demo", "engines": 2}, {"name": "b", "model": "demo", "autoscaling": {}}], 2, None),
+    ],
+)
+def test_engines_of_all_models_need_room(models: list[dict[str, Any]], num_gpus: float, reason: str | None) -> None:
+    from skylapse.serve.placement import check_gpus
+
+    if reason is None:
+        return check_gpus(ServeConfig(models=models), num_gpus, None)
+    with pytest.raises(ValueError, match=reason):
+        check_gpus(ServeConfig(models=models), num_gpus, None)
+
+
+def deployments(bound: Any) -> list[Any]:
+    """Of an application: what it is bound to, and what that is bound to."""
+    if isinstance(bound, dict):
+        return [deployment for part in bound.values() for deployment in deployments(part)]
+    if not hasattr(bound, "_bound_deployment"):
+        return []
+    deployment = bound._bound_deployment
+    return [deployment, *(found for part in deployment.init_args for found in deployments(part))]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +161,7 @@ def test_more_engines_than_gpus_end_the_command_with_2_and_one_line(tmp_path: Pa
 ACTORS = """
 import json, os, sys, time
 from skylapse.runtime.config import export
-from skylapse.serve.command import RAY
+from skylapse.serve.local_service import RAY
 
 export(RAY)
 import ray

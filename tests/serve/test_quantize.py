@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from skylapse.runtime.engine import Engine
-from skylapse.serve.command import _config, _serve_parser
+from skylapse.serve.command import _serve_parser
 from skylapse.serve.config import ServeConfig
+from skylapse.serve.config_source import load_config
 
 
 class Loaded(Exception):
@@ -27,10 +28,10 @@ def test_option_goes_before_the_file_and_the_file_before_the_environment(tmp_pat
         (["--config", str(file), "--quantize", "int8"], "int8"),
         (["--config", str(file), "--quantize", "none"], "none"),
     ):
-        assert _config(_serve_parser().parse_args(arguments)).quantize == quantize
+        assert load_config(_serve_parser().parse_args(arguments), {}).config.quantize == quantize
     file.write_text(json.dumps({"quantize": "int4"}))
-    with pytest.raises(ValueError, match="quantize: Value error, must be none or fp8 or int8"):
-        _config(_serve_parser().parse_args(["--config", str(file)]))
+    with pytest.raises(ValueError, match="quantize must be none or fp8 or int8"):
+        load_config(_serve_parser().parse_args(["--config", str(file)]), {})
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Ray's, when it is imported
@@ -42,7 +43,8 @@ def test_replica_loads_its_engine_so(quantize: Any, offload: Any, monkeypatch: p
         raise Loaded(arguments, options)
 
     monkeypatch.setattr(Engine, "from_pretrained", from_pretrained)
-    replica = SimpleNamespace(config=ServeConfig(quantize=quantize, offload=offload, threads=1))
+    (group,) = ServeConfig(quantize=quantize, offload=offload, threads=1).groups
     with pytest.raises(Loaded) as loaded:
-        EngineReplica.load(replica)
-    assert loaded.value.args == (("demo", None, None), {"quantize": quantize, "offload": offload})
+        EngineReplica.load(SimpleNamespace(group=group, _tell_download=None))
+    asked = {"quantize": quantize, "offload": offload, "revision": None}
+    assert loaded.value.args == (("demo", None, None, None), asked)

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub import Hub, standing_in
+from hub import Hub, standing_in, use
 
 from skylapse.cli import main
+from skylapse.runtime.models.fingerprint import fingerprint
 from skylapse.runtime.models.hub import (
     Download,
     HubUnreachable,
@@ -34,7 +35,8 @@ def write_model(folder: Path, seed: int) -> Path:
     (folder / "tokenizer").mkdir()
     (folder / "model_index.json").write_text(json.dumps({"seed": seed}))
     (folder / "transformer" / "config.json").write_text("{}")
-    (folder / WEIGHTS).write_bytes(bytes([seed]) * 200_000)
+    header = json.dumps({"w": {"dtype": "U8", "shape": [200_000], "data_offsets": [0, 200_000]}}).encode()
+    (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes([seed]) * 200_000)
     (folder / "tokenizer" / "spiece.model").write_bytes(b"pieces")
     (folder / "unsafe.bin").write_bytes(b"never asked for")
     return folder
@@ -46,16 +48,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with standing_in({NAME: folders}) as hub:
         use(hub.url, monkeypatch)
         yield hub
-
-
-def use(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT and HF_HUB_OFFLINE=0 do in a process that starts with them."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 def test_configs_are_json_alone_and_asked_for_once(hub: Hub, tmp_path: Path) -> None:
@@ -70,7 +62,7 @@ def test_configs_are_json_alone_and_asked_for_once(hub: Hub, tmp_path: Path) -> 
 def test_a_revision_is_pinned_by_its_commit(hub: Hub, tmp_path: Path) -> None:
     assert (pin(NAME, tmp_path), pin(NAME, tmp_path, FIRST)) == (SECOND, FIRST)
     folder = resolve_folder(NAME, tmp_path / "cache", FIRST)
-    assert (folder.name, (folder / WEIGHTS).read_bytes()[:1]) == (FIRST, b"\1")
+    assert (folder.name, (folder / WEIGHTS).read_bytes()[-1:]) == (FIRST, b"\1")
     assert not (folder / "unsafe.bin").exists() and (folder / "tokenizer" / "spiece.model").exists()
     asked = hub.asked.total()
     assert resolve_folder(NAME, tmp_path / "cache", FIRST) == folder and hub.asked.total() == asked
@@ -91,7 +83,7 @@ def test_a_connection_that_breaks_goes_on_where_it_was(
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 2**14)  # what is lost at a break, 10 MiB else
     hub.breaks[WEIGHTS] = 3
     folder = resolve_folder(NAME, tmp_path / "cache")
-    assert (folder / WEIGHTS).read_bytes() == b"\2" * 200_000
+    assert (folder / WEIGHTS).read_bytes().endswith(b"\2" * 200_000)
     assert hub.gets(WEIGHTS) == 4 and hub.sent_bytes < 250_000, "next to nothing was sent twice"
 
 
@@ -129,6 +121,22 @@ def test_two_processes_of_a_machine_download_once(hub: Hub, tmp_path: Path) -> N
         process.join(30)
         assert process.exitcode == 0
     assert hub.gets(WEIGHTS) == 1
+
+
+def test_a_download_that_was_killed_leaves_its_turn_to_the_next(hub: Hub, tmp_path: Path) -> None:
+    hub.pause_s = 0.2
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_resolve, args=(hub.url, str(tmp_path / "cache"), context.Barrier(1)))
+    process.start()
+    until_s = time.monotonic() + 20
+    while not hub.gets(WEIGHTS) and time.monotonic() < until_s:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    hub.pause_s = 0.0
+    folder = resolve_folder(NAME, tmp_path / "cache")
+    assert (folder / WEIGHTS).read_bytes().endswith(b"\2" * 200_000)
+    assert hub.gets(WEIGHTS) == 2 and hub.gets("model_index.json") == 1, "what was complete is kept"
 
 
 def test_what_a_killed_download_left_is_removed(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +215,7 @@ def test_the_command_downloads_and_says_where(
     assert main(["models", "download", NAME, "--revision", FIRST, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["revision"] == FIRST and told["bytes"] > 200_000 and Path(told["folder"]).is_dir()
+    assert told["fingerprint"] == fingerprint(Path(told["folder"]))
     assert main(["models", "download", NAME]) == 0
     assert capsys.readouterr().out.strip().endswith(SECOND)
     assert main(["models", "download", "demo", "--json"]) == 0

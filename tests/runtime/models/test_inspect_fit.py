@@ -80,11 +80,11 @@ def test_weights_that_cannot_be_quantised_are_told_in_their_row(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device-memory", "0"], "argument --device-memory: must be a number of GB above 0, got '0'"),
-        (["--device-memory", "nan"], "argument --device-memory: must be a number of GB above 0, got 'nan'"),
-        (["--device-memory", "80GB"], "argument --device-memory: must be a number of GB above 0, got '80GB'"),
-        (["--device-memory", "80", "--host-memory", "-1"], "argument --host-memory: must be a number of GB above 0"),
-        (["--device-memory", "80", "--offload", "some"], "argument --offload: invalid choice: 'some'"),
+        (["--device-memory", "0"], "--device-memory must be a number of GB above 0, got '0'"),
+        (["--device-memory", "nan"], "--device-memory must be a number of GB above 0, got 'nan'"),
+        (["--device-memory", "80GB"], "--device-memory must be a number of GB above 0, got '80GB'"),
+        (["--device-memory", "80", "--host-memory", "-1"], "--host-memory must be a number of GB above 0"),
+        (["--device-memory", "80", "--offload", "some"], "--offload must be auto or none or all, got 'some'"),
         (["--host-memory", "64"], "--host-memory and --offload need --device-memory"),
     ],
 )

@@ -1,0 +1,1 @@
+"""The command line of a service's operator: keys, jobs, store."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from model_folders import CARD, IMAGE, INDEX, SCHEDULER, TEXT, TRANSFORMER, VAE, set_fields
 
 from skylapse import Engine
 from skylapse.runtime.models.registry import read_folder
+from skylapse.runtime.models.wan_config import WanConfig
 from skylapse.runtime.solver_config import SolverConfig
+from skylapse.runtime.vae.wan_config import WanVAEConfig
 
 WRONG: list[tuple[str, str, Any, str]] = [
     (TRANSFORMER, "num_layers", "two", 'must be a whole number, got "two"'),
@@ -125,3 +130,16 @@ def test_nulls_of_a_scheduler_are_its_defaults(folder: Path) -> None:
     set_fields(folder / SCHEDULER, **dict.fromkeys((*names, "lower_order_final", "timestep_spacing")))
     model = Engine.from_pretrained(str(folder), device="cpu").model
     assert model.solver == SolverConfig(solver="unipc", shift=5.0)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(WanConfig, WanTransformer3DModel), (WanVAEConfig, AutoencoderKLWan)], ids=["denoiser", "VAE"]
+)
+def test_defaults_are_those_of_diffusers(ours: type[Any], theirs: type[Any]) -> None:
+    """A config.json without a field means what it means there."""
+    defaults = {field.name: getattr(ours(), field.name) for field in dataclasses.fields(ours)}
+    known = {name: parameter.default for name, parameter in inspect.signature(theirs.__init__).parameters.items()}
+    for name, value in defaults.items():
+        assert (list(value) if isinstance(value, tuple) else value) == (
+            list(known[name]) if isinstance(known[name], tuple | list) else known[name]
+        ), name

@@ -18,6 +18,8 @@ from skylapse.runtime.models.registry import read_folder
 from skylapse.runtime.models.wan_config import WanConfig
 from skylapse.runtime.solver_config import SolverConfig
 from skylapse.runtime.vae.wan_config import WanVAEConfig
+from skylapse.serve.catalog import check_models
+from skylapse.serve.config import ServeConfig
 
 WRONG: list[tuple[str, str, Any, str]] = [
     (TRANSFORMER, "num_layers", "two", 'must be a whole number, got "two"'),
@@ -107,6 +109,10 @@ def test_a_wrong_field_is_named_with_its_file_its_value_and_what_is_allowed(
     told = refusal(folder)
     assert allowed in told and len(told) < 400
     assert field in told and told.startswith(f"{file}: ")
+    if "checkpoint" not in told:  # a service's ingress reads JSON alone, and says the same
+        with pytest.raises(ValueError) as caught:
+            check_models(ServeConfig(model=str(folder)))
+        assert str(caught.value) == f"model {str(folder)!r}: {told}"
 
 
 @pytest.mark.parametrize("file", [TRANSFORMER, VAE, SCHEDULER, TEXT, IMAGE])

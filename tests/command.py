@@ -87,9 +87,7 @@ class Command:
 def command_in(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     """The command line, with an engine that makes nothing in the place of ours."""
     engine = type("Engine", (FakeEngine,), {"loaded": [], "requests": []})
-    known = SimpleNamespace(
-        defaults=FakeEngine.defaults, limits=FakeEngine.limits
-    )  # of "demo" alone; others are on a hub
+    known = SimpleNamespace(defaults=FakeEngine.defaults, limits=FakeEngine.limits)  # of "demo" alone
     monkeypatch.setattr(registry, "known_folder", lambda name, cache_dir: known if name == "demo" else None)
     module = ModuleType("skylapse.runtime.engine")
     module.__dict__.update(Engine=engine)

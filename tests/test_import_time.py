@@ -37,3 +37,12 @@ def test_public_names_are_listed() -> None:
     assert {"Engine", "VideoRequest", "Video", "__version__"} <= {*dir(skylapse)}
     with pytest.raises(AttributeError, match="has no attribute 'Enigne'"):
         skylapse.Enigne  # noqa: B018
+
+
+def test_a_models_configs_are_read_and_checked_without_torch() -> None:
+    """As every ingress does, which has no use for torch's memory, and the command line before it loads an engine."""
+    code = (
+        "import sys; from skylapse.runtime.models.registry import describe; assert describe('demo').tasks;"
+        "assert not {'torch', 'transformers'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from model_folders import CARD, IMAGE, INDEX, SCHEDULER, TEXT, TRANSFORMER, VAE, set_fields
 
 from skylapse import Engine
 from skylapse.runtime.models.registry import read_folder
+from skylapse.runtime.models.wan_config import WanConfig
 from skylapse.runtime.solver_config import SolverConfig
+from skylapse.runtime.vae.wan_config import WanVAEConfig
+from skylapse.serve.catalog import check_models
+from skylapse.serve.config import ServeConfig
 
 WRONG: list[tuple[str, str, Any, str]] = [
     (TRANSFORMER, "num_layers", "two", 'must be a whole number, got "two"'),
@@ -102,6 +109,10 @@ def test_a_wrong_field_is_named_with_its_file_its_value_and_what_is_allowed(
     told = refusal(folder)
     assert allowed in told and len(told) < 400
     assert field in told and told.startswith(f"{file}: ")
+    if "checkpoint" not in told:  # a service's ingress reads JSON alone, and says the same
+        with pytest.raises(ValueError) as caught:
+            check_models(ServeConfig(model=str(folder)))
+        assert str(caught.value) == f"model {str(folder)!r}: {told}"
 
 
 @pytest.mark.parametrize("file", [TRANSFORMER, VAE, SCHEDULER, TEXT, IMAGE])
@@ -125,3 +136,16 @@ def test_nulls_of_a_scheduler_are_its_defaults(folder: Path) -> None:
     set_fields(folder / SCHEDULER, **dict.fromkeys((*names, "lower_order_final", "timestep_spacing")))
     model = Engine.from_pretrained(str(folder), device="cpu").model
     assert model.solver == SolverConfig(solver="unipc", shift=5.0)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(WanConfig, WanTransformer3DModel), (WanVAEConfig, AutoencoderKLWan)], ids=["denoiser", "VAE"]
+)
+def test_defaults_are_those_of_diffusers(ours: type[Any], theirs: type[Any]) -> None:
+    """A config.json without a field means what it means there."""
+    defaults = {field.name: getattr(ours(), field.name) for field in dataclasses.fields(ours)}
+    known = {name: parameter.default for name, parameter in inspect.signature(theirs.__init__).parameters.items()}
+    for name, value in defaults.items():
+        assert (list(value) if isinstance(value, tuple) else value) == (
+            list(known[name]) if isinstance(known[name], tuple | list) else known[name]
+        ), name

@@ -103,8 +103,10 @@ def read_calibrations(folder: Path) -> CalibrationFile:
         record = json.loads(path.read_text())
         entries = tuple(_entry(item) for item in record["entries"])
         made_for = record["weights"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{FILE} cannot be read: {type(error).__name__}: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{FILE} cannot be read: line {error.lineno}, column {error.colno} is no JSON") from error
+    except (KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{FILE} cannot be read: it is not what `skylapse models calibrate` writes") from error
     stale = None if made_for == fingerprint(folder) else "was made for other weights"
     return CalibrationFile(entries, stale)
 

@@ -178,10 +178,17 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ValueError(f"{path.parent.name}/{path.name} is missing") from error
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path.parent.name}/{path.name} is not readable JSON: {error}") from error
+        raise ValueError(f"{path.parent.name}/{path.name} is not readable JSON: {_unreadable(error)}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path.parent.name}/{path.name} must hold a JSON object")
     return value
+
+
+def _unreadable(error: json.JSONDecodeError | UnicodeDecodeError | OSError) -> str:
+    """Where it is wrong, without the parser's words."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {error.lineno}, column {error.colno}"
+    return "it is no UTF-8" if isinstance(error, UnicodeDecodeError) else str(error.strerror or type(error).__name__)
 
 
 def _open(path: Path) -> Any:

@@ -17,7 +17,7 @@ from math import ceil, isfinite
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import __version__
-from .runtime.config import Settings, load_settings, settle_home
+from .runtime.config import Settings, load_settings, misspelt, settle_home
 from .runtime.models.command import add_models
 from .runtime.options import Parser, add_device, add_sampling, sampling
 from .runtime.request import MAX_SIDE, MIN_SIDE, VideoRequest, check_shape, frames_for, longest_seconds
@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (told := settle_home()) is not None:
             print(f"skylapse: {told}", file=sys.stderr)
         settings = load_settings()
+        for line in misspelt():
+            print(f"skylapse: {line}", file=sys.stderr)
         debug = settings.debug
         logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="skylapse: %(message)s")
         arguments = sys.argv[1:] if arguments is None else arguments

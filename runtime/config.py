@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import getpass
 import os
 import stat
@@ -20,6 +21,7 @@ MIB = 2**20
 MIN_KEY_CHARACTERS = 16  # of a service's key that somebody thought of
 DECODERS = ("auto", "eager", "onnxruntime", "inductor", "tensorrt")
 OFFLOAD = ("auto", "none", "all")  # which parts of a model may leave the device while nothing needs them
+OURS = "SKYLAPSE_"
 SERVE_PREFIX = "SKYLAPSE_SERVE_"  # and a field of ServeConfig: one machine's service
 LOG_LEVELS = ("debug", "info", "warning", "error")
 QUANTIZE = weight_formats.words()  # what the weights of a denoiser's blocks may be kept in
@@ -73,7 +75,7 @@ def export(variables: Mapping[str, str]) -> None:
 
 def our_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """All of this process's variables that are ours."""
-    return {name: text for name, text in environ.items() if name.startswith("SKYLAPSE_")}
+    return {name: text for name, text in environ.items() if name.startswith(OURS)}
 
 
 def environment(changes: Mapping[str, str]) -> dict[str, str]:
@@ -185,7 +187,42 @@ def load_tracing(environ: Mapping[str, str] = os.environ) -> TraceSettings | Non
 
 def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     """Settings from `environ`; an empty variable counts as unset. ValueError names the variable that is wrong."""
-    given = {name: text.strip() for name, text in environ.items() if name.startswith("SKYLAPSE_") and text.strip()}
+    return _settings(_given(environ))
+
+
+class Given(dict[str, str]):
+    """Variables, and which of them were looked for."""
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        super().__init__(variables)
+        self.known: set[str] = set()
+
+    def __contains__(self, name: object) -> bool:
+        self.known.add(str(name))
+        return super().__contains__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.known.add(name)
+        return super().get(name, default)
+
+
+def _given(environ: Mapping[str, str]) -> Given:
+    return Given({name: text.strip() for name, text in our_variables(environ).items() if text.strip()})
+
+
+def misspelt(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """A line for each variable of ours that nothing reads and that looks like one that something does."""
+    given, words = _given(environ), []
+    _settings(given)
+    known = [name.removeprefix(OURS) for name in given.known]
+    for name in sorted(set(given) - given.known):
+        found = difflib.get_close_matches(name.removeprefix(OURS), known, 1, 0.75)
+        if found and not name.startswith(SERVE_PREFIX):  # whose reader refuses it
+            words.append(f"{name} is no setting, and is not read; did you mean {OURS}{found[0]}?")
+    return words
+
+
+def _settings(given: Mapping[str, str]) -> Settings:
     text_cache_mb = _whole(given, "SKYLAPSE_TEXT_CACHE_MB", 0, 2**20)
     memory_mb = _whole(given, "SKYLAPSE_MEMORY_MB", 1, 2**30 - 1)
     compiled_mb = _whole(given, "SKYLAPSE_COMPILED_MB", 1, 2**30 - 1)

@@ -103,10 +103,14 @@ def read_calibrations(folder: Path) -> CalibrationFile:
         record = json.loads(path.read_text())
         entries = tuple(_entry(item) for item in record["entries"])
         made_for = record["weights"]
-    except ValueError as error:  # of its syntax, or of what an entry says
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{FILE} cannot be read: line {error.lineno}, column {error.colno} is no JSON") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{FILE} cannot be read: it is no UTF-8") from error
+    except ValueError as error:  # what an entry says
         raise ValueError(f"{FILE} cannot be read: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:  # it has another form
-        raise ValueError(f"{FILE} cannot be read: {type(error).__name__}: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{FILE} cannot be read: it is not what `skylapse models calibrate` writes") from error
     stale = None if made_for == fingerprint(folder) else "was made for other weights"
     return CalibrationFile(entries, stale)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from skylapse.runtime import config
-from skylapse.runtime.config import Settings, load_settings, settle_home
+from skylapse.runtime.config import Settings, load_settings, misspelt, settle_home
 
 MIB = 2**20
 
@@ -158,3 +158,14 @@ def test_nobody_known_and_no_home_is_no_error(temporary: Path, monkeypatch: pyte
         os.environ.pop(name, None)
     assert config.home() is None and Settings().profile_dir.is_relative_to(temporary)
     assert "HOME is not set" in (settle_home() or "") and os.environ["USER"].startswith("user-")
+
+
+def test_a_misspelt_variable_is_told_with_the_one_that_was_meant() -> None:
+    environ = {
+        "SKYLAPSE_DECODR": "eager",
+        "SKYLAPSE_THREADS": "2",
+        "SKYLAPSE_TEST_SERVICE": "x",
+        "SKYLAPSE_SERVE_QUOTA": "3",
+    }
+    assert misspelt(environ) == ["SKYLAPSE_DECODR is no setting, and is not read; did you mean SKYLAPSE_DECODER?"]
+    assert misspelt({name: "" for name in environ}) == []

@@ -34,13 +34,14 @@ class Clocked(EngineReplica):
 
     def load(self) -> Engine:
         from skylapse.serve import worker
+        from skylapse.serve.clip import finished
 
         engine = super().load()
         folder = self.config.folder / FOLDER
         folder.mkdir(exist_ok=True)
         file = os.open(folder / str(os.getpid()), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         engine._batch.tick = clocked(engine._batch.tick, file)  # type: ignore[method-assign]
-        worker.finished = clocked(worker.finished, file)
+        vars(worker)["finished"] = clocked(finished, file)
         return engine
 
 

@@ -6,6 +6,7 @@ import json
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -17,7 +18,12 @@ from skylapse.serve.store.tables import ledger
 
 SCRIPT = str(Path(__file__).with_name("clocked.py"))
 STEPS = 120
-SHAPES = ({}, {"size": "64x64", "num_frames": 9}, {"cache": "high"}, {"guidance_scale": 1.0})
+SHAPES: tuple[dict[str, Any], ...] = (
+    {},
+    {"size": "64x64", "num_frames": 9},
+    {"cache": "high"},
+    {"guidance_scale": 1.0},
+)
 
 
 def worked_s(data: Path) -> float:

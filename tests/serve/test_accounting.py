@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import func, select
 
 from skylapse.serve import worker
+from skylapse.serve.clip import finished
 from skylapse.serve.metrics_table import BUSY_SECONDS, ENGINE_SECONDS, JOBS_ENDED, LOST_SECONDS, STEPS
 from skylapse.serve.store.counters import VALUE, read_counters
 from skylapse.serve.store.tables import jobs, ledger
@@ -48,7 +49,7 @@ def clocked(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[fl
 
     with monkeypatch.context() as patch:
         patch.setattr(engine._batch, "tick", by_clock(engine._batch.tick))
-        patch.setattr(worker, "finished", by_clock(worker.finished))
+        patch.setattr(worker, "finished", by_clock(finished))
         yield worked
 
 

@@ -25,11 +25,11 @@ def make_folder(path: Path, is_ours: bool = False) -> None:
     if not path.is_dir():
         raise NotADirectoryError(f"{path} must be a folder")
     if is_ours and path not in missing and _others(path):
-        for folder, folders, files in os.walk(path):
+        for place, folders, files in os.walk(path):
             for name in files:
-                restrict(Path(folder, name), FILE)
+                restrict(Path(place, name), FILE)
             for name in folders:
-                restrict(Path(folder, name), FOLDER)
+                restrict(Path(place, name), FOLDER)
         restrict(path, FOLDER)
 
 

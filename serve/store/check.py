@@ -101,7 +101,7 @@ def _check_files(database: Database, artifacts: ArtifactStore, report: Report) -
     report.problems += [f"{key} is missing" for key in report.missing]
 
 
-def _rows(database: Database) -> Iterator[Row[Any]]:
+def _rows(database: Database) -> Iterator[Row[*tuple[Any, ...]]]:
     """Every job, a batch at a time: a service has hundreds of thousands."""
     columns = (jobs.c.id, jobs.c.sequence, jobs.c.state, jobs.c.version, jobs.c.artifacts, jobs.c.request)
     query = select(*columns, jobs.c.checkpoint, jobs.c.has_expired).order_by(jobs.c.sequence).limit(BATCH)
@@ -115,7 +115,7 @@ def _rows(database: Database) -> Iterator[Row[Any]]:
         last = rows[-1].sequence
 
 
-def _needs(row: Row[Any]) -> list[str]:
+def _needs(row: Row[*tuple[Any, ...]]) -> list[str]:
     """Keys, and folders of keys, that this job points at."""
     if row.state == COMPLETED:
         return [] if row.has_expired else [artifact["key"] for artifact in (row.artifacts or {}).values()]

@@ -67,7 +67,7 @@ class Processes:
         if kind is not None:
             query = query.where(processes.c.kind == kind)
         with self.database.read() as connection:
-            return [Process(*row[:4], drain_asked=bool(row[4])) for row in connection.execute(query)]
+            return [Process(row[0], row[1], row[2], row[3], bool(row[4])) for row in connection.execute(query)]
 
     def forget(self, after_s: float) -> int:
         """Remove those who have been silent for so long; returns how many."""

@@ -74,6 +74,7 @@ class EngineReplica:
         self._standing: dict[str, Any] = self.group.facts | {"state": LOADING}
         self._download_told_s = float("-inf")
         self._closing = threading.Event()
+        self.gpu: GpuWatch | None = None
         self._beating = threading.Thread(target=self._beat, name="skylapse-heartbeat", daemon=True)
         self._beating.start()
         try:
@@ -205,7 +206,8 @@ class EngineReplica:
     async def __del__(self) -> None:
         """Called by Serve when nothing is ongoing any more."""
         self._closing.set()
-        await asyncio.to_thread(self.worker.close)
+        if "worker" in self.__dict__:  # else its start failed
+            await asyncio.to_thread(self.worker.close)
         if self.gpu is not None:
             await asyncio.to_thread(self.gpu.close)
         with suppress(SQLAlchemyError):

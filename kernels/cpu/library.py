@@ -8,7 +8,6 @@ the libraries too, beside the sources, and builds artifacts of other models with
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import platform
 import shutil
@@ -98,10 +97,8 @@ def _sources() -> list[Path]:
     return sorted(path for path in HERE.iterdir() if path.suffix in (".cpp", ".h"))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Compile the libraries now, into the folder beside the sources."""
-    parser = argparse.ArgumentParser(prog="python -m skylapse.kernels.cpu.library", description=main.__doc__)
-    parser.parse_args(arguments)
     folder = READY / digest()
     folder.mkdir(parents=True, exist_ok=True)
     build(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,6 +171,40 @@ def test_a_library_that_hangs_or_breaks_holds_nobody_up(nvml: FakeNvml, caplog: 
     watch._thread.join(5)
     with caplog.at_level(logging.WARNING):
         assert "NVML could not be asked" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Ray's, when it is imported
+def test_a_replica_tells_why_drains_and_fails_its_health_check_once_its_jobs_are_given_back() -> None:
+    pytest.importorskip("ray")
+    from skylapse.serve.replica import EngineReplica
+    from skylapse.serve.store.processes import READY, SICK
+
+    class Quiet(EngineReplica):
+        def __del__(self) -> None:  # type: ignore[override]
+            """Serve's is a coroutine."""
+
+    replica: Any = object.__new__(Quiet)
+    counted: list[str] = []
+    watch = SimpleNamespace(reason=None)
+    worker = SimpleNamespace(is_draining=False, is_idle=False, is_lost=False, keeper=SimpleNamespace(is_alive=True))
+    replica.__dict__ |= {"gpu": watch, "worker": worker, "_sick_s": None, "_standing": {"state": READY}, "_loop": None}
+    replica.__dict__ |= {"measures": SimpleNamespace(sick=lambda: counted.append("sick"))}
+    replica.config = SimpleNamespace(drain_s=60.0)
+    replica._drain_where_due(False)
+    replica.check_health()
+    assert replica._standing == {"state": READY} and not worker.is_draining
+    watch.reason = "Xid 79 (GPU has fallen off the bus)"
+    for _ in range(2):
+        replica._drain_where_due(False)
+    assert replica._standing == {"state": SICK, "reason": watch.reason} and worker.is_draining
+    assert counted == ["sick"], "once"
+    replica.check_health()  # its jobs are not given back yet
+    worker.is_idle = True
+    with pytest.raises(RuntimeError, match="the GPU is sick: Xid 79"):
+        replica.check_health()
+    worker.is_idle, replica._sick_s = False, replica._sick_s - 61.0
+    with pytest.raises(RuntimeError, match="the GPU is sick"):  # a step on it never ends
+        replica.check_health()
 
 
 def test_the_configuration_takes_numbers_alone() -> None:

@@ -33,10 +33,21 @@ def read_json(path: Path, name: str | None = None) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"{name} is missing") from error
     except (ValueError, OSError, RecursionError) as error:  # one of bytes, syntax, or a number of too many digits
-        raise ValueError(f"{name} is not readable JSON: {error}") from error
+        raise ValueError(f"{name} is not readable JSON: {_unreadable(error)}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{name} must hold a JSON object, got {shown(value)}")
     return value
+
+
+def _unreadable(error: ValueError | OSError | RecursionError) -> str:
+    """Say what is wrong without the parser's words."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {error.lineno}, column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no UTF-8"
+    if isinstance(error, OSError):
+        return str(error.strerror or type(error).__name__)
+    return "it is nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
 def check_no_pointer(path: Path, name: str) -> None:

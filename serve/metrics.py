@@ -59,8 +59,8 @@ class _Store(Collector):
         model, is_queued = model_column(), jobs.c.state == QUEUED
         waited_s = now() - func.min(case((is_queued, jobs.c.created_at)))
         counts = [func.count(case((jobs.c.state == state, 1))) for state in (QUEUED, IN_PROGRESS)]
-        unfinished = select(model.label("model"), *counts, waited_s, work_left())
-        unfinished = unfinished.where(jobs.c.state.in_((QUEUED, IN_PROGRESS))).group_by("model")
+        unfinished = select(model.label("served"), *counts, waited_s, work_left())
+        unfinished = unfinished.where(jobs.c.state.in_((QUEUED, IN_PROGRESS))).group_by("served")
         undelivered = select(func.count()).where(outbox.c.delivered_at.is_(None), outbox.c.failed_at.is_(None))
         with self.context.database.read() as connection:
             found: dict[str, Sequence[Any]] = {row[0]: row[1:] for row in connection.execute(unfinished)}

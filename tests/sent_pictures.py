@@ -79,7 +79,8 @@ def deep(values: Bytes) -> Bytes:
 
 def grey_card() -> Bytes:
     """[48, 64]: shades that two bits can hold, 0, 85, 170 and 255."""
-    return np.kron(np.array([[0, 85], [170, 255]], np.uint8), np.ones((24, 32), np.uint8))
+    shades: Bytes = np.array([[0, 85], [170, 255]], np.uint8)
+    return shades.repeat(24, 0).repeat(32, 1)
 
 
 GREYS = tuple((shade,) * 3 for shade in (0, 85, 170, 255))

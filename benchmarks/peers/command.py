@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ...runtime.config import load_settings
-from ...runtime.engine import DTYPES, parse_device
+from ...runtime.device import DTYPES, parse_device
 from ...runtime.models.hub import resolve_folder
 from ...runtime.models.registry import read_folder
 from ...runtime.request import VideoRequest

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ...runtime.cache.spec import PRESETS
-from ...runtime.engine import DTYPES, Engine
+from ...runtime.device import DTYPES
+from ...runtime.engine import Engine
 from ...runtime.models.text_cache import TextCache
 from ...runtime.request import VideoRequest
 from ..harness import Missing

@@ -9,7 +9,8 @@ from typing import Any
 
 from ...runtime.cache.spec import PRESETS, check_cache
 from ...runtime.config import QUANTIZE
-from ...runtime.engine import DTYPES, Engine
+from ...runtime.device import DTYPES
+from ...runtime.engine import Engine
 from ...runtime.events import Failed, Finished
 from ...runtime.request import Video, VideoRequest
 from ..metrics import Clip, Metric, compare_clips

@@ -8,6 +8,7 @@ the libraries too, beside the sources, and builds artifacts of other models with
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import platform
 import shutil
@@ -97,8 +98,10 @@ def _sources() -> list[Path]:
     return sorted(path for path in HERE.iterdir() if path.suffix in (".cpp", ".h"))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Compile the libraries now, into the folder beside the sources."""
+    parser = argparse.ArgumentParser(prog="python -m skylapse.kernels.cpu.library", description=main.__doc__)
+    parser.parse_args(arguments)
     folder = READY / digest()
     folder.mkdir(parents=True, exist_ok=True)
     build(folder)

@@ -234,5 +234,6 @@ def _decoded(container: InputContainer, stream: av.VideoStream, subject: Subject
                     raise subject.refused("broken", detail="a frame of it is damaged")
                 # Frames before the first whole one refer to what was cut away; decoders make some of them, of grey.
                 if first_key is None or frame.pts is None or frame.pts >= first_key:
+                    assert stream.time_base is not None
                     yield from fields.push(frame, stream.time_base)
         yield from fields.finish()

@@ -118,7 +118,8 @@ class FrameReader:
         found = frame.side_data.get("DISPLAYMATRIX")
         if found is None:
             return False, False, False
-        a, b, _, c, d, *_ = (value / 2**16 for value in struct.unpack("=9i", bytes(found)[:36]))
+        matrix = bytes(found)[:36]  # type: ignore[call-overload]  # it has a buffer, which its types do not tell
+        a, b, _, c, d, *_ = (value / 2**16 for value in struct.unpack("=9i", matrix))
         # x' = ax + cy, y' = bx + dy
         along, across = max(abs(a), abs(d)), max(abs(b), abs(c))
         is_swapped = across > along

@@ -12,7 +12,9 @@ from pathlib import Path
 from sqlalchemy import inspect, make_url
 from sqlalchemy.exc import DatabaseError
 
+from ...runtime.config import our_variables
 from ..config import ServeConfig
+from ..config_source import load_config
 from ..context import Context, stand_on, with_secrets
 from ..store.audit import Actor
 from ..store.database import Database
@@ -32,11 +34,8 @@ def add_place(*commands: argparse.ArgumentParser) -> None:
 
 def find_config(options: argparse.Namespace) -> ServeConfig:
     """The service's configuration, with the secrets of the environment."""
-    if options.config is None:
-        return with_secrets(ServeConfig() if options.data is None else ServeConfig(data=options.data))
-    from ..command import _config
-
-    return with_secrets(_config(argparse.Namespace(config=options.config, data=options.data)))
+    given = argparse.Namespace(config=options.config, data=options.data)
+    return with_secrets(load_config(given, our_variables()).config)
 
 
 @contextmanager

@@ -79,8 +79,8 @@ def back_up(
                 with dump.open("rb") as source:
                     _add(tar, "database", source)
                 num_files = 0
-                for row in found if artifacts is not None else ():
-                    num_files += _add_files(tar, artifacts, row)
+                if artifacts is not None:
+                    num_files = sum(_add_files(tar, artifacts, row) for row in found)
             file.flush()
             os.fsync(file.fileno())
         part.chmod(0o600)

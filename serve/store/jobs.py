@@ -221,11 +221,15 @@ class JobStore:
                 jobs.c.model.not_in(models),
                 jobs.c.created_at < now() - older_than_s,
             )
-            ids = list(connection.scalars(select(jobs.c.id).where(unserved).with_for_update(skip_locked=True)))
-            connection.execute(update(jobs).where(jobs.c.id.in_(ids)).values(**ended(FAILED), **UNSERVED))
-            for job_id in ids:
-                tell(connection, job_id)
-            return ids
+            rows = connection.execute(select(jobs).where(unserved).with_for_update(skip_locked=True)).all()
+            tally, at, code = Tally(), time_of(connection), UNSERVED["error_code"]
+            for job in map(to_job, rows):
+                usage = self.ledger.ended(connection, tally, job, at, code, code)
+                this = update(jobs).where(jobs.c.id == job.id)
+                connection.execute(this.values(**ended(FAILED, at, usage), **UNSERVED))
+                tell(connection, job.id)
+            self.ledger.counters.add(connection, tally)
+            return [row.id for row in rows]
 
     def delete(self, tenant: str, job_id: str) -> Job:
         """Forget a job, and with it the lease of whoever works on it; returns what it was, for its artifacts' sake.

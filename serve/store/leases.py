@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, case, func, or_, select, true, update
+from sqlalchemy import Connection, Row, and_, case, func, null, or_, select, true, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from ..metrics_table import QUEUE_WAIT, STAGE_SECONDS
@@ -116,6 +116,11 @@ class Leases:
             if left := [row.id for row in found if row.id in chosen and row.attempt_usage is not None]:
                 for row in connection.execute(select(jobs).where(jobs.c.id.in_(left))).all():  # an older release's
                     self.ledger.taken_back(connection, tally, to_job(row), time_of(connection))
+            if weights is not None:
+                is_others = and_(jobs.c.fingerprint.is_not(None), jobs.c.fingerprint != weights.fingerprint)
+                begun = select(jobs).where(jobs.c.id.in_(chosen), is_others)
+                for row in connection.execute(begun).all():
+                    self.ledger.begun_again(connection, tally, to_job(row), time_of(connection))
             claimed: dict[str, Any] = dict(
                 state=IN_PROGRESS,
                 epoch=jobs.c.epoch + 1,
@@ -126,11 +131,11 @@ class Leases:
                 **NOTHING,
             )
             if weights is not None:
-                is_others = and_(jobs.c.fingerprint.is_not(None), jobs.c.fingerprint != weights.fingerprint)
                 has_checkpoint = and_(jobs.c.checkpoint.is_not(None), ~is_others)
                 claimed |= dict(
                     checkpoint=case((is_others, None), else_=jobs.c.checkpoint),
                     checkpoint_step=case((is_others, 0), else_=jobs.c.checkpoint_step),
+                    kept_usage=case((is_others, null()), else_=jobs.c.kept_usage),
                     resumed_from_step=case((has_checkpoint, jobs.c.checkpoint_step)),
                     fingerprint=weights.fingerprint,
                     revision=weights.revision,

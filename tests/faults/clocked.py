@@ -46,5 +46,5 @@ class Clocked(EngineReplica):
 
 
 if __name__ == "__main__":
-    app.build = partial(app.build, engine=Clocked)  # type: ignore[assignment]
+    app.build = partial(app.application, engine=Clocked)  # type: ignore[assignment]
     sys.exit(command.serve(sys.argv[1:], load_settings()))

@@ -35,5 +35,5 @@ class OnThatGpu(EngineReplica):
 
 
 if __name__ == "__main__":
-    app.build = partial(app.build, engine=OnThatGpu)  # type: ignore[assignment]
+    app.build = partial(app.application, engine=OnThatGpu)  # type: ignore[assignment]
     sys.exit(command.serve(sys.argv[1:], load_settings()))

@@ -204,7 +204,7 @@ def test_a_failed_job_is_tried_again_with_its_files(context: Context, operator: 
         old = create(client, seed=5).json()["id"]
         with context.database.write() as connection:
             request = connection.scalar(select(jobs.c.request).where(jobs.c.id == old))
-            values = dict(request={**request, "inputs": ["image.png"]}, priority=7)
+            values = dict(request={**(request or {}), "inputs": ["image.png"]}, priority=7)
             connection.execute(update(jobs).where(jobs.c.id == old).values(**values))
         context.artifacts.write(f"jobs/{old}/inputs/image.png", b"a picture")
         refused = operator.post(f"/v1/admin/jobs/{old}/retry")

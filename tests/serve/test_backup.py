@@ -108,7 +108,8 @@ def test_without_files_a_job_begins_again(
 
 def test_a_backup_is_taken_while_the_service_writes(database: Database, files: ArtifactStore, tmp_path: Path) -> None:
     """Each transaction is in it whole or not at all."""
-    stop, made = threading.Event(), []
+    stop = threading.Event()
+    made: list[str] = []
 
     def write() -> None:
         store = TenantStore(database)

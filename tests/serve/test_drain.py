@@ -30,18 +30,24 @@ def context(tmp_path: Path) -> Iterator[Context]:
 
 def worker_of(context: Context) -> Any:
     """A worker whose jobs end when they are stopped, and never else."""
+    import torch
+
+    from skylapse.runtime.meter import Meter
     from skylapse.serve.measures import Measures
     from skylapse.serve.worker import Worker
 
     class Endless(Worker):
-        async def _work(self, job: Job, *others: Any) -> None:
+        async def _work(self, job: Job, *others: Any) -> bool:
             await asyncio.Event().wait()
+            return True
 
+    meter, cpu = Meter(torch.device("cpu")), SimpleNamespace(type="cpu")
+    model = SimpleNamespace(fingerprint="0" * 64)
     return Endless(
-        SimpleNamespace(close=lambda: None),  # type: ignore[arg-type]
+        SimpleNamespace(close=lambda: None, meter=meter, device=cpu, model=model),  # type: ignore[arg-type]
         Leases(context.database),
         ArtifactStore(str(context.config.scratch / "artifacts")),
-        Measures(),
+        Measures(meter, "demo"),
         scratch=context.config.scratch,
         stage_deadline_s=60.0,
         checkpoint_every=5,

@@ -34,7 +34,7 @@ def status(
     """As Serve's controller tells it."""
 
     def enum(name: str) -> Enum:
-        return Enum("Status", [(name, name)])[name]  # type: ignore[misc]
+        return Enum("Status", [(name, name)])[name]  # type: ignore[misc, index]
 
     part = SimpleNamespace(status=enum(engine), message=message, replica_states={enum("RUNNING"): running})
     app = SimpleNamespace(status=enum(application), message="", deployments={"Engine": part})

@@ -30,6 +30,9 @@ VALUES: dict[str, Any] = {
     "canary": {"share": 0.1, "model": "demo"},
     "models": [{"name": "demo", "model": "demo"}],
     "autoscaling": {"max_replicas": 2},
+    "prices": {"*": "0.0005"},
+    "currency": "USD",
+    "ignored_xids": [13],
 }
 
 

@@ -14,7 +14,7 @@ from skylapse.serve.store.processes import ENGINE
 
 
 def test_decoders_and_their_demotions_are_told(tmp_path: Path) -> None:
-    context = open_context({"data": str(tmp_path)})
+    context = open_context({"data": str(tmp_path), "metrics_open": True})
     good = DecoderReport("onnxruntime", "measured at 8 x 8 latents: onnxruntime 0.05 s, eager 0.07 s", [])
     bad = DecoderReport("eager", "onnxruntime was demoted: it failed", ["onnxruntime: it failed"])
     for name, report in (("a", good), ("b", bad)):
@@ -28,11 +28,10 @@ def test_decoders_and_their_demotions_are_told(tmp_path: Path) -> None:
     assert engines["b"]["decoder_demoted"] == ["onnxruntime: it failed"]
     assert 'skylapse_engine_decoder{backend="onnxruntime",engine="a"} 1.0' in lines
     assert 'skylapse_engine_decoder{backend="eager",engine="b"} 1.0' in lines
-    assert 'skylapse_engine_decoder_demotions{engine="b"} 1.0' in lines
 
 
 def test_what_leaves_an_engines_gpu_is_told(tmp_path: Path) -> None:
-    context = open_context({"data": str(tmp_path)})
+    context = open_context({"data": str(tmp_path), "metrics_open": True})
     report = ResidencyReport("auto", ("text_encoder", "transformer"), ("transformer",), num_moves=3, moved_bytes=7)
     context.processes.beat("a", ENGINE, {"model": "demo", **report.facts})
     with TestClient(create_app(context)) as client:

@@ -19,7 +19,7 @@ from skylapse.serve.store.ledger import Ledger, Used
 from skylapse.serve.store.tables import jobs, ledger
 
 PRICES = Prices({"demo": {"cpu": Decimal("0.001")}}, "EUR")
-REQUEST = {"prompt": "a star", "model": "sora-2", "model_id": "demo", "num_frames": 17, "seconds": "2.125"}
+REQUEST = {"prompt": "a star", "model": "sora-2", "num_frames": 17, "seconds": "2.125"}
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def used(seconds: float, computed: int = 0, skipped: int = 0) -> Used:
 
 
 def begun(store: JobStore, leases: Leases, owner: str = "engine") -> Job:
-    store.create("a", REQUEST, job_class="gold")
+    store.create("a", REQUEST, model="demo", job_class="gold")
     (job,) = leases.claim(owner)
     return job
 
@@ -106,7 +106,7 @@ def test_a_job_that_ends_early_is_charged_with_what_it_had_used(
 
 
 def test_a_job_that_never_ran_has_used_nothing(store: JobStore, database: Database) -> None:
-    job = store.create("a", REQUEST)
+    job = store.create("a", REQUEST, model="demo")
     cancelled = store.cancel("a", job.id)
     assert cancelled.usage is not None and cancelled.usage["engine_seconds"] == 0 and cancelled.usage["device"] is None
     store.delete("a", job.id)

@@ -156,7 +156,11 @@ def wrong(house: House) -> Iterator[Told]:
     with house.service.client(house.key) as client:
         for name in BODIES:
             yield name, client.post(house.operations[name][1], json={})
-        for name, query in (("listVideos", {"limit": -1}), ("downloadVideo", {"variant": "spritesheet"})):
+        for name, query in (
+            ("listVideos", {"limit": -1}),
+            ("downloadVideo", {"variant": "spritesheet"}),
+            ("getUsage", {"start": "x"}),
+        ):
             yield name, client.get(house.operations[name][1], params=query)
         for name in ("createCharacter", "retrieveCharacter"):
             yield name, client.request(*house.operations[name])
@@ -181,6 +185,9 @@ def barred(house: House) -> Iterator[Told]:
                 yield name, client.request(method, path)
                 other = keys["write" if method == "GET" else "read"]
                 yield name, client.request(method, path, headers={"authorization": f"Bearer {other}"})
+        elsewhere = {"x-forwarded-for": "203.0.113.7"}
+        yield "metrics", client.get("/metrics", headers=elsewhere)
+        yield "metrics", client.get("/metrics", headers={"authorization": f"Bearer {keys['read']}", **elsewhere})
 
 
 def malformed(house: House) -> Iterator[Told]:

@@ -68,7 +68,9 @@ class Running:
         self.data.mkdir(parents=True, exist_ok=True)
         file = self.data / "config.json"
         file.write_text(json.dumps(self.config))
-        environment = {**os.environ, **self.environment, MARK: self.mark, "SKYLAPSE_API_KEY": KEY}
+        # Ray reads the mode when it is imported, which scripts that subclass a replica do before the service sets it.
+        mode = {"RAY_AUTH_MODE": "token"}
+        environment = {**os.environ, **mode, **self.environment, MARK: self.mark, "SKYLAPSE_API_KEY": KEY}
         options = ("--port", str(self.port), "--data", str(self.data), "--config", str(file))
         began_s = time.monotonic()
         with (self.data / "driver.log").open("a") as log:

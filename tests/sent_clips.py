@@ -31,7 +31,7 @@ from sent_pictures import CORNERS, GREYS, LEFT_IS_BLACK, OF_P3, Sent, clear_left
 
 
 @dataclass(frozen=True)
-class SentClip(Sent):
+class SentClip(Sent):  # type: ignore[misc]
     """A clip, and which of its frames are shown at which rate."""
 
     tolerance: int = 2

@@ -85,7 +85,7 @@ def test_a_clip_is_the_command_lines(name: str, confined: tuple[Path, dict[str, 
     if sent.refused:
         assert answers[path.name] == [sent.refused, sent.got]
         return
-    frames = np.stack([*read_frames(path, *sent.size, max_frames=100)])
+    frames = np.stack([*read_frames(path, sent.size[0], sent.size[1], max_frames=100)])
     told = answers[path.name]
     assert (told["width"], told["height"], told["frames"]) == (*sent.size, len(frames))
     assert told["fps"] == pytest.approx(sent.fps, rel=0.03)

@@ -36,7 +36,7 @@ def test_a_clip_is_read_as_it_is_shown(name: str, tmp_path: Path) -> None:
     check(frames, sent)
     assert fps == pytest.approx(sent.fps, rel=0.03)
     assert count_frames(path) == len(frames)
-    assert np.array_equal(np.stack([*read_frames(path, *sent.size, max_frames=100)]), frames)
+    assert np.array_equal(np.stack([*read_frames(path, sent.size[0], sent.size[1], max_frames=100)]), frames)
 
 
 @pytest.mark.parametrize("name", [name for name, sent in CLIPS.items() if sent.refused])

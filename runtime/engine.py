@@ -76,9 +76,8 @@ class Engine:
         self._kept: list[Event] = []  # events that nobody has asked for yet
         self._stepping = threading.RLock()
         self._lost: DeviceLost | None = None
-        if settings.compile:
-            for expert in model.experts:
-                compile_trunk(expert)
+        for expert in model.experts if settings.compile else ():
+            compile_trunk(expert)
 
     @classmethod
     def from_pretrained(

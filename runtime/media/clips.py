@@ -225,6 +225,7 @@ def _decoded(container: InputContainer, stream: av.VideoStream, subject: Subject
         context = av.CodecContext.create(WITH_ALPHA[context.name], "r")  # type: ignore[assignment]
         context.options = _options(subject)
     fields, first_key = Deinterlacer(), None
+    assert stream.time_base is not None
     with subject.decoding():
         for packet in container.demux(stream):
             if first_key is None and packet.is_keyframe:

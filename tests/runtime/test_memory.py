@@ -13,7 +13,7 @@ import torch
 from peaks import made_up
 from tiny import save_checkpoint, with_room
 
-from skylapse import Engine, VideoRequest
+from skylapse import Engine, Video, VideoRequest
 from skylapse.runtime.batch import Batch
 from skylapse.runtime.conditioning import Conditioning
 from skylapse.runtime.config import MIB, load_settings
@@ -155,7 +155,7 @@ def test_what_is_held_and_what_works_never_take_more_than_there_is(
     batch = Batch(
         demo.model, Scheduler(SchedulerConfig(max_batch_tokens=10**6)), lambda: memory, lambda: demo.previewer
     )
-    most = [0]
+    most, done = [0], Video(np.zeros((1, 8, 8, 3), np.uint8), 8)
 
     def begins(num_bytes: int) -> None:
         held = sum(t.resident_bytes for t in batch.active.values())
@@ -168,7 +168,7 @@ def test_what_is_held_and_what_works_never_take_more_than_there_is(
         if t.stage == "decode":
             begins(t.fit.work_bytes["decode"] - t.fit.kept_bytes)
             t.chunks = getattr(t, "chunks", 0) + 1  # type: ignore[attr-defined]
-            t.video = "done" if t.chunks == 3 else None  # type: ignore[attr-defined,assignment]
+            t.video = done if t.chunks == 3 else None  # type: ignore[attr-defined]
         else:
             begins(t.fit.work_bytes["text"])
             t.conditioning = Conditioning((False,) * t.shape[1])

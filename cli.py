@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # whatever is heavy is imported by the command that needs it:
     from rich.progress import Progress as RichProgress
 
     from .runtime.engine import Engine
+    from .runtime.models.registry import ModelFolder
     from .runtime.request import ModelDefaults, ModelLimits, Video
 
 
@@ -71,39 +72,14 @@ def _report(error: Exception, what: str, status: int, debug: bool, hint: str = "
 # --------------------------------------------------------------------------------------------------------- generate
 
 
-def _request(options: argparse.Namespace, settings: Settings) -> VideoRequest:
-    """What is asked for; a shape that no model makes is refused with the nearest ones that this one does."""
-    try:
-        return _request_of(options)
-    except ValueError:
-        asked = sampling(options)
-        sides = [asked[name] for name in ("width", "height") if asked[name] is not None]
-        frames = asked["num_frames"]
-        if any(side % 8 for side in sides) or (frames is not None and (frames - 1) % 4):
-            _check_early(options, settings)
-        raise
-
-
-def _check_early(options: argparse.Namespace, settings: Settings, request: VideoRequest | None = None) -> None:
-    """ValueError for what the model cannot make, before its weights are read, if its configs are on this machine."""
-    from .runtime.models.registry import known_folder
-
-    if (folder := known_folder(options.model, settings.cache_dir)) is None:
-        return
-    defaults, limits = folder.defaults, folder.limits
-    if request is not None:
-        if options.seconds is not None:
-            request = replace(request, num_frames=_frames_of(options.seconds, options.fps, defaults, limits))
-        request.resolved(defaults, limits)
-        return
-    given = {name: value for name, value in sampling(options).items() if value is not None}
-    width, height, frames = (given.get(name, getattr(defaults, name)) for name in ("width", "height", "num_frames"))
-    if min(width, height) >= MIN_SIDE and max(width, height) <= MAX_SIDE and frames > 0:
-        check_shape(width, height, frames, limits)
-
-
-def _request_of(options: argparse.Namespace) -> VideoRequest:
-    return VideoRequest(
+def _request(options: argparse.Namespace, folder: ModelFolder | None) -> VideoRequest:
+    """The request, complete where the model's configs are on this machine: what it cannot make is refused at once."""
+    asked = sampling(options)
+    if folder is not None:  # before the rules of all models, which do not know the nearest shape that this one makes
+        width, height, num_frames = (asked[n] or getattr(folder.defaults, n) for n in ("width", "height", "num_frames"))
+        if min(width, height) >= MIN_SIDE and max(width, height) <= MAX_SIDE and num_frames > 0:
+            check_shape(width, height, num_frames, folder.limits)
+    request = VideoRequest(
         prompt=options.prompt,
         negative_prompt=options.negative,
         fps=options.fps,
@@ -113,16 +89,26 @@ def _request_of(options: argparse.Namespace) -> VideoRequest:
         video=options.video,
         strength=options.strength,
         cache=options.cache,
-        **sampling(options),
+        **asked,
     )
+    return request if folder is None else _resolved(request, options.seconds, folder.defaults, folder.limits)
+
+
+def _resolved(
+    request: VideoRequest, seconds: float | None, defaults: ModelDefaults, limits: ModelLimits
+) -> VideoRequest:
+    if seconds is not None:
+        request = replace(request, num_frames=_frames_of(seconds, request.fps, defaults, limits))
+    return request.resolved(defaults, limits)
 
 
 def _generate(options: argparse.Namespace, settings: Settings) -> int:
-    request = _request(options, settings)
     from .runtime.media.clips import count_frames
     from .runtime.media.pictures import check_image
+    from .runtime.models.registry import known_folder
     from .runtime.video_file import SHEET_SUFFIXES, check_writable, save_sheet
 
+    request = _request(options, known_folder(options.model, settings.cache_dir))
     output = check_writable(options.output)
     sheet = check_writable(options.sheet, SHEET_SUFFIXES, "sheet") if options.sheet is not None else None
     if sheet and sheet.resolve() == output.resolve():
@@ -136,7 +122,6 @@ def _generate(options: argparse.Namespace, settings: Settings) -> int:
     with _display() as display:
         display.stage(f"loading {options.model}")
         started_s = time.perf_counter()
-        _check_early(options, settings, request)
         from . import Engine  # torch: seconds
 
         engine = Engine.from_pretrained(
@@ -147,10 +132,7 @@ def _generate(options: argparse.Namespace, settings: Settings) -> int:
             quantize=options.quantize,
             offload=options.offload,
         )
-        if options.seconds is not None:
-            num_frames = _frames_of(options.seconds, options.fps, engine.defaults, engine.limits)
-            request = replace(request, num_frames=num_frames)
-        request = request.resolved(engine.defaults, engine.limits)
+        request = _resolved(request, options.seconds, engine.defaults, engine.limits)
         loaded_s = time.perf_counter()
         video = _run(engine, request, display)
         display.stage(f"writing {output}")

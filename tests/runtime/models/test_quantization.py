@@ -83,13 +83,14 @@ def test_results_are_near_the_exact_ones(kind: str, error: float, folder: Path, 
 
 
 def test_compiled_blocks_multiply_quantised_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = engine_of(folder, "int8").generate_latents(REQUEST)
+    # Padding moves last bits, and by them now and then an activation to its neighbouring level, which steps on random
+    # weights then enlarge: within 2e-4 after two steps over eight seeds, up to 3.5e-2 after four.
+    request = replace(REQUEST, num_inference_steps=2)
+    plain = engine_of(folder, "int8").generate_latents(request)
     monkeypatch.setenv("SKYLAPSE_COMPILE", "1")
     monkeypatch.setattr("skylapse.runtime.engine.compile_trunk", partial(compile_trunk, backend="eager"))
     torch._dynamo.reset()
-    # What padding moves in the last bit moves some activations to their neighbouring levels (measured: 5e-3 in MKL's
-    # fast mode, 3.5e-2 in its strict one).
-    assert relative_l2(engine_of(folder, "int8").generate_latents(REQUEST), plain) < 6e-2
+    assert relative_l2(engine_of(folder, "int8").generate_latents(request), plain) < 1e-3
 
 
 def test_loading_never_holds_the_exact_weights_beside_the_quantised() -> None:

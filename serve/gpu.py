@@ -31,8 +31,10 @@ def gpu_reader(index: int) -> Callable[[], Facts]:
 
     def read() -> Facts:
         try:
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
             return {
-                "gpu_memory_bytes": float(pynvml.nvmlDeviceGetMemoryInfo(handle).used),
+                "gpu_memory_bytes": float(memory.used),
+                "memory_utilization": round(memory.used / memory.total, 4),
                 "gpu_utilisation": pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
                 "gpu_power_w": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
             }

@@ -32,6 +32,7 @@ FACTS = {  # of each engine's sign of life
     "slots": table.ENGINE_SLOTS,
     "tokens_per_s": table.ENGINE_TOKENS,
     "ready_s": table.ENGINE_READY,
+    "decoder_demotions": table.ENGINE_DEMOTIONS,
 }
 
 

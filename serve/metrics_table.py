@@ -184,6 +184,9 @@ ENGINE_READY = _metric(GAUGE, "engine_ready_seconds", "engine", 8, "Seconds from
 ENGINE_DECODER = _metric(
     GAUGE, "engine_decoder", "engine backend", 8, "1 for the backend that decodes the clips that begin now"
 )
+ENGINE_DEMOTIONS = _metric(
+    GAUGE, "engine_decoder_demotions", "engine", 8, "Compiled decoders that were found wrong or failed"
+)
 READ = (
     BUILD_INFO,
     QUEUE_DEPTH,
@@ -201,5 +204,6 @@ READ = (
     ENGINE_TOKENS,
     ENGINE_READY,
     ENGINE_DECODER,
+    ENGINE_DEMOTIONS,
 )
 METRICS = {metric.name: metric for metric in (*COUNTED, *READ)}

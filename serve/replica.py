@@ -25,6 +25,7 @@ from ..runtime.warm_up import warm_up
 from .catalog import check_fingerprint
 from .context import Context, open_context
 from .engine.gpu_health import GpuHealth, GpuWatch
+from .engine.host_memory import host_memory
 from .gpu import gpu_reader, open_nvml
 from .logs import log_as_json
 from .loopback import stay_on_loopback
@@ -268,11 +269,11 @@ class EngineReplica:
     def _facts_reader(self) -> Callable[[], dict[str, Any]]:
         """What is told of an engine that takes work."""
         device = self.engine.device
-        read_gpu = gpu_reader(device.index or 0) if device.type == "cuda" else dict
+        read_device = gpu_reader(device.index or 0) if device.type == "cuda" else host_memory
         fixed = {"device": str(device), "slots": self.group.engine_slots, "gpus": ray.get_gpu_ids(), **self.started}
 
         def read() -> dict[str, Any]:
-            told = fixed | self.measures.facts | self._packs() | read_gpu()
+            told = fixed | self.measures.facts | self._packs() | read_device()
             told |= self.engine.decoders.report.facts | self.engine.model.residency.report.facts
             told |= {} if self.tracer is None else self.tracer.facts
             told |= {} if self.gpu is None else self.gpu.health.facts

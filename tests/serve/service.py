@@ -26,6 +26,7 @@ from skylapse.serve.api import create_app
 from skylapse.serve.config import ServeConfig
 from skylapse.serve.context import Context, open_context
 from skylapse.serve.edge import Edge
+from skylapse.serve.engine.host_memory import host_memory
 from skylapse.serve.measures import Measures
 from skylapse.serve.store.keys import SCOPES
 from skylapse.serve.store.leases import Leases
@@ -235,7 +236,7 @@ class Crew:
         await asyncio.to_thread(beat, f"{self.id}-dispatcher", DISPATCHER, {"calls": sum(map(len, self._calls))})
         for index, (group, worker, measures) in enumerate(zip(self.groups, self.workers, self.measures, strict=True)):
             facts = {**group.facts, "state": READY, "slots": group.engine_slots, **measures.facts}
-            facts |= {"running": len(worker.keeper.held)}
+            facts |= {"running": len(worker.keeper.held)} | host_memory() | worker.engine.decoders.report.facts
             await asyncio.to_thread(beat, f"{self.id}-engine-{index}", ENGINE, facts)
             await asyncio.to_thread(measures.tell, self.context.database, self.context.ledger.counters)
 

@@ -28,6 +28,7 @@ def test_decoders_and_their_demotions_are_told(tmp_path: Path) -> None:
     assert engines["b"]["decoder_demoted"] == ["onnxruntime: it failed"]
     assert 'skylapse_engine_decoder{backend="onnxruntime",engine="a"} 1.0' in lines
     assert 'skylapse_engine_decoder{backend="eager",engine="b"} 1.0' in lines
+    assert 'skylapse_engine_decoder_demotions{engine="b"} 1.0' in lines
 
 
 def test_what_leaves_an_engines_gpu_is_told(tmp_path: Path) -> None:

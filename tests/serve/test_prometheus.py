@@ -14,7 +14,7 @@ from skylapse.serve.metrics_table import HISTOGRAM, METRICS
 
 from .test_monitoring import PANELS, RULES, VARIABLES
 
-ON_A_GPU = "engine_memory_utilization_ratio engine_gpu_utilization_ratio engine_gpu_power_watts engine_decoder"
+ON_A_GPU = "engine_gpu_utilization_ratio engine_gpu_power_watts"
 NOT_YET = "lost_engine_seconds_total sick_engines_total trace_spans_dropped_total webhook_deliveries_total"
 NOT_HERE = {f"skylapse_{name}" for name in f"{ON_A_GPU} {NOT_YET} engine_ready_seconds rejections_total".split()}
 

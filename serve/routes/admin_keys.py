@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request
@@ -56,13 +58,8 @@ async def change(request: Request, caller: Operator, key_id: KeyId) -> JSONRespo
 
 def _change(request: Request, caller: Caller, key_id: str, asked: ChangeKey) -> JSONResponse:
     context: Context = request.app.state.context
-    if not KEY_ID.fullmatch(key_id):
-        raise _no_key()
-    try:
-        with refusing():
-            key = context.keys.change(key_id, asked.model_dump(exclude_unset=True), actor(request, caller))
-    except KeyNotFound:
-        raise _no_key() from None
+    with _of_a_valid_key(key_id):
+        key = context.keys.change(key_id, asked.model_dump(exclude_unset=True), actor(request, caller))
     return JSONResponse(show_key(key))
 
 
@@ -75,13 +72,8 @@ async def rotate(request: Request, caller: Operator, key_id: KeyId) -> JSONRespo
 
 def _rotate(request: Request, caller: Caller, key_id: str, asked: RotateKey) -> JSONResponse:
     context: Context = request.app.state.context
-    if not KEY_ID.fullmatch(key_id):
-        raise _no_key()
-    try:
-        with refusing():
-            key, text = context.keys.rotate(key_id, asked.overlap_s, actor(request, caller))
-    except KeyNotFound:
-        raise _no_key() from None
+    with _of_a_valid_key(key_id):
+        key, text = context.keys.rotate(key_id, asked.overlap_s, actor(request, caller))
     return JSONResponse(show_key(key, text))
 
 
@@ -91,6 +83,18 @@ def revoke(request: Request, caller: Operator, key_id: KeyId) -> JSONResponse:
     if not KEY_ID.fullmatch(key_id) or not request.app.state.context.keys.revoke(key_id, actor(request, caller)):
         raise _no_key()
     return JSONResponse({"id": key_id, "object": "key.deleted", "deleted": True})
+
+
+@contextmanager
+def _of_a_valid_key(key_id: str) -> Iterator[None]:
+    """Answer 404 where the store has no valid key of this id."""
+    if not KEY_ID.fullmatch(key_id):
+        raise _no_key()
+    try:
+        with refusing():
+            yield
+    except KeyNotFound:
+        raise _no_key() from None
 
 
 def _no_key() -> ApiError:

@@ -150,3 +150,9 @@ def test_skylapse_lines_of_the_job_are_of_our_command_line(
     with pytest.raises(SystemExit) as ended:
         main([*words, "--help"])
     assert ended.value.code == 0 and "download" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("image", ["cpu", "cuda"])
+def test_an_image_tells_the_commit_that_it_was_built_from(image: str) -> None:
+    stage = STAGES[image]
+    assert stage.index("ARG REVISION") < stage.index("ENV SKYLAPSE_REVISION=${REVISION}")

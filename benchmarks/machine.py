@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,12 @@ from typing import Any
 import torch
 
 PEERS = ("triton", "diffusers", "cache-dit", "onnxruntime", "xformers", "flash_attn_3")
+
+
+def in_words(machine: Mapping[str, Any]) -> str:
+    """Return a machine's device and its threads, as a report's titles name it."""
+    threads = machine.get("threads")
+    return f"{machine.get('device')}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def describe() -> dict[str, Any]:

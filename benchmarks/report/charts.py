@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..machine import in_words
 from ..record import Curve, HistoryLine, KernelResult, SuiteReport
 from .load import Found
 
@@ -196,8 +197,7 @@ def _rooflines(path: str, report: KernelResult) -> Iterator[Chart]:
     ops = list(points)
     for begin in range(0, len(ops), MOST_SERIES):
         series = [Series(op, sorted(points[op]), "none") for op in ops[begin : begin + MOST_SERIES]]
-        title = f"{report.machine.get('device')}, {report.machine.get('threads')} threads"
-        yield Chart(title, "operations a byte", "10⁹ operations/s", series, path, True, True, roof)
+        yield Chart(in_words(report.machine), "operations a byte", "10⁹ operations/s", series, path, True, True, roof)
 
 
 def _memories(found: Found) -> Iterator[Chart]:

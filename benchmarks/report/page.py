@@ -7,6 +7,7 @@ from html import escape
 
 from ..fits.markdown import cells_of
 from ..fits.table import CARDS
+from ..machine import in_words
 from ..record import KernelResult
 from ..track.compare import Figure, figures, reasons
 from .charts import Chart, Section
@@ -77,7 +78,7 @@ def _runs(found: Found) -> str:
 def _run(path: str, report: AnyResult) -> Iterator[str]:
     machine = report.machine
     yield f"<td>{escape(path)}</td><td>{escape(report.benchmark)}</td>"
-    yield f"<td>{escape(str(machine.get('device')))}, {escape(str(machine.get('threads')))} threads</td>"
+    yield f"<td>{escape(in_words(machine))}</td>"
     yield f"<td>{escape(str(machine.get('commit') or 'none'))}</td>"
     failed = len(reasons(report))
     words = f"{'quick, ' if report.quick else ''}{report.elapsed_s:.0f} s{f', {failed} failed' if failed else ''}"

@@ -9,7 +9,7 @@ const shell = (text) => (/^[\w.:/=-]+$/.test(text) ? `${text}` : `'${`${text}`.r
 const python = (value) => JSON.stringify(value);
 
 export function curl(video, origin = location.origin) {
-  const key = `-H "Authorization: Bearer $SKYLAPSE_API_KEY"`;
+  const key = `-H "Authorization: Bearer $OPENAI_API_KEY"`;
   let create;
   if (video.remixed_from_video_id) {
     const body = shell(JSON.stringify({ prompt: video.prompt }));
@@ -28,7 +28,7 @@ export function curl(video, origin = location.origin) {
 
 export function pythonCode(video, origin = location.origin) {
   const lines = ["import os", "", "from openai import OpenAI", ""];
-  lines.push(`client = OpenAI(base_url=${python(`${origin}/v1`)}, api_key=os.environ["SKYLAPSE_API_KEY"])`);
+  lines.push(`client = OpenAI(base_url=${python(`${origin}/v1`)}, api_key=os.environ["OPENAI_API_KEY"])`);
   if (video.remixed_from_video_id) {
     lines.push(`video = client.videos.remix(${python(video.remixed_from_video_id)}, prompt=${python(video.prompt)})`);
     lines.push("video = client.videos.poll(video.id)");

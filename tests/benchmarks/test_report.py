@@ -15,6 +15,7 @@ from made_up import around, comparison, measurement, report
 from skylapse.benchmarks.fits.command import FOLDER
 from skylapse.benchmarks.fits.table import read as read_table
 from skylapse.benchmarks.fits.table import write as write_table
+from skylapse.benchmarks.machine import in_words
 from skylapse.benchmarks.record import Curve, write
 from skylapse.benchmarks.report.charts import MOST_SERIES, Chart, Series, cdf, sections
 from skylapse.benchmarks.report.load import collect
@@ -285,3 +286,8 @@ def test_missing_matplotlib_names_the_extra(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["bench", "report", str(tmp_path / "results"), "-o", str(tmp_path / "page.html")]) == 2
     assert "pip install 'skylapse[bench]'" in capsys.readouterr().err and not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(("threads", "words"), [(1, "cpu, 1 thread"), (2, "cpu, 2 threads")])
+def test_one_thread_is_no_threads(threads: int, words: str) -> None:
+    assert in_words({"device": "cpu", "threads": threads}) == words

@@ -129,7 +129,8 @@ def test_a_download_that_was_killed_leaves_its_turn_to_the_next(hub: Hub, tmp_pa
     process = context.Process(target=_resolve, args=(hub.url, str(tmp_path / "cache"), context.Barrier(1)))
     process.start()
     until_s = time.monotonic() + 20
-    while not hub.gets(WEIGHTS) and time.monotonic() < until_s:
+    while not (hub.gets(WEIGHTS) and any((tmp_path / "cache").rglob("snapshots/*/model_index.json"))):
+        assert time.monotonic() < until_s
         time.sleep(0.01)
     process.kill()
     process.join()

@@ -1,4 +1,4 @@
-"""What is stored is its owner's alone, in folders that are made and in those that were there."""
+"""Stored files are private to their owner, in folders that are made and in those that were there."""
 
 from __future__ import annotations
 

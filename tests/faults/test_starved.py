@@ -116,7 +116,7 @@ def answers(service: Running) -> bool:
 
 
 def test_only_the_threads_that_work_on_jobs_give_way(patient: Running) -> None:
-    """What answers health checks and leaves signs of life has the priority of everybody else."""
+    """The threads that answer health checks and leave heartbeats have everybody's priority."""
     patient.ended(start_jobs(patient, 1, steps=2))
     priorities: dict[int, list[str]] = {}
     for task in Path(f"/proc/{patient.pids('engine')[0]}/task").iterdir():

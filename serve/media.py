@@ -44,8 +44,8 @@ from .errors import ApiError
 T = TypeVar("T")
 
 MAX_SECONDS = 120.0
-# Limits of a decoder. Pictures of 4096x4096 took 0.9 s (JPEG), 2.4 s (WebP) and 560 MiB of addresses, 216 of them before the
-# file was opened; without the limit a PNG of 17 KB takes 704 MB.
+# Limits of a decoder. Pictures of 4096x4096 took 0.9 s (JPEG), 2.4 s (WebP) and 560 MiB of addresses, 216 of them
+# before the file was opened; without the limit a PNG of 17 KB takes 704 MB.
 IMAGE_CPU_S, VIDEO_CPU_S = 15, 60
 WALL_PER_CPU = 3.0  # the cores are the engine's, too
 MEMORY_BYTES, MEMORY_BYTES_A_PIXEL = 384 * 2**20, 32

@@ -19,7 +19,7 @@ class Cost:
     currency: str
 
     def show(self) -> dict[str, str]:
-        """As the API shows it; the amount is text, exact, without an exponent."""
+        """Return the cost as the API shows it; the amount is text, exact, without an exponent."""
         return {"amount": amount_of(self.nanos), "currency": self.currency}
 
 

@@ -212,7 +212,7 @@ def test_parts_that_need_no_device_do_not_load_torch(module: str) -> None:
 def test_a_cluster_builds_the_application_and_finds_the_deployments_that_its_file_names(
     monkeypatch: pytest.MonkeyPatch, root: Path
 ) -> None:
-    """By the function with which Ray's controller reads `import_path`: it refuses a builder of two parameters."""
+    """Use the function with which Ray's controller reads `import_path`: it refuses a builder of two parameters."""
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build_as_a_cluster
 
     from skylapse.serve import app

@@ -15,7 +15,7 @@ from skylapse.serve.private import make_folder
 
 @pytest.fixture(autouse=True)
 def open_to_all() -> Iterator[None]:
-    """As many machines have it; the modes must not depend on it."""
+    """Set an open umask, as many machines have it; the modes must not depend on it."""
     old = os.umask(0)
     yield
     os.umask(old)

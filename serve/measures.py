@@ -39,7 +39,7 @@ class Measures:
         self.facts |= {"step_s": round(last.step_s, 5), "tokens_per_s": round(median(self._speeds), 1)}
 
     def ended(self, outcome: str) -> None:
-        """Note that a job ended. outcome: completed, failed, lost, drained."""
+        """Note that a job ended. outcome: completed, failed, lost, drained, stalled or stopped."""
         self.facts["jobs"] += 1
         self.facts[outcome] = self.facts.get(outcome, 0) + 1
         self.facts["at"] = round(time.time(), 3)

@@ -1,4 +1,4 @@
-"""Shapes of what operators are answered, and the rest that the OpenAPI document says of their routes."""
+"""Response models of the operators' API, and the other parts of the OpenAPI document for its routes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class AdminEngine(Shape):
 
 
 class AdminKey(Shape):
-    """A key; `key`, its text, is there in the answer that makes it alone."""
+    """A key. Its text, `key`, is included only in the answer that creates it."""
 
     id: str
     object: Literal["key"]

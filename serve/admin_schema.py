@@ -1,6 +1,6 @@
-"""The bodies of the operators' API: what may be changed, and what is shown of tenants, jobs, engines, keys, audit.
+"""Request and response bodies of the operators' API: tenants, jobs, engines, keys and the audit.
 
-Prompts are shown to nobody but their tenant.
+A prompt is shown only to its own tenant.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class AdminBody(BaseModel):
 
 
 class ChangeTenant(AdminBody):
-    """PATCH /v1/admin/tenants/{tenant}; null: as the configuration has it."""
+    """Body of PATCH /v1/admin/tenants/{tenant}; null resets a setting to the configuration's."""
 
     quota: Setting | None = None
     creates_per_minute: Setting | None = None
@@ -38,13 +38,13 @@ class ChangeTenant(AdminBody):
 
 
 class ChangeJob(AdminBody):
-    """PATCH /v1/admin/jobs/{job_id}."""
+    """Body of PATCH /v1/admin/jobs/{job_id}."""
 
     priority: Priority
 
 
 class CreateKey(AdminBody):
-    """POST /v1/admin/keys."""
+    """Body of POST /v1/admin/keys."""
 
     tenant: Annotated[str, StringConstraints(min_length=1, max_length=64)] = TENANT
     scopes: Annotated[list[str], Field(min_length=1, max_length=8)] = ["read", "write"]
@@ -54,20 +54,20 @@ class CreateKey(AdminBody):
 
 
 class ChangeKey(AdminBody):
-    """PATCH /v1/admin/keys/{key_id}; null: no name, no end."""
+    """Body of PATCH /v1/admin/keys/{key_id}; null removes the name or the end."""
 
     name: Name | None = None
     expires_at: Time | None = None
 
 
 class RotateKey(AdminBody):
-    """POST /v1/admin/keys/{key_id}/rotate; overlap_s: how long the old key is valid beside the new one."""
+    """Body of POST /v1/admin/keys/{key_id}/rotate; overlap_s: seconds that the old key stays valid too."""
 
     overlap_s: Annotated[float, Field(ge=0, le=MAX_OVERLAP_S, allow_inf_nan=False)] = 0.0
 
 
 def show_tenant(context: Context, tenant: Tenant, load: Load) -> dict[str, Any]:
-    """What holds for a tenant; `overrides` are the settings that are not the configuration's."""
+    """Return a tenant's effective settings; `overrides` are the settings that differ from the configuration's."""
     config, name = context.config, tenant.name
     overrides = {
         "quota": tenant.quota,
@@ -89,7 +89,7 @@ def show_tenant(context: Context, tenant: Tenant, load: Load) -> dict[str, Any]:
 
 
 def show_job(job: Job) -> dict[str, Any]:
-    """A job without its prompt and files."""
+    """Return a job without its prompt and files."""
     request = job.request
     error = {"code": job.error_code, "message": job.error_message or job.error_code} if job.state == FAILED else None
     return {
@@ -119,7 +119,7 @@ def show_job(job: Job) -> dict[str, Any]:
 
 
 def show_engine(engine: Process) -> dict[str, Any]:
-    """An engine and all that it tells of itself."""
+    """Return an engine and all the facts that it reports of itself."""
     is_draining = engine.drain_asked or bool(engine.facts.get("draining"))
     return {
         "id": engine.id,
@@ -134,7 +134,7 @@ def show_engine(engine: Process) -> dict[str, Any]:
 
 
 def show_key(key: ApiKey, text: str | None = None) -> dict[str, Any]:
-    """A key; its text is in the answer that makes it, and nowhere else."""
+    """Return a key; its text is included only in the answer that creates it."""
     shown = {
         "id": key.id,
         "object": "key",
@@ -159,7 +159,7 @@ def state_of(key: ApiKey) -> str:
 
 
 def show_entry(entry: Entry) -> dict[str, Any]:
-    """A row of the audit."""
+    """Return a row of the audit."""
     return {
         "id": entry.id,
         "object": "audit.entry",

@@ -1,4 +1,4 @@
-"""Shapes of what is answered, for the OpenAPI document; `show_video` and its like make them."""
+"""Response models for the OpenAPI document; `show_video` and similar functions make the bodies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ErrorDetail(BaseModel):
 
 
 class Error(BaseModel):
-    """OpenAI's envelope, of every error that the application itself answers."""
+    """OpenAI's error envelope, used for every error that the application itself answers."""
 
     error: ErrorDetail
 
@@ -33,16 +33,16 @@ class VideoError(BaseModel):
 
 
 class Cost(BaseModel):
-    """amount: decimal, as text, so that nothing is rounded."""
+    """A cost. amount: decimal, as text, so that nothing is rounded."""
 
     amount: str
     currency: str
 
 
 class VideoUsage(BaseModel):
-    """What a video has used of engines. Steps that were lost with an engine are not in it.
+    """The engine time and work that a video has used. Steps that were lost with an engine are not in it.
 
-    engine_seconds: its share of the time in which engines worked. device: null where none has begun.
+    engine_seconds: its share of the time in which engines worked. device: null if no engine has begun.
     """
 
     engine_seconds: float
@@ -55,7 +55,7 @@ class VideoUsage(BaseModel):
 
 
 class Video(BaseModel):
-    """OpenAI's 13 keys, and ours."""
+    """A video: OpenAI's 13 keys, and ours."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -89,7 +89,7 @@ class Video(BaseModel):
 
 
 class Preview(BaseModel):
-    """A small animation of what there is of the video, as base64."""
+    """A small animation of the unfinished video, as base64."""
 
     b64_json: str
     mime: Literal["image/webp"]
@@ -98,7 +98,7 @@ class Preview(BaseModel):
 
 
 class VideoEvent(BaseModel):
-    """What is in `data` of a server-sent event; what is told beside the video depends on the type."""
+    """The `data` of a server-sent event; the fields beside `video` depend on the type."""
 
     type: Literal[
         "video.queued", "video.in_progress", "video.progress", "video.preview", "video.completed", "video.failed"
@@ -151,7 +151,7 @@ class ModelList(BaseModel):
 
 
 class UsageBucket(BaseModel):
-    """Of the jobs that ended on a day, of a tenant, by a model; null where they are not told apart."""
+    """Usage of the jobs that ended on a day, of a tenant, by a model; null where these are not told apart."""
 
     object: Literal["usage.bucket"]
     day: str | None
@@ -174,7 +174,7 @@ class UsageList(BaseModel):
 
 
 class Generated(BaseModel):
-    """`video_bytes` is base64; `video_path` a file in the operator's directory."""
+    """A finished video: `video_bytes` is base64; `video_path` is a file in the operator's directory."""
 
     video_id: str
     video_bytes: str | None = None

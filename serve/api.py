@@ -1,4 +1,4 @@
-"""The HTTP application: routes, and what holds for all of them (request ids, OpenAI's error envelope)."""
+"""The HTTP application: its routes, and what they share (request ids, OpenAI's error envelope)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def create_app(context: Context, behind_proxy: bool = False) -> FastAPI:
-    """Everything that an ingress replica answers; all of it from the store.
+    """Create the application of an ingress replica; all that it answers comes from the store.
 
     behind_proxy: Ray's proxy gives requests and answers their ids.
     """
@@ -94,7 +94,7 @@ def create_app(context: Context, behind_proxy: bool = False) -> FastAPI:
 
 
 class Labelled:
-    """Gives every answer an id, which the logs name, and the time that it took; and counts it."""
+    """Middleware that adds an id, which the logs name, and the time taken to every answer, and counts the answer."""
 
     def __init__(self, app: ASGIApp, counter: RequestCounter, behind_proxy: bool = False) -> None:
         self.app, self.counter, self.behind_proxy = app, counter, behind_proxy
@@ -134,7 +134,7 @@ class Labelled:
 
 
 def _log_answer(scope: Scope, status: int, seconds: float) -> None:
-    """One line a request, of its route and not of its URL; polls that went well are told at level debug alone."""
+    """Log one line for a request, with its route and not its URL; polls that succeed are logged at level debug only."""
     route = getattr(scope.get("route"), "path", "unknown")
     is_poll = scope["method"] in ("GET", "HEAD") and 200 <= status < 400
     level = logging.DEBUG if is_poll else logging.WARNING if status >= 500 else logging.INFO
@@ -160,7 +160,7 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    """A path or query parameter that is not what it should be."""
+    """Answer 400 for a path or query parameter that is invalid."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     param = str(first["loc"][-1])
@@ -168,7 +168,7 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 
 def _parameter(route: object, name: str) -> FieldInfo | None:
-    """A route's own declaration of a parameter."""
+    """Return a route's own declaration of a parameter."""
     if not isinstance(route, APIRoute):
         return None
     declared = (*route.dependant.query_params, *route.dependant.header_params, *route.dependant.path_params)
@@ -186,7 +186,7 @@ async def _no_route(request: Request, error: Exception) -> JSONResponse:
 
 
 def _methods(path: str) -> set[str]:
-    """Of all that is at a path: Starlette's own header has those of one route alone."""
+    """Return the methods of all routes at a path; Starlette's own header has those of one route only."""
     routes = [route for part in ROUTES for route in part.router.routes if isinstance(route, APIRoute)]
     found = [route for route in routes if route.path_regex.match(path)]
     exact = [route for route in found if route.path == path]  # `/v1/videos/edits` is no video

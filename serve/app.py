@@ -29,7 +29,7 @@ STREAMS = 1000  # open event streams and requests of one ingress; Serve's defaul
 
 
 def build(arguments: dict[str, Any]) -> Application:
-    """The application for a `ServeConfig`'s fields; a config file's deployment options come on top.
+    """Build the application from a `ServeConfig`'s fields; a config file's deployment options override its own.
 
     Ray refuses a builder of more than one parameter, with a default or without.
     """
@@ -37,7 +37,7 @@ def build(arguments: dict[str, Any]) -> Application:
 
 
 def application(arguments: dict[str, Any], engine: type[EngineReplica]) -> Application:
-    """The same with engines of a kind of their own."""
+    """Build the application with engines of the given class."""
     config = pin_revisions(ServeConfig(**arguments))
     asked = config.model_dump(exclude_defaults=True)
     settings, num_gpus = load_settings(), cluster_gpus()
@@ -62,7 +62,7 @@ def application(arguments: dict[str, Any], engine: type[EngineReplica]) -> Appli
     )(Dispatcher).bind(asked, engines)
 
     def answers() -> ASGIApp:
-        """Made in each ingress replica; the store is all that it needs."""
+        """Create the HTTP application in each ingress replica; it needs only the store."""
         log_as_json("ingress")
         stay_on_loopback()
         return create_app(open_context(asked), behind_proxy=True)
@@ -79,13 +79,13 @@ def application(arguments: dict[str, Any], engine: type[EngineReplica]) -> Appli
 
 
 def cpus_of(config: ServeConfig) -> float:
-    """What all parts together ask Ray for, at most: without as many, some would wait for ever."""
+    """Return the most CPUs that all parts together ask Ray for; with fewer, some parts would wait for ever."""
     engines = sum(group.max_engines for group in config.groups)
     return ENGINE_CPUS * engines + OTHERS_CPUS * (config.ingresses + 1)
 
 
 def _replicas(config: ServeConfig, group: EngineGroup) -> dict[str, Any]:
-    """So many engines, or as many as the backlog wants."""
+    """Return the deployment options for a fixed number of engines, or for as many as the backlog needs."""
     scaling = group.autoscaling
     if scaling is None:
         return {"num_replicas": group.engines}

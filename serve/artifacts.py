@@ -33,7 +33,7 @@ READ_AHEAD_BYTES = 4 << 20  # s3fs' own 50 MiB would be fetched for every range 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What was written, as the job's row keeps it."""
+    """A file that was written, as the job's row keeps it."""
 
     key: str
     num_bytes: int
@@ -41,7 +41,7 @@ class Artifact:
 
 
 class ArtifactStore:
-    """`url`: a folder ("file:///data" or a path) or a bucket ("s3://bucket/prefix", with fsspec's options)."""
+    """A file store. url: a folder ("file:///data" or a path) or a bucket ("s3://bucket/prefix", fsspec's options)."""
 
     def __init__(self, url: str, **options: Any) -> None:
         self.files, root = fsspec.core.url_to_fs(url, **{**(S3_OPTIONS if url.startswith("s3") else {}), **options})
@@ -49,7 +49,7 @@ class ArtifactStore:
         self.is_local = "file" in self.files.protocol
 
     def prepare(self) -> None:
-        """Let a folder be there, and its files be ours alone; a bucket's rights are its owner's to set."""
+        """Create the folder and make its files private; the rights of a bucket are set by its owner."""
         if self.is_local:
             root = Path(self.root)
             make_folder(root)
@@ -58,7 +58,7 @@ class ArtifactStore:
                 restrict(root, FOLDER)
 
     def write(self, key: str, source: Path | bytes | Iterator[bytes], replace: bool = False) -> Artifact:
-        """Store bytes, a file's or in pieces, under a new key. FileExistsError for one that is taken.
+        """Store bytes, a file or pieces under a new key. Raises FileExistsError if the key is taken.
 
         replace: put it in the place of what an earlier try of the same caller may have left.
         The key appears when all bytes are there, and on a disk when they are synced.
@@ -75,32 +75,32 @@ class ArtifactStore:
         return Artifact(key, num_bytes, digest.hexdigest())
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-        """Bytes [start, end) in pieces. FileNotFoundError at once, not at the first piece."""
+        """Yield bytes [start, end) in pieces. Raises FileNotFoundError at once, not at the first piece."""
         file = self.files.open(self._path(key), "rb", block_size=READ_AHEAD_BYTES)
         return _pieces(file, start, end)
 
     def copy(self, source: str, target: str) -> Artifact:
-        """Store a file's bytes under another key as well. FileNotFoundError."""
+        """Store a file's bytes under another key as well. Raises FileNotFoundError."""
         return self.write(target, self.read(source), replace=True)
 
     def sign(self, key: str, seconds: float) -> str | None:
-        """An URL that reads a file for so long without a key of ours; None where the store has none: a folder."""
+        """Return an URL that reads a file for `seconds` without a key of ours; None for a folder, which has none."""
         try:
             return str(self.files.sign(self._path(key), expiration=int(seconds)))
         except NotImplementedError:
             return None
 
     def size(self, key: str) -> int:
-        """Bytes of a file; FileNotFoundError."""
+        """Return the bytes of a file. Raises FileNotFoundError."""
         return int(self.files.size(self._path(key)))
 
     def keys(self, prefix: str) -> list[str]:
-        """Every key under a folder of keys, such as "jobs/<id>"; none where there is no such folder."""
+        """Return every key under a folder of keys, such as "jobs/<id>"; an empty list if there is no such folder."""
         self.files.invalidate_cache()
         return sorted(path.removeprefix(f"{self.root}/") for path in self.files.find(self._path(f"{prefix}/x")[:-2]))
 
     def folders(self, prefix: str, older_than_s: float = 0.0) -> list[str]:
-        """Names of the folders of keys in a folder in which nothing has been written for so long."""
+        """Return the names of the folders under `prefix` to which nothing has been written for `older_than_s`."""
         self.files.invalidate_cache()
         written_s: dict[str, float] = {}  # of the newest file: a bucket's folders have no times of their own
         root = f"{self.root}/{prefix}"
@@ -119,7 +119,7 @@ class ArtifactStore:
                     os.rmdir(self._path(key).rpartition("/")[0])
 
     def remove(self, prefix: str) -> int:
-        """Remove a folder of keys with everything in it; returns how many files went."""
+        """Remove a folder of keys with everything in it; return the number of files removed."""
         found = self.keys(prefix)
         path = self._path(f"{prefix}/x")[:-2]
         if self.files.exists(path):
@@ -128,7 +128,7 @@ class ArtifactStore:
 
     @contextmanager
     def _new_file(self, path: str) -> Iterator[Any]:
-        """A file that is there once it is complete; if writing it fails, it is not there at all."""
+        """Open a file that appears when it is complete; if writing fails, there is no file."""
         if self.is_local:
             make_folder(Path(path).parent)
             try:
@@ -154,7 +154,7 @@ class ArtifactStore:
         file.commit()
 
     def _told(self, path: str) -> dict[str, str]:
-        """What a bucket says of a file to those who read it by a signed URL."""
+        """Return the content type to store with a file in a bucket; readers of its signed URL receive it."""
         media_type = mimetypes.guess_type(path)[0] if "s3" in self.files.protocol else None
         return {"ContentType": media_type} if media_type else {}
 
@@ -165,7 +165,7 @@ class ArtifactStore:
 
 
 def _written_s(entry: dict[str, Any]) -> float:
-    """When a file was written, which disks, buckets and memory each say in their own words; 0 where one does not."""
+    """Return when a file was written, in seconds since 1970, as disks, buckets and memory name it; 0 if unknown."""
     told = entry.get("mtime") or entry.get("LastModified") or entry.get("created") or 0.0
     return told.timestamp() if isinstance(told, datetime) else float(told)
 

@@ -1,4 +1,4 @@
-"""Work beside a job's main work, for which nobody waits: previews shown, checkpoints stored."""
+"""Background work of a job that nothing waits for: storing previews and checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Work = Callable[[], Awaitable[None]]
 
 
 class Aside:
-    """One thing at a time; of a kind of things that wait, only the newest is done."""
+    """Runs one piece of work at a time; of those of one kind that wait, only the newest is done."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, Work] = {}
@@ -23,7 +23,7 @@ class Aside:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     def drop(self) -> None:
-        """Nothing of it matters any more; what has begun in a thread comes to its end there."""
+        """Discard all work that waits; what has begun in a thread runs to its end there."""
         self._waiting.clear()
         if self._task is not None:
             self._task.cancel()

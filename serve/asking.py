@@ -1,4 +1,4 @@
-"""A job's request: what a client asked for, as the store keeps it and as an engine is asked for it.
+"""A job's request, as the store keeps it and as the engine takes it.
 
 The row holds numbers and text alone. Pictures and clips that a request shows the model lie beside the job's other files
 under `jobs/<id>/inputs/`: a PNG of the model's own size, or an mp4 of the finished clip's size.
@@ -23,7 +23,7 @@ def input_key(job_id: str, name: str) -> str:
 
 @dataclass(frozen=True)
 class Extension:
-    """How a clip is made longer: the model makes `native_frames`, of which the first `context` are the clip's last."""
+    """The frames of an extension: the model makes `native_frames`, the first `context` of which are the clip's last."""
 
     context: int
     native_frames: int
@@ -31,7 +31,7 @@ class Extension:
 
 
 def extend(source_frames: int, new_frames: int, limits: ModelLimits) -> Extension | None:
-    """As much context as the model's length leaves room for, up to half of it; None where that is not a frame.
+    """Use as much context as the model's length leaves room for, up to half of it; None if that is not one frame.
 
     The new frames fill whole latent frames; what is more than was asked for is cut off at the end.
     """
@@ -45,7 +45,7 @@ def extend(source_frames: int, new_frames: int, limits: ModelLimits) -> Extensio
 
 
 def video_request(asked: dict[str, Any], image: Path | None = None) -> VideoRequest:
-    """What the engine is asked for a job's request, but for the clip that it may go on from or remake."""
+    """Return the engine's request for a job, without the clip that it may extend or remake."""
     width, height = (int(side) for side in asked["native_size"].split("x"))
     return VideoRequest(
         prompt=asked["prompt"],
@@ -64,6 +64,6 @@ def video_request(asked: dict[str, Any], image: Path | None = None) -> VideoRequ
 
 
 def preview_every(asked: dict[str, Any]) -> int:
-    """Steps from one preview to the next, so that there are as many as were asked for, or all that there can be."""
+    """Return the steps between previews, for as many as were asked for or as many as are possible; 0 for none."""
     previews: int = asked["partial_images"]
     return math.ceil(asked["num_inference_steps"] / (previews + 1)) if previews else 0

@@ -1,4 +1,4 @@
-"""Who calls: a key in the Authorization header, or the cookie that a browser got for one."""
+"""Authenticates callers by a key in the Authorization header, or by the cookie that a browser got for one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .store.keys import OPERATOR, ApiKey
 
 @dataclass(frozen=True)
 class Caller:
-    """Jobs, files and quotas are the tenant's; what may be done with them is the key's."""
+    """An authenticated caller: the tenant owns jobs, files and quotas; the key decides what may be done with them."""
 
     tenant: str
     key: ApiKey
@@ -34,7 +34,7 @@ def _may(scope: str) -> Callable[[Request], Caller]:
 
 
 def _key(request: Request) -> ApiKey:
-    """ApiError 401 where there is no valid one; neither what was sent nor why it is wrong is repeated."""
+    """Return the caller's key. Raises ApiError 401, which repeats neither what was sent nor why it is wrong."""
     context = request.app.state.context
     kind, _, text = request.headers.get("authorization", "").partition(" ")
     if kind:
@@ -53,7 +53,7 @@ def _key(request: Request) -> ApiKey:
 
 
 def is_operator(request: Request, key: ApiKey) -> bool:
-    """Whether this key sees all tenants: by its scope alone, which a browser's cookie never carries."""
+    """Return whether this key sees all tenants: by its scope alone, which a browser's cookie never carries."""
     return "operator" in key.scopes and "authorization" in request.headers
 
 
@@ -65,7 +65,7 @@ def _reads_usage(request: Request) -> Caller:
 
 
 def check_scrapes(request: Request) -> None:
-    """Whether /metrics may be read: on loopback by everybody, else with a key of scope operator. ApiError 401, 403."""
+    """Let everybody on loopback read /metrics, others only with a key of scope operator. Raises ApiError 401, 403."""
     if request.app.state.context.config.metrics_open or is_from_loopback(request):
         return
     if not is_operator(request, _key(request)):

@@ -1,4 +1,4 @@
-"""How many engines there should be: as many as clear the backlog in the time that the operator names.
+"""Autoscaling policy: as many engines as clear the backlog in the time that the operator sets.
 
 `deploy/serve.yaml` names the policy. Serve calls it ten times a second on its controller's loop, within the bounds and
 delays of the deployment's `autoscaling_config`, which it applies to the answer by itself.
@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 
 
 class BacklogPolicy:
-    """For `autoscaling_config.policy`, with the arguments as its `policy_kwargs`.
+    """A policy for `autoscaling_config.policy`, with its arguments in `policy_kwargs`.
 
-    clear_in_s: an engine is added for so many seconds of work. database_url: SQLAlchemy's, ServeConfig's; where it
-    holds a password, leave it out here, since Serve logs these arguments: then it is SKYLAPSE_DATABASE_URL. model: the
-    served name of the model whose jobs count; "": all jobs. default: it is the first of several, whose are also the
-    jobs that name none. canary: of a model that has one, whether its share of the jobs counts or the rest.
+    clear_in_s: seconds of work for which one engine is added. database_url: SQLAlchemy's, as in ServeConfig; leave it
+    out if it holds a password, since Serve logs these arguments: then SKYLAPSE_DATABASE_URL is used. model: the served
+    name of the model whose jobs count; "": all jobs. default: this model is the first of several, to which the jobs
+    that name none belong as well. canary: for a model that has one, whether its share of the jobs counts or the rest.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class BacklogPolicy:
         self.poll: asyncio.Task[None] | None = None
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """The number of engines that there should be, and what Serve's status tells beside it. Never waits."""
+        """Return the number of engines that there should be, and facts for Serve's status. Never waits."""
         now_s = time.monotonic()
         if now_s - self.polled_s >= self.poll_s and (self.poll is None or self.poll.done()):
             self.polled_s = now_s
@@ -69,7 +69,7 @@ class BacklogPolicy:
         return num_engines(self.backlog, self.clear_in_s), told
 
     async def _read(self) -> None:
-        """One read a task: one that went on for ever would keep this policy alive after a redeploy has replaced it."""
+        """Read the backlog once: a task that looped would keep this policy alive after a redeploy has replaced it."""
         try:
             self.backlog = await asyncio.to_thread(read_backlog, self.database, self.queue)
             self.read_s = time.monotonic()
@@ -80,6 +80,6 @@ class BacklogPolicy:
 
 
 def num_engines(backlog: Backlog, clear_in_s: float) -> int:
-    """At least one while there is a job, and no more than jobs: a job is one engine's."""
+    """Return the number of engines: at least one while there is a job, and no more than jobs: a job is one engine's."""
     wanted = backlog.engine_s / clear_in_s
     return min(backlog.num_jobs, max(1, math.ceil(min(wanted, backlog.num_jobs))))

@@ -1,4 +1,4 @@
-"""What the service's models can do, read from their folders' JSON files: no weights, no torch, no engine asked.
+"""The served models and their limits, read from their folders' JSON files: no weights, no torch, no engine asked.
 
 A hub's models are looked up in the background when an ingress starts. It is not ready before, and no request waits.
 """
@@ -28,7 +28,7 @@ FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A name that clients may ask for, and what is behind it."""
+    """A name that clients may ask for, and the model behind it."""
 
     name: str
     folder: ModelFolder
@@ -37,7 +37,7 @@ class ServedModel:
     canary: tuple[float, str | None] | None = None  # its share of the jobs, and its revision
 
     def assign(self, job_id: str) -> tuple[str | None, str | None]:
-        """(variant, revision) for a new job."""
+        """Return (variant, revision) for a new job."""
         if self.canary is not None and is_of_canary(job_id, self.canary[0]):
             return CANARY, self.canary[1]
         return None, self.revision
@@ -63,12 +63,12 @@ class ServedModel:
         return "text-to-video" not in self.folder.tasks
 
     def tokens(self, width: int, height: int, num_frames: int) -> int:
-        """Of one branch of a clip."""
+        """Return the number of tokens of one branch of a clip."""
         temporal, side = self.limits.temporal_multiple, self.limits.size_multiple
         return ((num_frames - 1) // temporal + 1) * (height // side) * (width // side)
 
     def show(self) -> dict[str, Any]:
-        """As GET /v1/models lists it."""
+        """Return the model as GET /v1/models lists it."""
         defaults, limits = self.defaults, self.limits
         return {
             "id": self.name,
@@ -122,11 +122,11 @@ class Catalog:
 
     @property
     def reason(self) -> str | None:
-        """Why jobs cannot be taken for every model yet; None once all are resolved."""
+        """The reason why jobs cannot be taken for every model yet; None once all are resolved."""
         return next(iter([*self._reasons.values()]), None)
 
     def find(self, name: str | None, param: str = "model") -> ServedModel:
-        """ApiError 404 for a name that nobody has, 503 for a model that is not resolved yet."""
+        """Return the model of this name. Raises ApiError 404 for an unknown name, 503 for a model not resolved yet."""
         served = self.config.model_of(name)
         if served is None:
             names = ", ".join(self.names)
@@ -143,15 +143,15 @@ class Catalog:
 
     @property
     def names(self) -> list[str]:
-        """All that clients may name."""
+        """All names that clients may use."""
         return list(dict.fromkeys((*self.config.model_names, *self.config.aliases)))
 
     def all(self) -> list[ServedModel]:
-        """Those that are resolved, by all of their names."""
+        """Return the resolved models, one for each of their names."""
         return [self.find(name) for name in self.names if self.config.model_of(name) in self._folders]
 
     def close(self) -> None:
-        """Stop looking up what is not resolved."""
+        """Stop looking up the models that are not resolved."""
         self._closing.set()
 
     def _resolve_all(self, groups: list[EngineGroup]) -> None:
@@ -175,9 +175,9 @@ class Catalog:
 
 
 def check_models(config: ServeConfig) -> None:
-    """ValueError with one line for the first model, or canary, whose JSON files cannot be had or are not a model's.
+    """Raise ValueError with one line for the first model or canary whose JSON files are missing or not a model's.
 
-    Also for weights that are on this machine and are not those of its `fingerprint`.
+    Also for weights on this machine that do not match the model's `fingerprint`.
     """
     cache_dir = load_settings().cache_dir
     for group in config.groups:
@@ -188,15 +188,15 @@ def check_models(config: ServeConfig) -> None:
 
 
 def check_fingerprint(group: EngineGroup, folder: Path) -> None:
-    """ValueError where a folder holds other weights than the configuration says."""
+    """Raise ValueError if a folder's weights differ from the configured fingerprint."""
     if group.fingerprint is not None and (found := fingerprint(folder)) != group.fingerprint:
         raise ValueError(f"fingerprint of model {group.name!r} must be {group.fingerprint}, got {found}")
 
 
 def pin_revisions(config: ServeConfig) -> ServeConfig:
-    """The configuration with the commits that its revisions are now, so that all parts of the service mean the same.
+    """Return the configuration with its revisions resolved to commits, so that all parts of the service use the same.
 
-    ValueError for a model that there is not; a hub that does not answer is waited for by whoever needs it.
+    Raises ValueError for a model that does not exist; if a hub does not answer, the part that needs it waits for it.
     """
     if config.models:
         pinned: dict[str, Any] = {"models": tuple(_pinned(entry) for entry in config.models)}

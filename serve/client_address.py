@@ -1,4 +1,4 @@
-"""Whether a request comes from this machine itself."""
+"""Detects requests that come from this machine itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "v
 
 
 def is_from_loopback(request: Request) -> bool:
-    """Over the loopback, to a loopback's name (which a page of another site cannot ask by), and by no proxy."""
+    """Return whether a request came over the loopback, to its name (which no other site's page can), by no proxy."""
     client = request.client.host if request.client else ""
     if any(name in request.headers for name in FORWARDED):
         return False

@@ -1,4 +1,4 @@
-"""A job's pictures and clips: what its engine is shown of them, and the files that its client gets."""
+"""A job's pictures and clips: those that its engine is given, and the files that its client gets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PREVIEW_SIDE = 256  # pixels of a preview's longer side at least: it is looked a
 
 
 def shown(asked: dict[str, Any], files: dict[str, Path]) -> VideoRequest:
-    """The engine's request, with the clip that it goes on from or remakes in the model's own size."""
+    """Return the engine's request, with the clip that it extends or remakes in the model's own size."""
     request = video_request(asked, files.get(IMAGE))
     if SOURCE not in files:
         return request
@@ -34,7 +34,7 @@ def shown(asked: dict[str, Any], files: dict[str, Path]) -> VideoRequest:
 
 
 def finished(asked: dict[str, Any], files: dict[str, Path], video: Video, folder: Path) -> Artifact:
-    """The clip and its thumbnail as files in `folder`, at the size and length that were asked for."""
+    """Write the clip and its thumbnail into `folder`, at the size and length that were asked for."""
     width, height = (int(side) for side in asked["size"].split("x"))
     to = Finish(width, height, asked["num_frames"])
     frames = video.frames
@@ -46,7 +46,7 @@ def finished(asked: dict[str, Any], files: dict[str, Path], video: Video, folder
 
 
 def preview_webp(frames: Frames, fps: float) -> bytes:
-    """An animated WebP of a preview [T, H, W, 3], enlarged so that it can be looked at."""
+    """Return an animated WebP of a preview [T, H, W, 3], enlarged for viewing."""
     height, width = frames.shape[1:3]
     scale = max(1, -(-PREVIEW_SIDE // max(height, width)))
     size = (width * scale, height * scale)

@@ -1,4 +1,4 @@
-"""`skylapse serve`: one machine's service."""
+"""`skylapse serve`: runs the service of one machine."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def serve(arguments: Sequence[str], settings: Settings) -> int:
 def _run(
     service: LocalService, context: Context, options: argparse.Namespace, told: tuple[str, str], stopped: Event
 ) -> int:
-    """Until it is told to stop, or cannot be started; the exit code."""
+    """Run until the service is told to stop or cannot be started; return the exit code."""
     logger.info("the service starts")
     watch = StatusWatch(service.status, context.processes, APPLICATION, context.config.groups)
     _listen(stopped)
@@ -119,7 +119,7 @@ def _listen(stopped: Event) -> None:
 
 
 def _writer(log_format: str) -> Callable[[str], None]:
-    """Prints one line of the log; where nobody reads any more, it is lost and the service goes on."""
+    """Return a function that prints a line of the log; a line that nobody reads is lost, and the service goes on."""
     stdout = sys.stdout
 
     def write(line: str) -> None:
@@ -131,7 +131,7 @@ def _writer(log_format: str) -> Callable[[str], None]:
 
 @contextmanager
 def _logging(write: Callable[[str], None], settings: Settings) -> Iterator[None]:
-    """Let this process's own lines go the way of the others'."""
+    """Send this process's own log lines the same way as those of the other processes."""
     handler = Printed(write)
     handler.setFormatter(JsonLines("service"))
     ours = logging.getLogger("skylapse")
@@ -148,7 +148,7 @@ def _logging(write: Callable[[str], None], settings: Settings) -> Iterator[None]
 
 
 class Printed(logging.Handler):
-    """Hands a record's line on."""
+    """Log handler that passes each record's line to `write`."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class Printed(logging.Handler):
 
 
 def _say(url: str, key: str, host: str, engines: Mapping[str, Mapping[str, Any]]) -> None:
-    """For who has started it, on stderr: the log, which others read, holds no key."""
+    """Print address and key on stderr, for whoever started the service: the log, which others read, has no key."""
     logger.info("the service is ready", extra={"facts": {"url": url}})
     for facts in engines.values():
         whose = f"{facts['model']}: " if len(engines) > 1 else ""
@@ -174,7 +174,7 @@ def _say(url: str, key: str, host: str, engines: Mapping[str, Mapping[str, Any]]
 
 
 def _local_key(context: Context, wanted: str | None) -> str:
-    """The key of this machine's own tenant: the operator's, or one that is made at the first start and kept."""
+    """Return the key of this machine's own tenant: the operator's, or one that is made at the first start and kept."""
     if wanted is not None:  # the context has seen to it
         return wanted
     context.keys.manage(ENVIRONMENT, None, TENANT, TENANT_SCOPES)

@@ -1,4 +1,4 @@
-"""What the operator of a service decides; the arguments of the Serve application, and of `skylapse serve`."""
+"""A service's configuration: the arguments of the Serve application and of `skylapse serve`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Price = Annotated[Decimal, Field(ge=0, le=10**6, decimal_places=9, allow_inf_nan
 
 
 class ServeConfig(BaseModel):
-    """Everything has a default that suits one machine; `deploy/serve.yaml` shows a cluster's."""
+    """The configuration. Every field has a default that suits one machine; `deploy/serve.yaml` shows a cluster's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -136,7 +136,7 @@ class ServeConfig(BaseModel):
 
     @property
     def scratch(self) -> Path:
-        """For files that nobody needs after a restart."""
+        """The folder for files that nobody needs after a restart."""
         return self.folder / "scratch"
 
     @property
@@ -145,7 +145,7 @@ class ServeConfig(BaseModel):
 
     @property
     def entries(self) -> tuple[ModelEntry, ...]:
-        """What is said of each model, also where there is one alone."""
+        """The entry of each model, also for a service of one model."""
         return self.models or (
             ModelEntry.model_construct(
                 model=self.model, revision=self.revision, fingerprint=self.fingerprint, canary=self.canary
@@ -154,12 +154,12 @@ class ServeConfig(BaseModel):
 
     @property
     def model_names(self) -> list[str]:
-        """Of the models that are served, the default first."""
+        """Names of the served models, the default first."""
         return [entry.served_name for entry in self.entries]
 
     @property
     def groups(self) -> list[EngineGroup]:
-        """Engines: one deployment a model, `Engine` where there is one alone, and one for each canary."""
+        """Engine groups: one deployment for each model, named `Engine` if there is one alone, and for each canary."""
         deployments = deployment_names(self.model_names) if self.models else ["Engine"]
         service = {name: getattr(self, name) for name in type(self).model_fields}
         return [
@@ -172,7 +172,7 @@ class ServeConfig(BaseModel):
         return next(group for group in self.groups if group.deployment == deployment)
 
     def model_of(self, name: str | None) -> str | None:
-        """The served model behind a name that a client used, or None where there is none of that name."""
+        """Return the served model behind a name that a client used, or None for an unknown name."""
         names = self.model_names
         if name is None or name in names:
             return name or names[0]

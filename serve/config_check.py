@@ -1,4 +1,4 @@
-"""`skylapse serve --print-config` and `--check`: what a configuration comes to, and whether a start would go well."""
+"""`skylapse serve --print-config` and `--check`: the effective configuration, and reasons why a start would fail."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECRET_WORDS = ("secret", "token", "password", "key")  # in names of a file syst
 
 
 def effective_lines(effective: Effective) -> Iterator[str]:
-    """A line of YAML for each setting, with its source behind it; secrets are masked."""
+    """Yield a line of YAML for each setting, followed by its source; secrets are masked."""
     values = effective.config.model_dump(mode="json")
     for name, source in effective.sources.items():
         value = masked(name, effective.hidden.get(name, values[name]))
@@ -33,12 +33,12 @@ def effective_lines(effective: Effective) -> Iterator[str]:
 
 
 def flow(value: Any) -> str:
-    """One line of YAML."""
+    """Return a value as one line of YAML."""
     return yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False).removesuffix("\n...\n").strip()
 
 
 def masked(name: str, value: Any) -> Any:
-    """`value` without what nobody else should read."""
+    """Return `value` with its secrets masked."""
     if name == "database_url" and value:
         with suppress(ArgumentError):
             return make_url(value).render_as_string(hide_password=True)
@@ -50,9 +50,9 @@ def masked(name: str, value: Any) -> Any:
 
 
 def problems(effective: Effective, settings: Settings, checks: Mapping[str, Callable[[], object]]) -> Iterator[str]:
-    """A line for each thing that a start would be refused for; nothing is written.
+    """Yield a line for each reason why a start would be refused; nothing is written.
 
-    checks: what else has to hold -> a call that raises where it does not.
+    checks: a further condition -> a call that raises if it does not hold.
     """
     config = effective.config
     every: dict[str, Callable[[], object]] = {
@@ -72,7 +72,7 @@ def problems(effective: Effective, settings: Settings, checks: Mapping[str, Call
 
 
 def check_folder(folder: Path, name: str) -> None:
-    """ValueError where it could neither be made nor written."""
+    """Raise ValueError if the folder could neither be made nor written."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         raise ValueError(f"{name} must be a folder, and {str(there)!r} is a file")
@@ -81,7 +81,7 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def check_store(url: str) -> None:
-    """ValueError where the database does not answer. A file that is not there yet is made at the start."""
+    """Raise ValueError if the database does not answer. A file that does not exist yet is made at the start."""
     try:
         parsed = make_url(url)
     except ArgumentError:
@@ -104,7 +104,7 @@ def check_store(url: str) -> None:
 
 
 def check_artifacts(config: ServeConfig) -> None:
-    """ValueError where files could not be stored."""
+    """Raise ValueError if files could not be stored."""
     if "://" not in config.artifacts:
         return check_folder(Path(config.artifacts), "artifacts_url") if config.artifacts_url else None
     import fsspec
@@ -117,7 +117,7 @@ def check_artifacts(config: ServeConfig) -> None:
 
 
 def check_cards(config: ServeConfig, settings: Settings) -> None:
-    """ValueError where the engines have too few GPUs."""
+    """Raise ValueError if the engines have too few GPUs."""
     import torch
 
     from .placement import check_gpus

@@ -36,7 +36,7 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Effective:
-    """`sources`: field -> what has set it; `hidden`: secrets of the environment, which `config` is without."""
+    """A configuration, its `sources` (field -> what has set it), and `hidden`: the environment's secrets, not in it."""
 
     config: ServeConfig
     sources: Mapping[str, str]
@@ -52,7 +52,7 @@ def option_of(field: str) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, but: frozenset[str]) -> None:
-    """An option for each field that has none of its own yet."""
+    """Add an option for each field that has none of its own yet."""
     group = parser.add_argument_group("more settings", "docs/deploy.md explains them; the file and the environment too")
     for name, field in ServeConfig.model_fields.items():
         if name not in but:
@@ -60,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser, but: frozenset[str]) -> None:
 
 
 def load_config(options: argparse.Namespace, environ: Mapping[str, str]) -> Effective:
-    """ValueError, in one line, for the first setting that is wrong. environ: of the process, the SKYLAPSE_ part."""
+    """Load the configuration. Raises ValueError, in one line, for the first wrong setting. environ: SKYLAPSE_*."""
     fields: dict[str, Any] = {}
     sources: dict[str, str] = {}
     hidden: dict[str, str] = {}
@@ -80,7 +80,7 @@ def load_config(options: argparse.Namespace, environ: Mapping[str, str]) -> Effe
 
 
 def _given(options: argparse.Namespace, environ: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
-    """(field, value, source), the weakest source first."""
+    """Yield (field, value, source), the weakest source first."""
     fields = ServeConfig.model_fields
     if options.config is not None:
         for name, value in read_file(Path(options.config)).items():
@@ -103,7 +103,7 @@ def _given(options: argparse.Namespace, environ: Mapping[str, str]) -> Iterator[
 
 
 def _value(field: FieldInfo, text: str, source: str) -> Any:
-    """Text as it is for a field of text; for others what YAML says: numbers, switches, lists, objects."""
+    """Return the text itself for a field of text; for others what YAML reads: numbers, switches, lists, objects."""
     annotation = str(field.annotation)
     if field.annotation is str or annotation in ("str | None", "typing.Optional[str]"):
         return text
@@ -114,7 +114,7 @@ def _value(field: FieldInfo, text: str, source: str) -> Any:
 
 
 class OneMeaning(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
-    """Refuses a name that stands twice, of which YAML keeps the last."""
+    """YAML loader that refuses a repeated name; YAML itself keeps the last."""
 
 
 def _mapping(loader: OneMeaning, node: yaml.MappingNode) -> dict[str, Any]:
@@ -134,7 +134,7 @@ OneMeaning.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapp
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The settings of a YAML or JSON file. ValueError names the file, and the line where it is neither."""
+    """Return the settings of a YAML or JSON file. The ValueError names the file, and the line if it is neither."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -163,7 +163,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def told(error: ValidationError, model: type[BaseModel], sources: Mapping[str, str] | None = None) -> str:
-    """One line for the first thing that is wrong: the setting, where it comes from, what is allowed, its value."""
+    """Return one line for the first error: the setting, its source, what is allowed, its value."""
     found = error.errors(include_url=False)
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])  # why another may be missing
     place, source = ".".join(map(str, first["loc"])), (sources or {}).get(str(first["loc"][0]) if first["loc"] else "")

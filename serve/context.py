@@ -1,4 +1,4 @@
-"""What every part of the service stands on: its configuration, store and artifacts, opened once a process."""
+"""The shared parts of the service: its configuration, store and artifacts, opened once in each process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Context:
 
 
 def open_context(arguments: Mapping[str, Any] | ServeConfig) -> Context:
-    """ValueError (pydantic's) for what is no configuration; the store's tables are brought up to date.
+    """Open everything and bring the store's tables up to date. Raises pydantic's ValueError for a wrong configuration.
 
     Secrets come from the environment where the configuration, which a cluster's dashboard shows, has none.
     """
@@ -60,7 +60,7 @@ def open_context(arguments: Mapping[str, Any] | ServeConfig) -> Context:
 
 
 def with_secrets(config: ServeConfig) -> ServeConfig:
-    """With what the environment holds, where the configuration has none."""
+    """Return the configuration with the environment's secrets filled in where it has none."""
     settings = load_settings()
     if not config.database_url and settings.database_url:
         config = config.model_copy(update={"database_url": settings.database_url})
@@ -70,7 +70,7 @@ def with_secrets(config: ServeConfig) -> ServeConfig:
 
 
 def stand_on(config: ServeConfig, database: Database, tracer: Tracer | None = None) -> Context:
-    """What stands on a store that is open; nothing is made, and nothing is changed."""
+    """Return the context of a store that is already open; nothing is made, and nothing is changed."""
     ledger = Ledger(config.price_list)
     return Context(
         config,

@@ -1,4 +1,4 @@
-"""From what a client asks to a durable job: checked against the model, its files stored first, its row last."""
+"""Makes a durable job of a client's request: checked against the model, its files stored first, its row last."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class Draft:
 
 
 def draft_video(asked: CreateVideo, model: ServedModel) -> Draft:
-    """POST /v1/videos. ApiError 400 for what the model cannot make."""
+    """Draft a job for POST /v1/videos. Raises ApiError 400 for what the model cannot make."""
     shape = shape_of(asked, model.native_sizes, model.defaults, model.limits)
     return _draft(GENERATE, asked, model, shape.describe(), shape.native_frames)
 
 
 def draft_remake(kind: str, asked: RemixVideo, model: ServedModel, source: Source) -> Draft:
-    """A remix or an edit: the source's size and length, made anew from its noised frames."""
+    """Draft a remix or an edit: of the source's size and length, made anew from its noised frames."""
     if model.needs_image:
         raise ApiError(400, "This model makes no video from another one.", code="unsupported", param="video")
     shape = source.shape_for(model)
@@ -63,7 +63,7 @@ def draft_remake(kind: str, asked: RemixVideo, model: ServedModel, source: Sourc
 
 
 def draft_extension(asked: ExtendVideo, model: ServedModel, source: Source) -> Draft:
-    """The source, and so many seconds more, which the model makes from the source's last frames."""
+    """Draft an extension: the source, and more seconds that the model makes from the source's last frames."""
     if not model.takes_image:
         raise ApiError(400, "This model goes on from no given frames.", code="unsupported", param="video")
     shape = source.shape_for(model, whole=False)
@@ -94,8 +94,8 @@ def make_job(
 ) -> Job:
     """Store the draft's files, then its row; from then on the job is not lost.
 
-    key: the client's Idempotency-Key. traceparent: its header of this name. ApiError for a priority above the key's, a
-    quota, a rate, a conflict.
+    key: the client's Idempotency-Key. traceparent: its header of this name. Raises ApiError for a priority above the
+    key's, a quota, a rate, a conflict.
     """
     if asked.priority > caller.key.max_priority:
         message = f"Invalid 'priority': this key's highest is {caller.key.max_priority}."
@@ -139,7 +139,7 @@ def make_job(
 
 
 def _draft(kind: str, asked: Sampling, model: ServedModel, facts: Mapping[str, Any], native_frames: int) -> Draft:
-    """ApiError 400 for numbers that the model refuses."""
+    """Make a draft. Raises ApiError 400 for numbers that the model refuses."""
     defaults = model.defaults
     width, height = (int(side) for side in facts["native_size"].split("x"))
     request = {
@@ -167,14 +167,14 @@ def _draft(kind: str, asked: Sampling, model: ServedModel, facts: Mapping[str, A
 
 
 def _digest(draft: Draft, asked: Sampling) -> str:
-    """Of the canonical fields and the files: SDKs rebuild a form's boundaries when they send it again."""
+    """Return a digest of canonical fields and files: SDKs rebuild a form's boundaries when they send it again."""
     fields = asked.model_dump(mode="json", exclude_none=True)
     canonical = json.dumps([draft.kind, fields, draft.digests], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _work(context: Context, draft: Draft) -> float:
-    """Estimated seconds of one engine, by what engines of the model have told of their speed."""
+    """Return the estimated seconds of one engine, from the speed that the model's engines report."""
     told = [process.facts for process in context.processes.alive() if "tokens_per_s" in process.facts]
     speeds = [float(facts["tokens_per_s"]) for facts in told if facts.get("model") == draft.model.served]
     share = draft.request.get("strength", 1.0)
@@ -182,7 +182,7 @@ def _work(context: Context, draft: Draft) -> float:
 
 
 def _bounds(context: Context, name: str) -> Bounds:
-    """Read from the store for each job: an operator's change holds from the next one on."""
+    """Read the tenant's bounds from the store for each job: an operator's change holds from the next one on."""
     tenant, config = context.tenants.get(name), context.config
     quota = tenant.quota or config.quotas.get(name, config.quota)
     per_minute = tenant.creates_per_minute or config.creates_per_minute

@@ -2,7 +2,7 @@
 
 It does not hand jobs out: it makes calls, and an engine that has a slot for a call claims the job that is next by then.
 So no lease runs while a call waits, an engine takes what it has room for, and Serve sees the load that it scales by. A
-call that dies names its owner, whose job is queued again at once; that a lease expires is the backstop.
+call that dies names its owner, whose job is queued again at once; the expiry of leases is the backstop.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MAX_CALLS = 256  # to one group's engines, that wait or work at a time; Serve sc
 
 @dataclass
 class Caller:
-    """The calls to one group's engines that wait or work, and when to look again after one that found no job."""
+    """Calls to one group's engines, waiting or running, and when to look again after a call that found no job."""
 
     group: EngineGroup
     engine: DeploymentHandle[Any]
@@ -51,10 +51,10 @@ class Caller:
 
 
 class Dispatcher:
-    """Its loops begin with the first health check, on the loop that the replica runs on."""
+    """The deployment. Its loops begin with the first health check, on the loop that the replica runs on."""
 
     def __init__(self, config: dict[str, Any], engines: Mapping[str, DeploymentHandle[Any]]) -> None:
-        """engines: deployment -> its handle; one for each of the configuration's groups of engines."""
+        """Open the store. engines: deployment -> its handle, one for each of the configuration's groups of engines."""
         log_as_json("dispatcher")
         stay_on_loopback()
         context = open_context(config)
@@ -70,7 +70,7 @@ class Dispatcher:
         self._store_was_away_s = float("-inf")
 
     async def check_health(self) -> None:
-        """Called by Serve every second."""
+        """Start the loops at the first call, and raise if one has ended. Called by Serve every second."""
         if not self._loops:
             loops = (
                 (self._call, LOOK_S),
@@ -94,7 +94,7 @@ class Dispatcher:
             await asyncio.to_thread(self.tracer.close)
 
     async def _every(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
-        """For ever. An outage is waited for; an error of ours ends the loop, and Serve replaces the dispatcher."""
+        """Repeat `work`. An outage is waited for; an error of ours ends the loop, and Serve replaces the dispatcher."""
         while True:
             try:
                 await work()
@@ -123,7 +123,7 @@ class Dispatcher:
                 call.add_done_callback(caller.calls.discard)
 
     async def _run_next(self, caller: Caller, owner: str) -> None:
-        """One call: a slot of an engine for as long as its job takes."""
+        """Make one call, which takes a slot of an engine for as long as its job runs."""
         try:
             if await caller.engine.run_next.remote(owner) is None:  # somebody else's by now, or a suspect that waits
                 caller.pause_until_s = time.monotonic() + PAUSE_S
@@ -135,7 +135,7 @@ class Dispatcher:
                 logger.warning("job %s is %s again, from step %d", job.id, job.state, job.checkpoint_step)
 
     async def _expire(self) -> None:
-        """Leases end while the store is away; whoever holds one is given the time to renew it first."""
+        """Expire leases that nobody renewed; after an outage of the store, holders first get time to renew them."""
         if time.monotonic() - self._store_was_away_s > self.config.lease_s:
             for job in await asyncio.to_thread(self.leases.expire):
                 logger.warning("the lease of job %s was not renewed; it is %s", job.id, job.state)

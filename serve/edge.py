@@ -1,4 +1,4 @@
-"""What stands in Ray's HTTP proxy before all requests: it reads no further ahead than a window, and bounds the headers.
+"""Middleware in Ray's HTTP proxy: it bounds the headers, and how far ahead of the ingress a body is read.
 
 Ray's proxy reads a body as fast as its client sends it and keeps what the ingress has not fetched yet: ten clients that
 sent a gigabyte each would fill the memory of the node, whatever the ingress refuses. Ray calls `middlewares` by
@@ -28,7 +28,7 @@ def middlewares() -> list[Middleware]:
 
 
 class Edge:
-    """ASGI middleware."""
+    """ASGI middleware that bounds a request's headers and reads its body through a `Window`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -49,7 +49,7 @@ class Edge:
 
 
 class Window:
-    """`receive`, which waits while too much of what it gave is still held by the proxy.
+    """Wraps `receive`, and waits while the proxy still holds too much of what it gave.
 
     Ray's queue tells nobody what was fetched from it, but lets go of the messages once they are serialized.
     """
@@ -83,7 +83,7 @@ class Window:
 
 
 class Held(dict[str, Any]):
-    """A message, whose end can be seen; across processes it is a plain dict."""
+    """A message whose release can be seen; pickled for another process, it is a plain dict."""
 
     def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
         return dict, (dict(self),)

@@ -1,4 +1,4 @@
-"""What clients are told when something is wrong: OpenAI's envelope, which its SDKs unpack into their exceptions."""
+"""Error answers: OpenAI's envelope, which its SDKs unpack into their exceptions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_RETRY_AFTER_S = 60  # a longer Retry-After is ignored by OpenAI's JavaScript
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error that is answered to the client.
 
     retry_after_s: when to try again, in seconds; None where trying again is of no use, which a 409 says in a header of
     its own, since SDKs retry it otherwise.
@@ -48,12 +48,12 @@ class ApiError(Exception):
 
 
 def refusal(error: ValidationError, schema: type[BaseModel] | None = None) -> ApiError:
-    """A 400 for the first field of a body that pydantic refused; with its schema, what is allowed is told whole."""
+    """Return a 400 for the first field of a body that pydantic refused; a schema lets it name all that is allowed."""
     return refused_field(error.errors(include_url=False)[0], schema)
 
 
 def refused_field(found: ErrorDetails, schema: type[BaseModel] | FieldInfo | None) -> ApiError:
-    """The same for one error; its place begins with the field. Only a number or a short word is repeated."""
+    """Return a 400 for one error; its place begins with the field. Only a number or a short word is repeated."""
     names = [str(part) for part in found["loc"] if not isinstance(part, int)]
     param = ".".join(names) or None
     if found["type"] == "extra_forbidden":

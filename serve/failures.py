@@ -1,4 +1,4 @@
-"""What a job's client is told when its job has failed: a code, and a sentence without anything of the inside."""
+"""Error codes and messages for clients of failed jobs, which tell nothing about the inside of the service."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KNOWN: tuple[tuple[type[Exception], str, str], ...] = (
 
 
 def failure(error: Exception) -> tuple[str, str]:
-    """(code, message) of an error that ended a job."""
+    """Return (code, message) of an error that ended a job."""
     for kind, code, message in KNOWN:
         if isinstance(error, kind):
             return code, message

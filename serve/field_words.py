@@ -1,6 +1,6 @@
-"""What a field may hold, and what is wrong with what it was given, in our words: for bodies, queries and configuration.
+"""Names a field's allowed values and its errors in our own words, for bodies, queries and configuration.
 
-pydantic finds the field and says so in its own voice; what is allowed is read from the field's JSON schema.
+pydantic finds the field and describes the error in its own voice; what is allowed is read from the field's JSON schema.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 MAX_SHOWN = 60  # characters of a value that is repeated
-# Where a field's schema is not at hand, by how pydantic's name of an error begins.
+# Words by the start of pydantic's name of an error, for a field whose schema is not at hand.
 BY_TYPE = (
     ("int", "a whole number"),
     ("float", "a number"),
@@ -36,14 +36,14 @@ BOUNDS = {
 
 
 def near(name: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that was probably meant."""
+    """Return the one of `names` that was probably meant, or None."""
     plain = {other.replace("_", "").replace("-", "").lower(): other for other in names}
     found = difflib.get_close_matches(name.replace("_", "").replace("-", "").lower(), plain, 1, 0.75)
     return plain[found[0]] if found else None
 
 
 def fault(error: ErrorDetails, model: type[BaseModel] | FieldInfo | None) -> str:
-    """What is wrong with a field's value, to follow the field's name: "must be ..."; "is missing" where there is none.
+    """Return the error in a field's value, to follow the field's name: "must be ..."; "is missing" for no value.
 
     model: what was validated, or the one field. The value is not repeated.
     """
@@ -65,13 +65,13 @@ def fault(error: ErrorDetails, model: type[BaseModel] | FieldInfo | None) -> str
 
 
 def shown(value: Any) -> str:
-    """A value as a message repeats it."""
+    """Return a value as a message repeats it, cut where it is long."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def allowed(field: FieldInfo) -> str | None:
-    """What a field may hold, such as "a whole number of at least 1"; None where nothing can be told."""
+    """Return the values that a field allows, such as "a whole number of at least 1"; None if that is unknown."""
     try:
         schema = TypeAdapter(_annotated(field)).json_schema()
     except PydanticUserError:
@@ -80,7 +80,7 @@ def allowed(field: FieldInfo) -> str | None:
 
 
 def field_at(model: type[BaseModel] | FieldInfo | None, loc: Sequence[str | int]) -> FieldInfo | None:
-    """The field that an error's place leads to."""
+    """Return the field that an error's place leads to."""
     field = model if isinstance(model, FieldInfo) else None
     holder: Any = None if isinstance(model, FieldInfo) else model
     for part in () if isinstance(model, FieldInfo) else loc:
@@ -96,7 +96,7 @@ def field_at(model: type[BaseModel] | FieldInfo | None, loc: Sequence[str | int]
 
 
 def fields_of(holder: type[BaseModel] | FieldInfo | None) -> list[str]:
-    """Names that an object may have, which is a model's or what a field, or each item of its list, is."""
+    """Return the names that an object may have: a model's, or those of the model in a field or in its list."""
     kind: Any = holder
     if isinstance(holder, FieldInfo):
         kind = _without_none(holder.annotation)
@@ -114,13 +114,13 @@ def _of_name(model: type[BaseModel], name: str | int) -> FieldInfo | None:
 
 
 def _inner(holder: Any) -> Any:
-    """What a list's items or an object's values are."""
+    """Return the type of a list's items or of an object's values."""
     arguments = [argument for argument in get_args(holder) if argument is not Ellipsis]
     return arguments[-1] if get_origin(holder) in (list, tuple, dict, set, frozenset, Mapping) and arguments else None
 
 
 def _without_none(annotation: Any) -> Any:
-    """The one kind beside None, and what is annotated."""
+    """Return the type without `Annotated`, and the one type beside None."""
     if get_origin(annotation) is Annotated:
         return _without_none(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):

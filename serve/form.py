@@ -15,9 +15,10 @@ KEY = re.compile(r"\[([^\[\]]*)\]")
 
 
 def parse_fields(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Nested objects and lists of (name, value) pairs, in the order in which they came.
+    """Return nested objects and lists of (name, value) pairs, in the order in which they came.
 
-    ApiError 400: a malformed or too deeply nested name, one used as a value and as an object, or twice, or too many.
+    Raises ApiError 400 for a malformed or too deeply nested name, one used as a value and as an object, or twice, or
+    for too many names.
     """
     parsed: dict[str, Any] = {}
     for number, (name, value) in enumerate(fields):

@@ -1,4 +1,4 @@
-"""What a GPU tells of itself through NVML; nothing where there is none, or no `nvidia-ml-py`."""
+"""Memory, utilisation and power of a GPU, read through NVML; nothing without a GPU or `nvidia-ml-py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Facts = dict[str, float]
 
 
 def open_nvml(index: int) -> tuple[Any, Any] | None:
-    """(the library, its handle of torch's device `index`); None without a library, a driver or such a device."""
+    """Return (the library, its handle of torch's device `index`); None without a library, a driver or such a device."""
     try:
         import pynvml
 
@@ -23,7 +23,7 @@ def open_nvml(index: int) -> tuple[Any, Any] | None:
 
 
 def gpu_reader(index: int) -> Callable[[], Facts]:
-    """A function that reads memory (bytes), utilisation (a share) and power (watts) of torch's device `index`."""
+    """Return a reader of the memory (bytes), utilisation (a share) and power (watts) of torch's device `index`."""
     opened = open_nvml(index)
     if opened is None:
         return dict
@@ -45,7 +45,7 @@ def gpu_reader(index: int) -> Callable[[], Facts]:
 
 
 def _uuid(index: int) -> Any:
-    """NVML counts all devices, torch those that CUDA_VISIBLE_DEVICES leaves."""
+    """Return the device's UUID: NVML counts all devices, torch those that CUDA_VISIBLE_DEVICES leaves."""
     import torch
 
     return f"GPU-{torch.cuda.get_device_properties(index).uuid}"

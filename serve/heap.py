@@ -1,6 +1,6 @@
 """Gives freed memory back to the system.
 
-What large bodies took, glibc keeps: an ingress that had answered 254 bad requests was 180 MiB larger than before.
+glibc keeps the memory of large bodies: an ingress that had answered 254 bad requests was 180 MiB larger than before.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _trimmed_s = float("-inf")
 
 
 def trim() -> None:
-    """At most once in so many seconds; nothing where the C library has no such call."""
+    """Give memory back, at most once in EVERY_S seconds; nothing happens if the C library has no such call."""
     global _trimmed_s
     if (now_s := time.monotonic()) - _trimmed_s >= EVERY_S:
         _trimmed_s = now_s

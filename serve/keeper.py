@@ -1,7 +1,7 @@
-"""Keeps the leases of the jobs that an engine works on and tells how far they are, in a thread of its own.
+"""Keeps the leases of an engine's jobs and reports their progress, in a thread of its own.
 
-A step, a compile or a decode may outlast a lease, so whoever works does not renew. The thread stops renewing for a job
-whose work has stood still for longer than any stage may take: then another engine gets it.
+A step, a compile or a decode may outlast a lease, so the thread that works does not renew. This thread stops renewing
+for a job whose work has stood still for longer than any stage may take: then another engine gets it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Held:
         self.is_told = True
 
     def report(self, standing: Standing) -> None:
-        """Something of it was done just now; of what is told between two looks, the newest counts."""
+        """Note progress of the job; of several reports between two looks, the newest counts."""
         self.moved_s = time.monotonic()
         self.standing, self.is_told = standing, False
 
@@ -113,7 +113,7 @@ class Keeper:
                 h.end(LOST)
 
     def _report(self, held: list[Held]) -> None:
-        """Under the lease, so that a killed engine takes with it no more than what it did since the last look."""
+        """Write the progress of all held jobs, so that a killed engine loses no more than its work since then."""
         held = [h for h in held if h.reason is None]
         untold = [(h, h.standing) for h in held if not h.is_told]
         used = [(h, usage) for h in held if (usage := h.account.usage) is not h.told_usage]

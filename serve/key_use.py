@@ -1,4 +1,4 @@
-"""When keys were last used, written once a minute at most and never by the request that uses one."""
+"""Notes when keys were last used; a thread writes it at most once a minute, so no request waits for that."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class KeyUse:
-    """One an ingress. A thread writes what was noted, and ends; what is lost with a process is a minute's."""
+    """Key uses of one ingress. A thread writes what was noted, and ends; a process that dies loses a minute's."""
 
     def __init__(self, keys: KeyStore) -> None:
         self.keys = keys
@@ -24,7 +24,7 @@ class KeyUse:
         self._writer: threading.Thread | None = None
 
     def note(self, key_id: str) -> None:
-        """A request uses this key. Returns at once."""
+        """Note that a request uses this key. Returns at once."""
         now_s = time.monotonic()
         with self._lock:
             if now_s - self._noted_s.get(key_id, float("-inf")) < USED_EVERY_S:
@@ -36,7 +36,7 @@ class KeyUse:
                 self._writer.start()
 
     def wait(self) -> None:
-        """Return when all that was noted is written."""
+        """Wait until all that was noted is written."""
         if (writer := self._writer) is not None:
             writer.join()
 

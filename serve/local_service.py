@@ -1,4 +1,4 @@
-"""Ray and the Serve application of one machine: started on the loopback, asked how they are, stopped."""
+"""Ray and the Serve application of one machine: started on the loopback, asked for their status, stopped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 APPLICATION = "skylapse"
 OBJECT_STORE_BYTES = 80 * 2**20  # clips go through the artifact store: Ray carries job ids alone
 
-# What the images and pods set as well (tests/serve/test_deploy.py). A process that has died is noticed at its next
+# The images and pods set the same (tests/serve/test_deploy.py). A process that has died is noticed at its next
 # check, whatever the timeout: a proxy is replaced after 3 of them, which Serve by default makes every 10 s. A timeout
 # is for one that lives and does not answer, as on a machine with 14 runnable threads a core: 2 s killed it.
 RAY = {
@@ -44,13 +44,13 @@ ONE_MACHINE = {
 
 
 class LocalService:
-    """Ray is imported by `start`: seconds."""
+    """The service. Ray is imported by `start`, since that takes seconds."""
 
     def __init__(self, config: ServeConfig, settings: Settings, session: RaySession) -> None:
         self.config, self.settings, self.session = config, settings, session
 
     def start(self, host: str, port: int) -> None:
-        """Begin to start it; `status` tells how that goes. ValueError for engines that the machine has no room for."""
+        """Begin the start; `status` tells its progress. Raises ValueError if the engines do not fit the machine."""
         export(RAY | ONE_MACHINE | self.session.variables)
         import ray
         from ray import serve
@@ -79,7 +79,7 @@ class LocalService:
         )
 
     def status(self) -> ServeStatus:
-        """What Serve's controller says of application, deployments and proxies; it raises while that is away."""
+        """Return the controller's status of application, deployments and proxies; raises while it is away."""
         from ray import serve
 
         return serve.status()
@@ -96,7 +96,7 @@ class LocalService:
 
 
 def quieten() -> None:
-    """Let Ray's loggers in this process say what is wrong, in our lines, and nothing of what is right."""
+    """Let Ray's loggers in this process report warnings and errors only, as lines of our log."""
     ours = logging.getLogger("skylapse")
     for name in ("ray", "ray.serve"):
         logger = logging.getLogger(name)
@@ -106,7 +106,7 @@ def quieten() -> None:
 
 
 class RayLines(io.TextIOBase):
-    """What Ray prints, such as that it has killed a process for want of memory, as lines of the log."""
+    """A stream that logs what Ray prints, such as that it killed a process for want of memory."""
 
     def write(self, text: str) -> int:
         logger = logging.getLogger("ray")

@@ -15,7 +15,7 @@ LOOK_S = 0.1
 
 @dataclass
 class Followed:
-    """One file: `inode` tells when the process has begun another one under its name."""
+    """A file that is followed: `inode` tells when the process has begun another file under its name."""
 
     file: BufferedReader
     inode: int
@@ -37,7 +37,7 @@ class LogFollower:
         self._thread.start()
 
     def close(self) -> None:
-        """After a last look."""
+        """Read the files once more, then stop."""
         self._closing.set()
         self._thread.join()
 
@@ -67,5 +67,5 @@ class LogFollower:
 
 
 def _time(line: str) -> str:
-    """Every line begins with its time."""
+    """Return the time that a line begins with."""
     return line[:40]

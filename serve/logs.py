@@ -1,4 +1,4 @@
-"""Logs as lines of JSON, without keys, prompts and paths: who writes one gives ids and codes alone."""
+"""Logs as lines of JSON, without keys, prompts and paths: callers of the loggers give ids and codes alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUFFIX = ".jsonl"
 
 
 class JsonLines(logging.Formatter):
-    """Time, level, process, logger, message, the job and the request that it is about, an exception's type and place.
+    """Formats time, level, process, logger, message, ids of job and request, and an exception's type and place.
 
     `extra={"facts": {...}}` of a call adds more.
     """
@@ -57,7 +57,7 @@ class JsonLines(logging.Formatter):
 
 
 def as_text(line: str) -> str:
-    """A line of `JsonLines` for people; what is no such line stays as it is."""
+    """Return a line of `JsonLines` as people read it; any other line stays as it is."""
     try:
         found = json.loads(line)
         told = f"{found['time'][11:23]} {found['level']:7} {found['process']}: {found['message']}"
@@ -73,9 +73,9 @@ class TextLines(JsonLines):
 
 
 def log_as_json(process: str) -> None:
-    """For the `skylapse` loggers of one of the service's processes, whose part `process` names.
+    """Log as JSON from the `skylapse` loggers of one of the service's processes; `process` names its part.
 
-    To SKYLAPSE_LOG_TO, or stderr; others' loggers are left as they are.
+    The lines go to SKYLAPSE_LOG_TO, or stderr; others' loggers are left as they are.
     """
     logger = logging.getLogger("skylapse")
     if any(isinstance(handler.formatter, JsonLines) for handler in logger.handlers):

@@ -15,7 +15,7 @@ EVERYWHERE, HERE = "[::]:", "127.0.0.1:"
 
 
 def stay_on_loopback() -> None:
-    """Call it in a replica's constructor, after which Serve starts that server; on a cluster it changes nothing."""
+    """Bind the replica's gRPC server to the loopback, unless on a cluster. Call it in the replica's constructor."""
     if not ray.util.get_node_ip_address().startswith("127."):  # type: ignore[no-untyped-call]
         return
     from ray.serve._private import replica

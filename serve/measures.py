@@ -1,4 +1,4 @@
-"""What an engine replica tells as time passes: facts with its signs of life, and busy time and steps as counters."""
+"""Measurements of an engine replica: facts sent with its heartbeat, and busy time and steps as counters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STAGES = ("encode", "denoise", "decode")
 
 
 class Measures:
-    """One replica's."""
+    """The measurements of one replica."""
 
     def __init__(self, meter: Meter, model: str) -> None:
         self.meter, self.model = meter, model
@@ -32,24 +32,24 @@ class Measures:
         self.facts["first_preview_s"] = round(seconds, 4)
 
     def made(self, video: Video, last: Progress | None, tokens: float) -> None:
-        """A clip came out of the engine; tokens: of all its steps and branches."""
+        """Note that a clip was made; tokens: of all its steps and branches."""
         if last is None:
             return
         self._speeds.append(tokens / max(1e-6, sum(video.metadata.timings_s.get(stage, 0.0) for stage in STAGES)))
         self.facts |= {"step_s": round(last.step_s, 5), "tokens_per_s": round(median(self._speeds), 1)}
 
     def ended(self, outcome: str) -> None:
-        """outcome: completed, failed, lost, drained."""
+        """Note that a job ended. outcome: completed, failed, lost, drained, stalled or stopped."""
         self.facts["jobs"] += 1
         self.facts[outcome] = self.facts.get(outcome, 0) + 1
         self.facts["at"] = round(time.time(), 3)
 
     def sick(self) -> None:
-        """The engine drains because of its GPU."""
+        """Count that the engine drains because of its GPU."""
         self._untold.add(SICK_ENGINES, self.model)
 
     def tell(self, database: Database, counters: Counters) -> None:
-        """Add the engine's busy time and its steps since the last call; what could not be written is told then."""
+        """Add busy time and steps since the last call to the store; the next call adds what could not be written."""
         busy_s = self.meter.busy_s
         self._untold.add(BUSY_SECONDS, self.model, by=busy_s - self._told_s)
         self._told_s = busy_s

@@ -1,4 +1,4 @@
-"""Pictures and clips that clients send: told by their bytes, decoded in a process of its own, refused in words of ours.
+"""Pictures and clips from clients: recognised by their bytes, decoded in their own process, refused in our words.
 
 Whatever happens in that process (a crash, no memory, an endless loop, nonsense as its answer) is an ApiError here: 400
 where the file is at fault, 503 where we are, as when the process is killed or cannot start.
@@ -44,8 +44,8 @@ from .errors import ApiError
 T = TypeVar("T")
 
 MAX_SECONDS = 120.0
-# Of a decoder. Pictures of 4096x4096 took 0.9 s (JPEG), 2.4 s (WebP) and 560 MiB of addresses, 216 of them before the
-# file was opened; without the limit a PNG of 17 KB takes 704 MB.
+# Limits of a decoder. Pictures of 4096x4096 took 0.9 s (JPEG), 2.4 s (WebP) and 560 MiB of addresses, 216 of them
+# before the file was opened; without the limit a PNG of 17 KB takes 704 MB.
 IMAGE_CPU_S, VIDEO_CPU_S = 15, 60
 WALL_PER_CPU = 3.0  # the cores are the engine's, too
 MEMORY_BYTES, MEMORY_BYTES_A_PIXEL = 384 * 2**20, 32
@@ -63,7 +63,7 @@ logger = logging.getLogger(__name__)
 
 
 class Found(BaseModel):
-    """What the worker says of a file that it has decoded; believed within bounds only."""
+    """The worker's report on a file that it has decoded; believed within bounds only."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -80,7 +80,7 @@ def _is_a_reason(word: str) -> str:
 
 
 class Refusal(BaseModel):
-    """A reason of `runtime.media.refusal`, and what was found: numbers or a name."""
+    """A refusal by the worker: a reason of `runtime.media.refusal`, and what was found: numbers or a name."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -93,7 +93,7 @@ ANSWER: TypeAdapter[Found | Refusal] = TypeAdapter(Found | Refusal)
 
 @dataclass(frozen=True)
 class DecodedVideo:
-    """Frames for a model, and what they were taken from."""
+    """Frames for a model, and the facts of their source."""
 
     frames_path: Path  # .npy, uint8 [frames, height, width, 3], beside the upload and gone with it
     source_width: int  # as it is shown
@@ -104,7 +104,7 @@ class DecodedVideo:
 
 @dataclass(frozen=True)
 class _Upload:
-    """A file to decode, and how its refusals call it."""
+    """A file to decode, and its name in refusals."""
 
     path: Path
     param: str
@@ -121,7 +121,7 @@ class _Upload:
 async def decode_image(
     source: Path, width: int, height: int, *, max_pixels: int = MAX_PIXELS, param: str = "input_reference"
 ) -> bytes:
-    """A PNG of exactly `width` x `height` with the pixels that `runtime.media.pictures.read_image` makes of the file.
+    """Return a PNG of `width` x `height` with exactly the pixels that `runtime.media.pictures.read_image` returns.
 
     ApiError 400 for what is no still PNG, JPEG or WebP within the bounds; 503 while too many wait for a decoder.
     """
@@ -138,7 +138,7 @@ async def measure_video(
     max_seconds: float = MAX_SECONDS,
     param: str = "video",
 ) -> Found:
-    """The size of a clip as it is shown, and how many frames it has at `fps` (None: its own rate); errors as below."""
+    """Return a clip's size as it is shown, and its number of frames at `fps` (None: its own rate); errors as below."""
     task = {"width": 1, "height": 1, "max_frames": 0, "fps": fps}
     upload = _clip(source, param, max_pixels, max_seconds, task)
     return await _in_a_thread(partial(_measure_video, upload))
@@ -156,7 +156,7 @@ async def decode_video(
     max_seconds: float = MAX_SECONDS,
     param: str = "video",
 ) -> DecodedVideo:
-    """The first or the last `max_frames` frames of a clip at `fps`, each fitted to `width` x `height` as a picture is.
+    """Decode the first or last `max_frames` of a clip at `fps`, each fitted to `width` x `height` like a picture.
 
     ApiError 400 for what is no mp4, mov, mkv or webm within the bounds; 503 while too many wait for a decoder.
     """
@@ -209,7 +209,7 @@ def _decode_video(upload: _Upload) -> DecodedVideo:
 
 
 def _holds_frames(npy: Path, task: dict[str, Any]) -> bool:
-    """By the one header that the file can have: numpy's own reading of nonsense ends in errors of many kinds."""
+    """Return whether the file has the one valid header: numpy's own reading of nonsense raises many kinds of error."""
     num_bytes, frame_bytes = npy.stat().st_size, 3 * task["width"] * task["height"]
     num_frames = (num_bytes - NPY_HEADER_BYTES) // frame_bytes
     shape = (num_frames, task["height"], task["width"], 3)
@@ -224,7 +224,7 @@ def _holds_frames(npy: Path, task: dict[str, Any]) -> bool:
 
 @contextmanager
 def _decoded(upload: _Upload, kinds: tuple[str, ...]) -> Iterator[tuple[Path, Found]]:
-    """The worker's output and what it says of the source; the output is removed where the block finds fault with it."""
+    """Yield the worker's output and its report on the source; the output is removed if the block raises."""
     source, bounds = upload.path, upload.bounds
     with source.open("rb") as file:
         if (kind := kind_of(file)) not in kinds:  # which the worker would say, too: a process less
@@ -247,11 +247,11 @@ def _decoded(upload: _Upload, kinds: tuple[str, ...]) -> Iterator[tuple[Path, Fo
 
 
 def _answer_of_worker(task: dict[str, Any]) -> Found | Refusal:
-    """However it ends. Its answer goes to a file: a pipe would be read for as long as something writes to it.
+    """Return the worker's answer however it ends. It is read from a file: a pipe is read while something writes to it.
 
-    The file is at fault where the worker says so, crashes by what it reads, or uses up the time of a core that it has.
-    Anything else is ours: who kills it is the system, for want of memory, or an operator; time on the clock passes
-    because others have the cores.
+    The file is at fault if the worker says so, crashes by what it reads, or uses up the time of a core that it has.
+    Anything else is our fault: the system kills it for want of memory, or an operator does; time on the clock passes
+    because other processes have the cores.
     """
     with tempfile.TemporaryFile() as answers, tempfile.TemporaryFile() as complaints:
         command = [*_PYTHON, json.dumps(task)]
@@ -296,6 +296,6 @@ def _beginning(file: IO[bytes]) -> bytes:
 
 
 def _ending(file: IO[bytes]) -> bytes:
-    """Of a traceback, whose last line says most."""
+    """Return the end of a traceback, since its last line says most."""
     file.seek(max(0, file.seek(0, 2) - MAX_ANSWER_BYTES))
     return file.read(MAX_ANSWER_BYTES)

@@ -1,4 +1,4 @@
-"""The program that decodes one upload, in a process of its own: what a decoder does in there ends in there.
+"""The program that decodes one upload, in a process of its own: a crash of the decoder ends there.
 
     python -I -m skylapse.serve.media_worker '{"source": ..., "output": ..., "medium": "picture", ...}'
 
@@ -33,7 +33,7 @@ LAZY = (
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What to decode and how far to go."""
+    """The file to decode, the output to write, and the limits."""
 
     source: str
     output: str  # a file that is not there yet
@@ -82,7 +82,7 @@ def load_all() -> None:
 
 
 def confine(task: Task) -> None:
-    """From here on: no more memory, time and output than the task's, and no new file or socket at all."""
+    """Restrict this process to the task's memory, time and output, and forbid new files and sockets altogether."""
     used_s = resource.getrusage(resource.RUSAGE_SELF)
     cpu_s = task.max_cpu_s + int(used_s.ru_utime + used_s.ru_stime)
     bounds = {
@@ -99,7 +99,7 @@ def confine(task: Task) -> None:
 
 
 def decode_picture(source: BinaryIO, output: BinaryIO, task: Task) -> dict[str, Any]:
-    """A PNG of exactly width x height, which holds pixels and nothing else."""
+    """Write a PNG of exactly width x height, which holds pixels and nothing else."""
     image = picture_of(source, "", task.bounds)
     pixels = fitted(image, task.width, task.height)
     Image.fromarray(pixels).save(output, "PNG", compress_level=1)  # read once and deleted
@@ -107,7 +107,7 @@ def decode_picture(source: BinaryIO, output: BinaryIO, task: Task) -> dict[str, 
 
 
 def decode_clip(source: BinaryIO, output: BinaryIO, task: Task) -> dict[str, Any]:
-    """An .npy of uint8 [frames, height, width, 3]: the first or the last `max_frames` at `fps`, fitted."""
+    """Write an .npy of uint8 [frames, height, width, 3]: the first or the last `max_frames` at `fps`, fitted."""
     with open_clip(source, task.bounds) as clip:
         picks = clip.picks(task.fps)
         if task.max_frames:

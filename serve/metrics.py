@@ -43,7 +43,7 @@ def render(context: Context) -> bytes:
 
 
 class _Store(Collector):
-    """All of a scrape."""
+    """The collector of one scrape."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -56,7 +56,7 @@ class _Store(Collector):
         yield from self._processes()
 
     def _queues(self) -> Iterator[Family]:
-        """Of each model that is served, and of each that has unfinished jobs."""
+        """Yield the queue metrics of each served model, and of each model that has unfinished jobs."""
         model, is_queued = model_column(), jobs.c.state == QUEUED
         waited_s = now() - func.min(case((is_queued, jobs.c.created_at)))
         counts = [func.count(case((jobs.c.state == state, 1))) for state in (QUEUED, IN_PROGRESS)]
@@ -85,7 +85,7 @@ class _Store(Collector):
 
 
 def _by_state(engines: Sequence[Process], models: Sequence[str]) -> Samples:
-    """Count engines; a served model has a line also where none is ready, so that an alert sees it."""
+    """Count engines by state; a served model has a line also where none is ready, so that an alert sees it."""
     counts: dict[tuple[str, str], float] = {(model, "ready"): 0.0 for model in models}
     for process in engines:
         key = str(process.facts.get("model", models[0])), str(process.facts.get("state", "ready"))

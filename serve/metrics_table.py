@@ -17,7 +17,7 @@ MAX_SERIES = 2000  # of a service with 3 models and 8 classes, whatever its clie
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """max_sets: how many combinations of label values there may be, of each model where `model` is a label.
+    """A metric. max_sets: how many combinations of label values there may be, for each model if `model` is a label.
 
     is_open: values come from outside (names of classes, codes of errors, plug-ins): what comes after `max_sets` of them
     is counted under `other`, so that nobody can make the store or Prometheus grow. kept_for: the value of a label whose
@@ -35,11 +35,11 @@ class Metric:
 
     @property
     def series_a_set(self) -> int:
-        """A histogram has its buckets, the one without an end, a sum and a count."""
+        """Series of one set of labels; a histogram has its buckets, the one without an end, a sum and a count."""
         return len(BUCKETS) + 3 if self.kind == HISTOGRAM else 1
 
     def max_series(self, num_models: int) -> int:
-        """The most that it can have, `other` included."""
+        """Return the most series that it can have, `other` included."""
         sets = (self.max_sets + self.is_open) * (num_models if "model" in self.labels else 1)
         return sets * self.series_a_set
 

@@ -1,4 +1,4 @@
-"""What the operator says of one model of a service, and the groups of engines that come of it."""
+"""A model's entry in a service's configuration, and the groups of engines made from it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIONS = (  # fields that an entry takes from the service where it has none of 
 
 
 class Autoscaling(BaseModel):
-    """Engines by the work that waits; see `BacklogPolicy`. The delays are Serve's, in seconds."""
+    """Scales engines by the work that waits; see `BacklogPolicy`. The delays are Serve's, in seconds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -65,7 +65,7 @@ class Canary(BaseModel):
 
 
 class ModelEntry(BaseModel):
-    """One of `models`. What is None is as the service's own field of this name has it."""
+    """One of `models`. A field that is None has the value of the service's own field of this name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -142,12 +142,12 @@ class EngineGroup:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """As an engine's sign of life carries them."""
+        """The group's facts in an engine's heartbeat."""
         return {"model": self.name, "canary": self.is_canary, "revision": self.revision}
 
 
 def groups_of(entry: ModelEntry, service: dict[str, Any], deployment: str, is_default: bool) -> list[EngineGroup]:
-    """The engines of a model, and of its canary; service: the fields that the whole service has."""
+    """Return the engine groups of a model and of its canary; service: the fields that the whole service has."""
     options = {name: service[name] if getattr(entry, name) is None else getattr(entry, name) for name in OPTIONS}
     if entry.engines is not None and entry.autoscaling is None:
         options["autoscaling"] = None  # the entry's own number, not the service's scaling
@@ -181,7 +181,7 @@ def groups_of(entry: ModelEntry, service: dict[str, Any], deployment: str, is_de
 
 
 def deployment_names(names: list[str]) -> list[str]:
-    """`Engine-NAME` for each of several models, with letters, digits, '.', '_' and '-' alone; no two are the same."""
+    """Return a unique `Engine-NAME` for each of several models, with letters, digits, '.', '_' and '-' alone."""
     found: list[str] = []
     for name in names:
         base = "Engine-" + re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
@@ -190,5 +190,5 @@ def deployment_names(names: list[str]) -> list[str]:
 
 
 def is_of_canary(job_id: str, share: float) -> bool:
-    """Whether a job is of the canary's share: the same answer wherever it is asked."""
+    """Return whether a job is of the canary's share; every process gives the same answer."""
     return int(hashlib.sha256(job_id.encode()).hexdigest()[:8], 16) / 2**32 < share

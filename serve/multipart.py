@@ -25,7 +25,7 @@ logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of eve
 
 
 class FormReader:
-    """A form's fields, gathered chunk by chunk, while its files go to `spool`."""
+    """Gathers a form's fields chunk by chunk, while its files go to `spool`."""
 
     def __init__(self, boundary: bytes, spool: Spool) -> None:
         self._texts: list[tuple[str, str]] = []
@@ -56,7 +56,7 @@ class FormReader:
             raise _malformed() from error
 
     def write(self, chunk: bytes) -> None:
-        """64 KiB of a file take 0.1 ms to parse, hash and write, so this is done on the event loop."""
+        """Parse a chunk on the event loop: 64 KiB of a file take 0.1 ms to parse, hash and write."""
         try:
             self._parser.write(chunk)
         except FormParserError as error:

@@ -1,4 +1,4 @@
-"""What the OpenAPI document says beyond what FastAPI sees: bodies, answers, errors, keys."""
+"""The OpenAPI document: adds the bodies, answers, errors and keys that FastAPI does not see."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ LINKS = ("retrieveVideo", "cancelVideo", "remixVideo", "deleteVideo", "streamVid
 
 
 def describe_api(app: FastAPI) -> None:
-    """Let `app.openapi()` give the whole document."""
+    """Make `app.openapi()` return the whole document."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -140,7 +140,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
 
 
 def _schemas() -> dict[str, Any]:
-    """All of bodies and answers, by name."""
+    """Return the schemas of all bodies and answers, by name."""
     answers: list[type[BaseModel]] = sorted({Error, Generated, VideoEvent, *ANSWERS.values()}, key=_name)
     videos = (schema for schema, _ in BODIES.values())
     bodies: list[type[BaseModel]] = sorted({ImageReference, *videos, *ADMIN_BODIES.values()}, key=_name)
@@ -185,7 +185,7 @@ def _complete(path: str, operation: dict[str, Any], schemas: dict[str, Any]) -> 
 
 
 def _bodies(schema: type[BaseModel], file: str | None, schemas: dict[str, Any]) -> dict[str, Any]:
-    """JSON, and the same as a form, in which objects are named like `video[id]` and the file may be a part."""
+    """Return a body as JSON and as a form, in which objects are named like `video[id]` and the file may be a part."""
     form: dict[str, Any] = {"schema": _reference(schema)}
     types = {"application/json": {"schema": _reference(schema)}, "application/x-www-form-urlencoded": form}
     if file is None:

@@ -1,4 +1,4 @@
-"""OpenTelemetry's exporter behind a bounded queue: nobody waits for it, and what is lost is counted."""
+"""OpenTelemetry's exporter behind a bounded queue: nothing waits for it, and lost spans are counted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 
 
 class Pipeline:
-    """One a process. The SDK's batch processor has the thread, its exporter the timeout: OTEL_EXPORTER_OTLP_TIMEOUT."""
+    """The exporter of a process. The SDK's batch processor has the thread, its exporter OTEL_EXPORTER_OTLP_TIMEOUT."""
 
     def __init__(self, settings: TraceSettings) -> None:
         for name in LIBRARY:  # what they would tell at each failure is told below, once
@@ -52,11 +52,11 @@ class Pipeline:
 
     @property
     def num_dropped(self) -> int:
-        """Spans that no collector has."""
+        """The number of spans that reached no collector."""
         return self._turned_away + self._exporter.num_lost
 
     def samples(self, parent: Parent) -> bool:
-        """Whether there shall be a trace of a job whose client sent this."""
+        """Return whether a job with this parent is traced, as the sampler decides."""
         context = Context()
         if parent.span_id:
             flags = SAMPLED if parent.is_sampled else TraceFlags(TraceFlags.DEFAULT)
@@ -65,7 +65,7 @@ class Pipeline:
         return self._sampler.should_sample(context, parent.trace_id, JOB, SpanKind.SERVER).decision.is_sampled()  # type: ignore[no-untyped-call]
 
     def write(self, span: Span) -> None:
-        """Queue it for the exporter's thread, or drop and count it where too many wait."""
+        """Queue a span for the exporter's thread, or drop and count it if too many wait."""
         with self._lock:
             if self._given - self._exporter.num_taken >= self.settings.max_queue:
                 self._turned_away += 1
@@ -74,7 +74,7 @@ class Pipeline:
         self._processor.on_end(self._readable(span))
 
     def close(self) -> None:
-        """The SDK would wait for up to half a minute."""
+        """Shut down for CLOSE_S at most; the SDK would wait for up to half a minute."""
         ends = Thread(target=self._processor.shutdown, name="skylapse-traces-end", daemon=True)
         ends.start()
         ends.join(CLOSE_S)
@@ -98,7 +98,7 @@ class Pipeline:
 
 
 class CountingExporter(SpanExporter):
-    """OTLP over HTTP/protobuf, as OTEL_EXPORTER_OTLP_* has it. Its failures end here."""
+    """Exports OTLP over HTTP/protobuf, as OTEL_EXPORTER_OTLP_* sets it, and counts failures instead of raising."""
 
     def __init__(self) -> None:
         self.num_taken = self.num_lost = 0  # by one thread

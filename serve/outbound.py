@@ -1,4 +1,4 @@
-"""The way out to URLs that clients chose, which leads to the public internet and to nowhere else.
+"""Outgoing requests to URLs that clients chose, allowed to reach the public internet only.
 
 A name says nothing about where it leads, and may lead elsewhere a moment later. So the check that counts is made where
 a socket is: on the very address that it is about to connect to, however it was spelled or resolved. `check_url` only
@@ -63,7 +63,7 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")  # in a cluster without IPv4, all o
 
 
 class Unreachable(Exception):
-    """No answer came; the text says why in words that give nothing away about this side's network."""
+    """No answer came; the text gives the reason and reveals nothing about this side's network."""
 
 
 class _Refused(OSError):
@@ -72,14 +72,14 @@ class _Refused(OSError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What an URL answered; retry_after_s: what a Retry-After in seconds says."""
+    """The answer of an URL; retry_after_s: seconds from its Retry-After header."""
 
     status: int
     retry_after_s: float | None
 
 
 def check_url(url: str, allow_private: bool) -> None:
-    """A 400 `invalid_webhook_url` for an URL that will never be posted to; names are not looked up here."""
+    """Raise ApiError 400 `invalid_webhook_url` for an URL that is never posted to; names are not looked up here."""
     if problem := _problem(url, allow_private):
         raise ApiError(400, f"Invalid 'webhook_url': {problem}.", code="invalid_webhook_url", param="webhook_url")
 
@@ -93,7 +93,7 @@ async def post(
     timeout_s: float,
     resolver: AbstractResolver | None = None,
 ) -> Answer:
-    """Post once and tell the status, a redirect's too. Unreachable; timeout_s: from the lookup to the status.
+    """Post once and return the status, a redirect's too. Raises Unreachable. timeout_s: from the lookup to the status.
 
     resolver: the system's unless given. TLS is verified for the URL's name, which is also the Host.
     """
@@ -118,7 +118,7 @@ async def post(
 
 
 def _guarded(allow_private: bool) -> Callable[[aiohttp.AddrInfoType], socket.socket]:
-    """Makes sockets for addresses that may be connected to; the connector connects each to that same address."""
+    """Return a maker of sockets for allowed addresses only; the connector connects each to that same address."""
 
     def make_socket(address: aiohttp.AddrInfoType) -> socket.socket:
         family, kind, protocol, _, where = address
@@ -147,7 +147,7 @@ class _Lookup(AbstractResolver):
 
 
 def is_allowed(text: str, allow_private: bool) -> bool:
-    """Whether an address, written as getaddrinfo writes it, may be connected to."""
+    """Return whether an address, written as getaddrinfo writes it, may be connected to."""
     address = ipaddress.ip_address(text)
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
@@ -164,7 +164,7 @@ def is_allowed(text: str, allow_private: bool) -> bool:
 
 
 def _problem(url: str, allow_private: bool) -> str | None:
-    """What is wrong with an URL, as far as it can be seen; read by the parser that the connection is made with."""
+    """Return a visible fault of an URL; the parser is the one that the connection is made with."""
     if len(url) > MAX_URL_CHARS:
         return f"it must have at most {MAX_URL_CHARS} characters"
     if not PRINTABLE.fullmatch(url):

@@ -1,4 +1,4 @@
-"""GPUs of a service: how many an engine asks Ray for, and whether there are as many as its engines need."""
+"""GPUs of a service: the number that an engine asks Ray for, and the check that there are enough for all engines."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from .model_entry import EngineGroup
 
 
 def cluster_gpus() -> float:
-    """GPUs that Ray knows of now, in use or not; a cluster that scales may have more later."""
+    """Return the GPUs that Ray knows of now, in use or not; a cluster that scales may have more later."""
     if not ray.is_initialized():
         return 0.0
     return float(ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
 
 
 def gpus_per_engine(group: EngineGroup, num_gpus: float) -> float:
-    """What Ray is asked for, so that it gives every engine a GPU of its own; 0 for engines on a CPU.
+    """Return the GPUs to ask Ray for, so that every engine gets one of its own; 0 for engines on a CPU.
 
-    num_gpus: what Ray knows of, which decides where no device is configured.
+    num_gpus: the GPUs that Ray knows of, which decide if no device is configured.
     """
     on_cuda = num_gpus > 0 if group.device is None else group.device == "cuda"
     return group.engine_gpus if on_cuda else 0.0
 
 
 def check_gpus(config: ServeConfig, num_gpus: float, memory_bytes: int | None) -> None:
-    """ValueError where these GPUs have no room for all engines: Ray would wait for more for ever.
+    """Raise ValueError if these GPUs have no room for all engines: Ray would wait for more for ever.
 
-    memory_bytes: what an engine may take at most (SKYLAPSE_MEMORY_MB), without which it takes nearly all of its GPU.
+    memory_bytes: the most that an engine may take (SKYLAPSE_MEMORY_MB); None: it takes nearly all of its GPU.
     """
     shares = [(group, share) for group in config.groups if (share := gpus_per_engine(group, num_gpus))]
     if not shares:

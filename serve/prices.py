@@ -1,4 +1,4 @@
-"""What a second of an engine costs, by model and device; money is counted in billionths and never in floats."""
+"""Prices of engine time by model and device; money is counted in billionths and never in floats."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ NANOS = Decimal(10**9)  # of the currency's unit
 
 @dataclass(frozen=True)
 class Cost:
-    """nanos: billionths of the currency's unit."""
+    """A cost. nanos: billionths of the currency's unit."""
 
     nanos: int
     currency: str
 
     def show(self) -> dict[str, str]:
-        """As the API shows it; the amount is text, exact, without an exponent."""
+        """Return the cost as the API shows it; the amount is text, exact, without an exponent."""
         return {"amount": amount_of(self.nanos), "currency": self.currency}
 
 
 @dataclass(frozen=True)
 class Prices:
-    """of: model, or `*` -> device -> price of a second. Without a price there is no cost."""
+    """The operator's prices. of: model, or `*` -> device -> price of a second. Without a price there is no cost."""
 
     of: Mapping[str, Mapping[str, Decimal]] = field(default_factory=dict)
     currency: str = ""
 
     def cost(self, model: str, device: str | None, engine_seconds: float) -> Cost | None:
-        """Of so many seconds; None where the operator has set no price."""
+        """Return the cost of this many seconds; None if the operator has set no price."""
         prices = (self.of.get(name, {}).get(device or "") for name in (model, ANY))
         price = next((price for price in prices if price is not None), None)
         if price is None:
@@ -46,7 +46,7 @@ def amount_of(nanos: int) -> str:
 
 
 def by_device(prices: Mapping[str, Any]) -> dict[str, dict[str, Decimal]]:
-    """The configuration's table, in which one price may stand for all devices."""
+    """Return the configuration's table by device; in it, one price may stand for all devices."""
     return {
         model: {device: price for device in ("cpu", "cuda")} if isinstance(price, Decimal) else dict(price)
         for model, price in prices.items()

@@ -1,4 +1,4 @@
-"""Files and folders that are their owner's alone: prompts, clips and digests of keys of all tenants are in them."""
+"""Makes files and folders private to their owner: they hold prompts, clips and digests of keys of all tenants."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDER, FILE = 0o700, 0o600
 
 
 def make_folder(path: Path, is_ours: bool = False) -> None:
-    """Let there be a folder; what is made of it is private.
+    """Make a folder, private where it is new.
 
     is_ours: nobody else has anything in it, so a folder that is there already becomes private as well, with all that
     is in it. That is done once: the folder's own mode is changed last.
@@ -34,7 +34,7 @@ def make_folder(path: Path, is_ours: bool = False) -> None:
 
 
 def restrict(path: Path, mode: int = FILE) -> None:
-    """Take a file or folder from all but its owner, if it is there and ours."""
+    """Remove the rights of all but the owner from a file or folder, if it is there and ours."""
     try:
         if _others(path) and not path.is_symlink():
             path.chmod(mode)
@@ -45,5 +45,5 @@ def restrict(path: Path, mode: int = FILE) -> None:
 
 
 def _others(path: Path) -> int:
-    """Rights of group and others."""
+    """Return the rights of group and others."""
     return stat.S_IMODE(path.stat().st_mode) & 0o077

@@ -29,19 +29,19 @@ UNLOCKED_S = 86400.0  # a folder without a lock is one that is being made, unles
 
 @dataclass(frozen=True)
 class RaySession:
-    """`lock` is held by this process, and by the kernel's doing no longer than it lives."""
+    """A session's folder; `lock` is held by this process, and released by the kernel when it ends."""
 
     folder: Path
     lock: int
 
     @property
     def logs(self) -> Path:
-        """Where the service's processes write their lines: a file each."""
+        """The folder to which the service's processes log: a file each."""
         return self.folder / LOGS
 
     @property
     def variables(self) -> dict[str, str]:
-        """Of the environment of all that this service starts.
+        """Environment variables of all processes that this service starts.
 
         The token opens this cluster alone, and Ray's default place for it, in the home folder, need not be there.
         """
@@ -57,7 +57,7 @@ class RaySession:
 
 
 def open_session(places: Sequence[Path] | None = None) -> RaySession:
-    """A new folder, after those of services that have died are gone. ValueError where there is no place for one."""
+    """Make a new folder, after removing those of dead services. Raises ValueError if there is no place for one."""
     places = [*_places()] if places is None else places
     for place in places:
         remove_leftovers(place)
@@ -80,7 +80,7 @@ def open_session(places: Sequence[Path] | None = None) -> RaySession:
 
 
 def remove_leftovers(place: Path) -> int:
-    """Remove folders of services that no longer live, and nothing else; returns how many."""
+    """Remove folders of services that no longer live, and nothing else; return the number removed."""
     removed = 0
     for folder in place.glob(f"{PREFIX}*"):
         with suppress(OSError):

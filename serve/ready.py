@@ -1,4 +1,4 @@
-"""From start to ready: how long an engine took and for what, how far downloads are, and what went wrong."""
+"""An engine's start: the seconds it took and for what, the progress of downloads, and failures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .store.processes import ENGINE, FAILED, LOADING, READY, Process
 
 @dataclass(frozen=True)
 class StartTimes:
-    """Seconds: weights and what goes with them, the warm-up, and all from the replica's start until it took work."""
+    """Seconds: to load weights and their like, to warm up, and in all from the replica's start until it took work."""
 
     load_s: float
     warm_up_s: float
@@ -20,18 +20,18 @@ class StartTimes:
 
     @property
     def facts(self) -> dict[str, float]:
-        """As an engine's sign of life carries them."""
+        """The times as an engine's heartbeat carries them."""
         return {name: round(seconds, 3) for name, seconds in asdict(self).items()}
 
 
 def in_words(facts: Mapping[str, Any]) -> str:
-    """One line of what `facts` tells of a start."""
+    """Return one line about a start from its `facts`."""
     parts = (f"{word} {facts[name]:.1f} s" for word, name in (("load", "load_s"), ("warm-up", "warm_up_s")))
     return f"engine ready in {facts['ready_s']:.1f} s: {', '.join(parts)}"
 
 
 def find_failure(alive: Iterable[Process]) -> Exception | None:
-    """What an engine that could not start has left as its reason: a mistake of the operator's, or a failure."""
+    """Return the error of an engine that could not start: ValueError for an operator's mistake, else RuntimeError."""
     for process in alive:
         if process.kind == ENGINE and process.facts.get("state") == FAILED:
             reason = str(process.facts.get("error"))
@@ -40,7 +40,7 @@ def find_failure(alive: Iterable[Process]) -> Exception | None:
 
 
 def find_engines(groups: Iterable[EngineGroup], alive: Sequence[Process]) -> dict[str, Mapping[str, Any]] | None:
-    """Of each group that has engines from the start, the facts of one that takes work; None while one is missing."""
+    """Return the facts of a ready engine for each group that has engines from the start; None while one is missing."""
     found: dict[str, Mapping[str, Any]] = {}
     for group in groups:
         of_group = (
@@ -60,6 +60,6 @@ def find_engines(groups: Iterable[EngineGroup], alive: Sequence[Process]) -> dic
 
 
 def find_downloads(alive: Iterable[Process]) -> dict[str, tuple[int, int]]:
-    """Model -> (bytes that are here, bytes of all) of those whose files are on their way."""
+    """Return model -> (bytes that are here, bytes of all) of those that are still downloading."""
     loading = (p.facts for p in alive if p.kind == ENGINE and p.facts.get("state") == LOADING)
     return {facts["model"]: (facts["bytes"], facts["total_bytes"]) for facts in loading if "bytes" in facts}

@@ -12,12 +12,12 @@ UNKNOWN = "unknown"
 
 @lru_cache(maxsize=1)
 def revision() -> str:
-    """SKYLAPSE_REVISION, which the images set; in a checkout its commit; else `unknown`."""
+    """Return SKYLAPSE_REVISION, which the images set; in a checkout its commit; else `unknown`."""
     return load_settings().revision or _checked_out(Path(__file__).parents[1] / ".git") or UNKNOWN
 
 
 def _checked_out(git: Path) -> str | None:
-    """The commit that a checkout stands at, read from its files: an image has no git."""
+    """Return the commit of a checkout, read from its files: an image has no git."""
     try:
         head = (git / "HEAD").read_text().strip()
         if not head.startswith("ref: "):

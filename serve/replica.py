@@ -54,16 +54,16 @@ def give_way() -> None:
 
 
 def in_thread(call: Callable[[], T]) -> T:
-    """What `call` returns or raises, from a thread of its own."""
+    """Run `call` in a thread of its own and return its result, or raise its error."""
     with ThreadPoolExecutor(1, "skylapse-load") as thread:
         return thread.submit(call).result()
 
 
 class EngineReplica:
-    """`run_next` is an ongoing Serve request while its job is worked on, so Serve sees the load and lets it end."""
+    """The deployment. A request for `run_next` lasts as long as its job, so Serve sees the load and lets it end."""
 
     def __init__(self, config: dict[str, Any], deployment: str = "Engine") -> None:
-        """deployment: which of the configuration's groups of engines it belongs to."""
+        """Start the engine. deployment: the name of its group in the configuration."""
         self._began_s = time.perf_counter()
         log_as_json("engine")
         stay_on_loopback()
@@ -122,7 +122,7 @@ class EngineReplica:
         self._standing = self.group.facts | facts  # without what was told of a download
 
     def _tell_failure(self, error: Exception) -> None:
-        """Leave the reason in the store: Serve would tell it after twenty tries, and whoever waits reads it there."""
+        """Leave the reason in the store, where whoever waits reads it; Serve would tell it after twenty tries."""
         self._closing.set()
         self._beating.join()
         reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
@@ -132,14 +132,14 @@ class EngineReplica:
             self.processes.beat(self.id, ENGINE, self._standing | facts)
 
     def watch_gpu(self) -> GpuWatch | None:
-        """Look after the GPU that this engine is about to load onto. GpuSick where nothing can work on it."""
+        """Watch the GPU that this engine is about to load onto. Raises GpuSick if nothing can work on it."""
         if not self.config.gpu_health or self.group.device == "cpu" or not torch.cuda.is_available():
             return None
         opened = open_nvml(0)  # the only one that Ray shows
         return None if opened is None else GpuWatch(GpuHealth(*opened, self.config.ignored_xids))
 
     def load(self) -> Engine:
-        """The engine, and what its first request would otherwise wait for."""
+        """Return the engine, after doing what its first request would otherwise wait for."""
         group = self.group
         cache_dir = load_settings().cache_dir
         folder = resolve_folder(group.model, cache_dir, group.revision, self._tell_download)
@@ -168,7 +168,7 @@ class EngineReplica:
         return engine
 
     def _tell_download(self, progress: Download) -> None:
-        """Into the next sign of life, and now and then into the log."""
+        """Put the progress of a download into the next heartbeat, and now and then into the log."""
         facts = {"bytes": progress.num_bytes, "total_bytes": progress.total_bytes, "progress": round(progress.share, 4)}
         self._standing = self._standing | facts
         if progress.share < 1 and time.monotonic() - self._download_told_s < DOWNLOAD_LINE_S:
@@ -217,7 +217,7 @@ class EngineReplica:
             await asyncio.to_thread(self.tracer.close)
 
     def _beat(self) -> None:
-        """Leave a sign every second, with what is known of this engine, and take what operators have set."""
+        """Leave a heartbeat every second with this engine's facts, and apply the settings of operators."""
         read_facts: Callable[[], dict[str, Any]] | None = None
         while True:
             is_asked = False
@@ -254,7 +254,7 @@ class EngineReplica:
             self._loop.call_soon_threadsafe(self._released.set)
 
     def _drain(self, state: str, budget_s: float) -> None:
-        """Take no more and give back what does not fit into so many seconds; called by the thread that leaves signs."""
+        """Take no more jobs and give back those that do not fit into `budget_s`; called by the heartbeat thread."""
         self._standing = self._standing | {"state": state}
         self.worker.is_draining = True
         if self._loop is not None:  # else nothing was ever asked of this engine
@@ -262,12 +262,12 @@ class EngineReplica:
 
     @property
     def _is_rid_of_jobs(self) -> bool:
-        """Whether an engine that drains has given all back, or had time enough to: a sick GPU may never end a step."""
+        """True once a draining engine has given back all jobs, or had the time to: a sick GPU may never end a step."""
         assert self._sick_s is not None
         return self.worker.is_idle or time.monotonic() - self._sick_s > self.config.drain_s
 
     def _facts_reader(self) -> Callable[[], dict[str, Any]]:
-        """What is told of an engine that takes work."""
+        """Return a function that reads the facts of an engine that takes work."""
         device = self.engine.device
         read_device = gpu_reader(device.index or 0) if device.type == "cuda" else host_memory
         fixed = {"device": str(device), "slots": self.group.engine_slots, "gpus": ray.get_gpu_ids(), **self.started}
@@ -282,15 +282,16 @@ class EngineReplica:
         return read
 
     def _packs(self) -> dict[str, float]:
-        """Mean tokens of the packs since the last sign, where there were any."""
+        """Return the mean tokens of the packs since the last heartbeat, if there were any."""
         (packs, tokens), before = self.engine.pack_stats, self._packed
         self._packed = packs, tokens
         return {} if packs == before[0] else {"pack_tokens": round((tokens - before[1]) / (packs - before[0]), 1)}
 
     @property
     def is_drained(self) -> bool:
-        """Whether Serve stops this replica. It does not say so before the end: but it checks its health no more, and
-        counts a replica of this deployment as stopping."""
+        """Return whether Serve stops this replica, which it does not announce: it only stops checking its health, and
+        counts a replica of this deployment as stopping.
+        """
         if time.monotonic() - self._checked_s < UNCHECKED_S:
             return False
         context = serve.get_replica_context()

@@ -1,4 +1,4 @@
-"""Requests that an ingress answers, counted in memory and added to the store every few seconds: one write for many."""
+"""Counts the requests that an ingress answers in memory and adds them to the store every few seconds in one write."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NO_ROUTE = "unmatched"
 
 
 class RequestCounter:
-    """Belongs to one event loop. What is counted while the store is away is added when it is back."""
+    """The counter of one event loop. Requests counted while the store is away are added when it is back."""
 
     def __init__(self, database: Database, counters: Counters) -> None:
         self.database, self.counters = database, counters
@@ -28,7 +28,7 @@ class RequestCounter:
         self._task: asyncio.Task[None] | None = None
 
     def answered(self, scope: Scope, status: int) -> None:
-        """Route is a template, and a method that nobody serves has no name of its own: labels are ours alone."""
+        """Count an answer under its route's template; unknown methods count as other, so clients cannot make labels."""
         route = scope.get("route")
         path = route.path if isinstance(route, APIRoute) else NO_ROUTE
         method = scope["method"] if scope["method"] in METHODS else OTHER
@@ -36,12 +36,12 @@ class RequestCounter:
         self._start()
 
     def refused(self, code: str) -> None:
-        """A request for a job was not taken."""
+        """Count a request for a job that was not taken."""
         self._tally.add(REJECTIONS, code, "intake")
         self._start()
 
     async def flush(self) -> None:
-        """Add what has been counted; SQLAlchemyError where the store does not answer, and nothing is lost."""
+        """Add what has been counted. Raises SQLAlchemyError if the store does not answer, and nothing is lost."""
         tally, self._tally = self._tally, Tally()
         try:
             await asyncio.to_thread(self._add, tally)

@@ -1,4 +1,4 @@
-"""A job that failed, made again by an operator: a new job of the same tenant, from the same request and files."""
+"""Retries a failed job for an operator: a new job of the same tenant, from the same request and files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class NotRetriable(ValueError):
 
 
 def retry(context: Context, job: Job, by: Actor) -> Job:
-    """The new job, which no quota holds back. NotRetriable."""
+    """Return the new job, which no quota holds back. Raises NotRetriable."""
     if job.state != FAILED:
         raise NotRetriable(f"job must have failed or been cancelled, and {job.id} is {job.state}")
     job_id, names = new_job_id(), job.request.get("inputs", ())

@@ -1,4 +1,4 @@
-"""The bodies of the Videos API: what a client may ask for, and what it is shown of a job.
+"""The bodies of the Videos API: a client's requests, and the answers about its jobs.
 
 Source: OpenAI's OpenAPI document (2026-08-21) and its SDKs as they behave. All 13 keys of a video are always there;
 ours come on top, which the SDKs keep. Numbers may come as text, since forms have nothing else.
@@ -32,7 +32,7 @@ MAX_SIDE, MAX_SECONDS = 4096, 120.0
 
 
 def _text(value: Any) -> Any:
-    """A number as the text that the SDKs' types ask for: seconds=4 as "4"."""
+    """Return a number as the text that the SDKs' types ask for: seconds=4 as "4"."""
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
@@ -77,7 +77,7 @@ Seconds = Annotated[
 
 
 class Sampling(BaseModel):
-    """What every request that makes a clip may say beside OpenAI's fields; None: the model's own, or the source's.
+    """The fields of every request that makes a clip beside OpenAI's; None: the model's own, or the source's.
 
     Unknown fields are refused: a mistyped one costs a job.
     """
@@ -113,7 +113,7 @@ class Sampling(BaseModel):
 
 
 class CreateVideo(Sampling):
-    """POST /v1/videos, with the first frame as the file `input_reference` where there is one."""
+    """Body of POST /v1/videos; the first frame may come as the file `input_reference`."""
 
     seconds: Seconds | None = None
     size: Size | None = None
@@ -143,26 +143,26 @@ class VideoReference(BaseModel):
 
 
 class RemixVideo(Sampling):
-    """POST /v1/videos/{id}/remix: the clip again, by another prompt; strength: how much of it is made anew."""
+    """Body of POST /v1/videos/{id}/remix: the clip again, by another prompt; strength: how much of it is made anew."""
 
     strength: Strength = 0.8
 
 
 class EditVideo(RemixVideo):
-    """POST /v1/videos/edits: the same for a clip that is named or sent, as the file `video`."""
+    """Body of POST /v1/videos/edits: a remix of a clip that is named or sent, as the file `video`."""
 
     video: VideoReference | None = None
 
 
 class ExtendVideo(Sampling):
-    """POST /v1/videos/extensions: `seconds` more of a clip that is named or sent, as the file `video`."""
+    """Body of POST /v1/videos/extensions: `seconds` more of a clip that is named or sent, as the file `video`."""
 
     seconds: Seconds
     video: VideoReference | None = None
 
 
 class Generation(Sampling):
-    """POST /v1/videos/generations, as TensorRT-LLM and MLPerf's load generator speak it: the client waits."""
+    """Body of POST /v1/videos/generations, as TensorRT-LLM and MLPerf's load generator speak it: the client waits."""
 
     size: Size | None = None
     seconds: Seconds | None = None
@@ -176,7 +176,7 @@ class Generation(Sampling):
 
     @property
     def video(self) -> CreateVideo:
-        """The same as a request for POST /v1/videos."""
+        """Return the same as a request for POST /v1/videos."""
         mine = {"guidance_scale_2", "boundary_ratio", "latent_path", "output_format", "response_format"}
         return CreateVideo(**self.model_dump(exclude=mine))
 
@@ -185,7 +185,7 @@ SETTINGS = ("negative_prompt", "num_inference_steps", "guidance_scale", "cache")
 
 
 def show_video(job: Job, expires_after_s: float | None = None) -> dict[str, Any]:
-    """A job as a Video object; expires_after_s: how long artifacts are kept once it has completed."""
+    """Return a job as a Video object; expires_after_s: how long artifacts are kept once it has completed."""
     request, has_completed = job.request, job.state == COMPLETED
     ended_at = int(job.ended_at) if has_completed and job.ended_at is not None else None
     error = {"code": job.error_code, "message": job.error_message or job.error_code} if job.state == FAILED else None
@@ -218,7 +218,7 @@ def show_video(job: Job, expires_after_s: float | None = None) -> dict[str, Any]
 
 
 def _show_used(usage: dict[str, Any]) -> dict[str, Any]:
-    """What a job has used of engines in all, as its row keeps it."""
+    """Return a job's whole use of engines from its row."""
     nanos, currency = usage["cost_nanos"], usage["currency"]
     return {
         "engine_seconds": round(usage["engine_seconds"], 6),
@@ -228,13 +228,13 @@ def _show_used(usage: dict[str, Any]) -> dict[str, Any]:
 
 
 def percent(job: Job) -> int:
-    """Of the steps that are done; 100 only once the file is there."""
+    """Return the percentage of steps that are done; 100 only once the file is there."""
     if job.state == COMPLETED:
         return 100
     return min(99, 100 * job.step // job.num_steps) if job.num_steps else 0
 
 
 def show_page(videos: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
-    """A list; without `last_id` the SDKs' pagination would end behind the first page."""
+    """Return a list; without `last_id` the SDKs' pagination would end behind the first page."""
     first, last = (videos[0]["id"], videos[-1]["id"]) if videos else (None, None)
     return {"object": "list", "data": list(videos), "first_id": first, "last_id": last, "has_more": has_more}

@@ -1,4 +1,4 @@
-"""Which shape a model makes for what a client asked: the nearest native size, and enough frames.
+"""Chooses the shape that a model makes for a request: the nearest native size, and enough frames.
 
 A finished clip is scaled with its aspect kept, cut at the middle and trimmed to what was asked (`finish`).
 """
@@ -17,7 +17,7 @@ from .schema import CreateVideo
 
 @dataclass(frozen=True)
 class Shape:
-    """What is asked for, and what the model makes of it."""
+    """The size and length that a client asked for, and the native ones that the model makes."""
 
     width: int
     height: int
@@ -40,7 +40,7 @@ class Shape:
         return f"{self.num_frames / self.fps:g}"
 
     def describe(self) -> dict[str, Any]:
-        """What a job's row says of it."""
+        """Return the fields of a job's row that describe the shape."""
         return {
             "size": self.size,
             "seconds": self.seconds,
@@ -54,7 +54,7 @@ class Shape:
 def shape_of(
     asked: CreateVideo, native_sizes: Sequence[tuple[int, int]], defaults: ModelDefaults, limits: ModelLimits
 ) -> Shape:
-    """ApiError 400, naming the model's maximum, for a clip that is too long or not to be scaled."""
+    """Return the shape. Raises ApiError 400, naming the model's maximum, for a clip too long or not to be scaled."""
     fps = asked.fps or defaults.fps
     if asked.size is None:
         width, height = defaults.width, defaults.height
@@ -70,7 +70,7 @@ def shape_of(
 
 
 def nearest(width: int, height: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The size nearest in aspect, and of those that are equally near the one nearest in pixels."""
+    """Return the size nearest in aspect, and of those that are equally near the one nearest in pixels."""
 
     def distance(size: tuple[int, int]) -> tuple[float, float]:
         aspect = abs(log(size[0] / size[1]) - log(width / height))
@@ -80,7 +80,7 @@ def nearest(width: int, height: int, sizes: Sequence[tuple[int, int]]) -> tuple[
 
 
 def _length(asked: CreateVideo, fps: int, defaults: ModelDefaults, limits: ModelLimits) -> tuple[int, int]:
-    """(frames of the clip, frames that the model makes)."""
+    """Return (frames of the clip, frames that the model makes)."""
     if asked.num_frames is not None and asked.seconds is not None:
         message = "Invalid 'num_frames': give seconds or num_frames, not both."
         raise ApiError(400, message, code="invalid_value", param="num_frames")

@@ -1,6 +1,7 @@
-"""Reads who is alive for health checks: in a thread of its own, once for all who ask, no longer than they wait.
+"""Reads the live processes for health checks, in a thread of its own, once for all requests that wait.
 
-Requests and media share the threads of the event loop, of which a busy ingress has none to spare.
+A request waits a bounded time. Requests and media share the threads of the event loop, of which a busy ingress has none
+to spare.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ SILENT_S = 30.0  # a starved process gives its sign late, and is alive
 
 
 class Signs:
-    """Of one ingress."""
+    """The reader of one ingress."""
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
         self._reading: Future[list[Process]] | None = None
 
     async def alive(self) -> list[Process] | None:
-        """Dispatchers and engines that gave a sign lately, the newest first; None where the store does not answer."""
+        """Return dispatchers and engines with a recent heartbeat, newest first; None if the store does not answer."""
         if self._reading is None or self._reading.done():
             self._reading = Future()
             threading.Thread(target=self._read, args=(self._reading,), name="skylapse-signs", daemon=True).start()

@@ -27,7 +27,7 @@ MAX_DECODED_BYTES = 2**30  # of a clip that was sent: 388 frames at 1280x720
 
 @dataclass(frozen=True)
 class Source:
-    """What a request starts from."""
+    """A clip that a request starts from."""
 
     data: bytes  # mp4
     sha256: str
@@ -37,7 +37,7 @@ class Source:
     fps: int
 
     def shape_for(self, model: ServedModel, whole: bool = True) -> Shape:
-        """The clip's own size and length, and what the model works on; ApiError 400 where the whole is too long."""
+        """Return the clip's own size and length with the model's. Raises ApiError 400 if the whole clip is too long."""
         native = nearest(self.width, self.height, model.native_sizes)
         frames = frames_for(self.num_frames, model.limits)
         if whole and frames > model.limits.max_num_frames:
@@ -48,14 +48,14 @@ class Source:
 
 
 def finished_source(context: Context, job: Job) -> Source:
-    """ApiError 400 or 404 where there is no file (yet, or any more)."""
+    """Return a finished job's clip. Raises ApiError 400 or 404 if there is no file (yet, or any more)."""
     data = read_whole(context, job)
     width, height = (int(side) for side in job.request["size"].split("x"))
     return Source(data, video_of(job)["sha256"], width, height, job.request["num_frames"], job.request["fps"])
 
 
 def read_whole(context: Context, job: Job) -> bytes:
-    """A finished job's mp4; ApiError 400 or 404 where there is none."""
+    """Return a finished job's mp4. Raises ApiError 400 or 404 if there is none."""
     try:
         return b"".join(context.artifacts.read(video_of(job)["key"]))
     except FileNotFoundError:  # deleted since its row was read
@@ -67,7 +67,7 @@ def files_gone() -> ApiError:
 
 
 def video_of(job: Job, variant: str = "video") -> dict[str, str]:
-    """Where a finished job's file is; ApiError where there is none (yet, or any more)."""
+    """Return the record of a finished job's file. Raises ApiError if there is none (yet, or any more)."""
     if job.has_expired:
         raise files_gone()
     if job.state != COMPLETED:
@@ -79,9 +79,9 @@ def video_of(job: Job, variant: str = "video") -> dict[str, str]:
 
 
 async def sent_source(context: Context, upload: Upload, model: ServedModel) -> Source:
-    """A clip that was sent, decoded in a process of its own and written anew, at the model's frame rate.
+    """Decode a clip that was sent in a process of its own, and write it anew at the model's frame rate.
 
-    ApiError 400 for what is no clip within the bounds.
+    Raises ApiError 400 if it is no clip within the bounds.
     """
     config, fps = context.config, model.defaults.fps
     asked: dict[str, Any] = dict(fps=fps, max_pixels=config.max_media_pixels, max_seconds=config.max_media_seconds)

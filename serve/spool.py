@@ -1,4 +1,4 @@
-"""Files that clients send: on disk under names of ours, counted and hashed as they arrive, gone with the request."""
+"""Stores files that clients send on disk under our own names, counted and hashed, until the request ends."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Spool:
 
 
 class Arriving:
-    """A file of which more is to come."""
+    """A file that is still being received."""
 
     def __init__(self, path: Path) -> None:
         self.num_bytes = 0

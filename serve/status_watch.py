@@ -1,4 +1,4 @@
-"""Watches the service of one machine from outside: says in the log what is not as it should be, and when it is again.
+"""Watches the service of one machine from outside: logs each fault once, and its end once.
 
 Serve's controller tells of replicas and proxies, the store of engines' signs. A thread looks, since the controller
 does not answer while it is being replaced.
@@ -35,7 +35,7 @@ MISTAKES = ("ValueError", "FileNotFoundError", "NotADirectoryError", "IsADirecto
 
 @dataclass(frozen=True)
 class StartFailure:
-    """Why a part cannot be started, in one line; is_mistake: of who has configured it."""
+    """The reason that a part cannot be started, in one line; is_mistake: whether its configuration is at fault."""
 
     part: str
     reason: str
@@ -46,7 +46,7 @@ class StartFailure:
 
 
 def failure_in(part: str, message: str) -> StartFailure | None:
-    """What a replica's constructor has raised, in Serve's message of it, which holds the traceback; None: no such."""
+    """Return the error that a replica's constructor raised, from Serve's message with its traceback, or None."""
     found = RAISED.findall(message)
     if not found:
         return None
@@ -56,7 +56,7 @@ def failure_in(part: str, message: str) -> StartFailure | None:
 
 
 class StatusWatch:
-    """`look` is called by a thread of its own from `start` on; the attributes may be read by any."""
+    """Watches the service: a thread of its own calls `look` from `start` on; any thread may read the attributes."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class StatusWatch:
         application: str,
         groups: Sequence[EngineGroup],
     ) -> None:
-        """groups: of engines; those that have some from the start are waited for."""
+        """Prepare the watch. groups: of engines; those that have some from the start are waited for."""
         self.ask, self.processes, self.application, self.groups = ask, processes, application, groups
         self.is_ready = False
         self.failure: StartFailure | None = None
@@ -80,7 +80,7 @@ class StatusWatch:
         self._thread.start()
 
     def close(self) -> None:
-        """A look that waits for an answer is not waited for."""
+        """Stop, without waiting for a look that waits for an answer."""
         self._closing.set()
 
     def _run(self) -> None:
@@ -156,7 +156,7 @@ class StatusWatch:
     # --- what is said ---------------------------------------------------------------------------------------------
 
     def _tell(self, subject: str, wrong: str | None) -> None:
-        """Say once what is wrong with a subject, and once that it no longer is."""
+        """Log once what is wrong with a subject, and once that it no longer is."""
         before = self._told.get(subject)
         if wrong is not None and wrong != before:
             self._told[subject] = wrong
@@ -169,6 +169,6 @@ class StatusWatch:
 
 
 def _waited_for(application: ApplicationStatusOverview) -> str:
-    """The parts that do not run yet."""
+    """Return the names of the parts that do not run yet."""
     names = [name for name, deployment in application.deployments.items() if deployment.status.value != "HEALTHY"]
     return " and ".join(names) or "a first sign of life"

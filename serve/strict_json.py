@@ -1,4 +1,4 @@
-"""JSON from strangers: its size, nesting and number of values are bounded before it is parsed."""
+"""Parses JSON from clients, after bounding its size, nesting and number of values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STRING_OR_BRACKET = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
 
 class JsonReader:
-    """An object, gathered chunk by chunk."""
+    """Gathers an object chunk by chunk."""
 
     def __init__(self) -> None:
         self._text = bytearray()
@@ -33,7 +33,7 @@ class JsonReader:
 
 
 def parse_object(text: bytes | bytearray) -> dict[str, Any]:
-    """The object that `text` holds. ApiError 400: it is none, not UTF-8, too complex, or has NaN or a key twice."""
+    """Parse an object. Raises ApiError 400 if it is none, not UTF-8, too complex, or has NaN or a key twice."""
     num_brackets = text.count(b"[") + text.count(b"{")
     has_too_many = num_brackets + text.count(b'"') + text.count(b",") > MAX_MARKS
     if has_too_many or (num_brackets > MAX_DEPTH and _depth(text) > MAX_DEPTH):
@@ -50,7 +50,7 @@ def parse_object(text: bytes | bytearray) -> dict[str, Any]:
 
 
 def _depth(text: bytes | bytearray) -> int:
-    """Of the brackets outside strings; json.loads recurses, and at some thousand levels that ends a process or not."""
+    """Return the depth of brackets outside strings: json.loads recurses, and thousands of levels may end a process."""
     depth = deepest = 0
     for match in STRING_OR_BRACKET.finditer(text):
         mark = text[match.start()]

@@ -1,4 +1,4 @@
-"""Removes what nobody needs: files that no job points at, of jobs that have ended, expired or are gone; old rows."""
+"""Removes files that no job points at, those of jobs that have ended, expired or are gone, and old rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DAY_S = 86400.0
 
 
 def sweep_scratch(folder: Path, older_than_s: float = DAY_S) -> None:
-    """Remove what processes of this machine have left behind that were killed; nothing there is worked on for a day."""
+    """Remove files that killed processes of this machine left behind; nothing there is worked on for a day."""
     latest_s = time.time() - older_than_s
     for path in folder.iterdir() if folder.is_dir() else ():
         with suppress(FileNotFoundError):  # another one sweeps, too
@@ -40,7 +40,7 @@ def sweep_scratch(folder: Path, older_than_s: float = DAY_S) -> None:
 
 
 class Sweeper:
-    """Every call does a bounded part."""
+    """Removes files and rows in small parts: every call does a bounded one."""
 
     def __init__(self, context: Context) -> None:
         self.context, self.artifacts = context, context.artifacts
@@ -69,7 +69,7 @@ class Sweeper:
             JobTraces(self.context.database).forget(HOURLY_S)
 
     def _sweep_orphans(self) -> None:
-        """Files of jobs that were deleted while somebody was writing them."""
+        """Remove files of jobs that were deleted while they were being written."""
         ids = self.artifacts.folders("jobs", older_than_s=ORPHANED_S)
         for some in (ids[start : start + BATCH] for start in range(0, len(ids), BATCH)):
             with self.context.database.read() as connection:
@@ -80,7 +80,7 @@ class Sweeper:
                 )
 
     def _end_unserved(self) -> None:
-        """Jobs of a model that nobody has served for an hour, as long as a rollout of two configurations may take."""
+        """End jobs of a model that nobody has served for an hour, the longest rollout of two configurations."""
         alive = self.context.processes.alive(kind=ENGINE)
         models = {*self.context.config.model_names, *(process.facts.get("model") for process in alive)}
         for job_id in self.context.jobs.fail_unserved([name for name in models if name is not None], HOURLY_S):

@@ -34,14 +34,14 @@ Value = str | int | float | bool
 
 @dataclass(frozen=True)
 class Parent:
-    """Where a job's trace begins. trace_id: 128 bits; span_id: the client's span, 64 bits, 0 where there is none."""
+    """The origin of a job's trace. trace_id: 128 bits; span_id: the client's span, 64 bits, 0 for none."""
 
     trace_id: int
     span_id: int = 0
     is_sampled: bool = True
 
     def __str__(self) -> str:
-        """As the job's row keeps it: W3C's `traceparent`, but that the span may be all zeros."""
+        """Return W3C's `traceparent`, which the job's row keeps; its span, though, may be all zeros."""
         return f"00-{self.trace_id:032x}-{self.span_id:016x}-{int(self.is_sampled):02x}"
 
 
@@ -71,17 +71,17 @@ class Span:
 
     @property
     def span_id(self) -> int:
-        """The same for whoever writes this span."""
+        """The span's id, the same in every process that writes it."""
         return _span_id(self.job_id, self.name, self.key)
 
     @property
     def parent_id(self) -> int:
-        """The job's span; of that one, the client's, or 0."""
+        """The id of the parent: the job's span; for the job's own span the client's, or 0."""
         return parse(self.trace).span_id if self.name == JOB else _span_id(self.job_id, JOB)
 
 
 class Tracer:
-    """One a process. What it is given is exported by a thread of its own, or dropped and counted: nobody waits."""
+    """The tracer of a process. A thread exports its spans, or they are dropped and counted: nothing waits for them."""
 
     def __init__(self, settings: TraceSettings) -> None:
         self.settings = settings
@@ -90,9 +90,9 @@ class Tracer:
         self._lock = Lock()
 
     def begin(self, job_id: str, traceparent: str | None) -> str | None:
-        """What the row of a new job keeps; None where its client or OTEL_TRACES_SAMPLER wants no trace of it.
+        """Return the trace for the row of a new job; None if its client or OTEL_TRACES_SAMPLER wants no trace of it.
 
-        traceparent: the client's header. One that is none is left out of account, as W3C demands.
+        traceparent: the client's header. An invalid one is ignored, as W3C demands.
         """
         parent = given(traceparent) or Parent(int(job_id.rpartition("_")[2], 16))
         return str(Parent(parent.trace_id, parent.span_id)) if self._open().samples(parent) else None
@@ -102,16 +102,16 @@ class Tracer:
 
     @property
     def num_dropped(self) -> int:
-        """Spans that no collector has."""
+        """The number of spans that reached no collector."""
         return 0 if self._pipeline is None else self._pipeline.num_dropped
 
     @property
     def facts(self) -> dict[str, int]:
-        """As a sign of life carries them."""
+        """The tracer's facts in a heartbeat."""
         return {"spans_dropped": self.num_dropped}
 
     def tell(self, database: Database, counters: Counters) -> None:
-        """Count in the store what was dropped since the last call; SQLAlchemyError leaves it to the next."""
+        """Count in the store the spans dropped since the last call; SQLAlchemyError leaves them to the next call."""
         dropped, tally = self.num_dropped, Tally()
         tally.add(SPANS_DROPPED, by=dropped - self._told)
         if tally:
@@ -120,12 +120,12 @@ class Tracer:
             self._told = dropped
 
     def close(self) -> None:
-        """Export what waits, for a few seconds at most."""
+        """Export the spans that wait, for a few seconds at most."""
         if self._pipeline is not None:
             self._pipeline.close()
 
     def _open(self) -> Pipeline:
-        """The first span makes the exporter and its thread: a command that only lists keys has none."""
+        """Make the exporter and its thread with the first span: a command that only lists keys needs none."""
         with self._lock:
             if self._pipeline is None:
                 from .otlp import Pipeline
@@ -137,7 +137,7 @@ class Tracer:
 
 
 def job_span(job_id: str, trace: str, facts: Mapping[str, Any]) -> Span:
-    """The span of a whole job, of what the transaction that ended it has left (`store/traces.py`)."""
+    """Return the span of a whole job, from the facts of the transaction that ended it (`store/traces.py`)."""
     attributes = {
         name: value for name, value in facts.items() if value is not None and name not in ("start_s", "end_s")
     }
@@ -154,7 +154,7 @@ def job_span(job_id: str, trace: str, facts: Mapping[str, Any]) -> Span:
 
 
 def open_tracer() -> Tracer | None:
-    """As OpenTelemetry's variables have it; None where they ask for no traces. ValueError for a wrong one."""
+    """Return a tracer as OpenTelemetry's variables set it, or None if they want no traces. Raises ValueError."""
     settings = load_tracing()
     if settings is None:
         return None
@@ -168,7 +168,7 @@ def open_tracer() -> Tracer | None:
 
 
 def given(traceparent: str | None) -> Parent | None:
-    """A client's header; None for none, and for what is no header of a version that can be read."""
+    """Parse a client's header; None for none, and for an invalid one or a version that cannot be read."""
     match = TRACEPARENT.fullmatch(traceparent or "")
     if match is None or match[1] == "ff" or (match[1] == "00" and match[5]):
         return None
@@ -177,11 +177,11 @@ def given(traceparent: str | None) -> Parent | None:
 
 
 def parse(trace: str) -> Parent:
-    """What a job's row keeps."""
+    """Parse the trace that a job's row keeps."""
     _, trace_id, span_id, flags = trace.split("-")
     return Parent(int(trace_id, 16), int(span_id, 16), bool(int(flags, 16) & 1))
 
 
 def _span_id(job_id: str, name: str, key: str = "") -> int:
-    """64 bits, of which 0 would be no id."""
+    """Return 64 bits; never 0, which would be no id."""
     return int.from_bytes(blake2b(f"{job_id}/{name}/{key}".encode(), digest_size=8).digest()) or 1

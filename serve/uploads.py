@@ -33,7 +33,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Body:
-    """What a client asks, and the files it sent, which are gone when the block is left."""
+    """A client's fields and the files that it sent, which are removed when the block is left."""
 
     fields: dict[str, Any]
     files: dict[str, Upload]
@@ -50,7 +50,7 @@ class Body:
 
 
 class Unread(ApiError):
-    """A refusal before the body's end, which ends the connection: without the header, uvicorn reads on."""
+    """A refusal before the body's end, which closes the connection: without the header, uvicorn reads on."""
 
     def __init__(self, error: ApiError) -> None:
         super().__init__(
@@ -68,7 +68,7 @@ class Unread(ApiError):
 
 
 async def read_body(request: Request, *, max_bytes: int, folder: Path) -> Body:
-    """Fields and files of a request. ApiError 4xx for what is malformed, too large or cut short; then no file is left.
+    """Read a request's fields and files. Raises ApiError 4xx for a malformed, too large or cut body, and keeps no file.
 
     An image within a data URL becomes a file like any other: `input_reference` is never among the fields.
     """
@@ -97,7 +97,7 @@ async def read_body(request: Request, *, max_bytes: int, folder: Path) -> Body:
 
 
 class Reader(Protocol):
-    """Of one content type."""
+    """A reader of one content type."""
 
     def write(self, chunk: bytes) -> None: ...
 
@@ -105,7 +105,7 @@ class Reader(Protocol):
 
 
 class UrlencodedReader:
-    """What `curl -d` sends."""
+    """Reads the form that `curl -d` sends."""
 
     def __init__(self) -> None:
         self._text = bytearray()
@@ -130,7 +130,7 @@ class UrlencodedReader:
 
 
 class NothingReader:
-    """Of a type that we do not know: no body at all is fine."""
+    """Reads a body of an unknown content type: it may only be empty."""
 
     def write(self, chunk: bytes) -> None:
         if chunk:
@@ -153,7 +153,7 @@ def _reader(request: Request, spool: Spool) -> Reader:
 
 
 async def _receive(request: Request, reader: Reader, max_bytes: int) -> None:
-    """The body, to its end, into the reader; Unread where that is not reached."""
+    """Read the body, to its end, into the reader. Raises Unread before the end."""
     too_large = ApiError(413, f"A request may have {max_bytes} bytes at most.", code="request_too_large")
     promised = request.headers.get("content-length")
     try:
@@ -186,7 +186,7 @@ def _cut_short() -> ApiError:
 
 
 def _understand(reader: Reader, files: Mapping[str, Upload]) -> tuple[dict[str, Any], bytes | None]:
-    """The fields, and the image that came within `input_reference`, which is then none of them."""
+    """Return the fields, and the image that came within `input_reference`, which is then not among them."""
     fields = reader.finish()
     _check_texts(fields)
     for name in FILES:

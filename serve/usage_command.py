@@ -1,4 +1,4 @@
-"""`skylapse usage`: what tenants have used, by day, tenant and model, read from the store."""
+"""`skylapse usage`: prints the usage of tenants by day, tenant and model, read from the store."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _day(name: str, text: str | None) -> date | None:
 
 
 def _open(data: str, settings: Settings) -> Database:
-    """The store that is there: one that a command makes by the way would be an empty one beside the service's."""
+    """Open the store that is there; one made by this command would be an empty one beside the service's."""
     config = ServeConfig(data=data)
     if not settings.database_url and not (path := Path(config.folder / "jobs.db")).exists():
         raise ValueError(f"--data must be a service's folder, got {data!r}: {path} is not there")

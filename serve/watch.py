@@ -1,4 +1,4 @@
-"""One reader of the store for all event streams of an ingress: who watches a job is told when its version changes."""
+"""Reads the store once for all event streams of an ingress, and reports a job whenever its version changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Watch:
 
     @asynccontextmanager
     async def watching(self, job: Job) -> AsyncIterator[asyncio.Queue[Job | None]]:
-        """A queue of what the job becomes from here on; None: it was deleted."""
+        """Yield a queue of the job's states from here on; None: it was deleted."""
         queue: asyncio.Queue[Job | None] = asyncio.Queue()
         self._watchers.setdefault(job.id, set()).add(queue)
         self._seen[job.id] = min(job.version, self._seen.get(job.id, job.version))

@@ -1,4 +1,4 @@
-"""Webhook events to their receivers, signed as OpenAI and Standard Webhooks sign: at least once, under a stable id."""
+"""Delivers webhook events, signed as OpenAI and Standard Webhooks sign: at least once, under a stable id."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 
 
 def make_secret() -> str:
-    """A secret for `SKYLAPSE_WEBHOOK_SECRET`."""
+    """Return a new secret for `SKYLAPSE_WEBHOOK_SECRET`."""
     return f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
 
 
 def open_secret(config: ServeConfig) -> str:
-    """The configured secret, or the one in the data folder, which is made at the first start. ValueError if it is none.
+    """Return the configured secret, or the data folder's, made at the first start. Raises ValueError if it is none.
 
     Dispatchers of a cluster share no folder, and receivers could not know all their secrets: there it is configured.
     """
@@ -50,7 +50,7 @@ def open_secret(config: ServeConfig) -> str:
 
 
 def _create(path: Path, text: str) -> None:
-    """Whole or not at all, for this user alone; what another process has created meanwhile stays."""
+    """Create a file whole or not at all, for this user alone; one that another process has created meanwhile stays."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".") as file:  # mode 600
         file.write(text)
         file.flush()
@@ -59,10 +59,10 @@ def _create(path: Path, text: str) -> None:
 
 
 def sign(secret: str, event_id: str, timestamp: int, body: str) -> dict[str, str]:
-    """The three headers of an event.
+    """Return the three headers of an event.
 
     secret: "whsec_<base64>", or several with blanks between them while one takes the place of another: the event then
-    has a signature by each, and receivers with either accept it. ValueError for what is no secret.
+    has a signature by each, and receivers with either accept it. Raises ValueError for an invalid secret.
     """
     signed = f"{event_id}.{timestamp}.{body}".encode()
     keys = [_key(text) for text in secret.split()]
@@ -79,7 +79,7 @@ def sign(secret: str, event_id: str, timestamp: int, body: str) -> dict[str, str
 async def deliver(
     delivery: Delivery, secret: str, *, allow_private: bool = False, clock: Callable[[], float] = time.time
 ) -> outbound.Answer:
-    """One attempt; outbound.Unreachable. `clock` must be right: receivers refuse what is 5 minutes off."""
+    """Make one attempt. Raises outbound.Unreachable. `clock` must be right: receivers refuse what is 5 minutes off."""
     headers = {"content-type": "application/json", "user-agent": "skylapse"}
     headers |= sign(secret, delivery.id, int(clock()), delivery.body)
     body = delivery.body.encode()
@@ -93,7 +93,7 @@ async def deliver_due(
     clock: Callable[[], float] = time.time,
     tracer: Tracer | None = None,
 ) -> int:
-    """Attempt what is due, up to `BATCH` events at once; how many there were, so that 0 means: look again later.
+    """Attempt the events that are due, up to `BATCH` at once; return their number, so that 0 means: look again later.
 
     Raises what the store raises, once all attempts have ended; what could not be written down is attempted again.
     """
@@ -129,7 +129,7 @@ async def _attempt(
 
 
 def _trace(tracer: Tracer | None, delivery: Delivery, began_s: float, status: int | None) -> None:
-    """One attempt, into the trace of its job; status: None where there was no answer. An URL may hold a token."""
+    """Write one attempt into its job's trace, without the URL, which may hold a token; status: None for no answer."""
     if tracer is None or delivery.trace is None:
         return
     is_delivered = status is not None and 200 <= status < 300

@@ -51,7 +51,7 @@ LOOK_S = 0.02  # between two looks whether an engine is through with a job that 
 
 
 class Worker:
-    """Any number of jobs at a time, on one event loop."""
+    """Works on any number of jobs at a time, on one event loop."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Worker:
         self._claiming = asyncio.Lock()
 
     async def run_next(self, owner: str) -> str | None:
-        """Claim a job as `owner` and work on it to its end; its id, or None where there was none to claim."""
+        """Claim a job as `owner` and work on it to its end; return its id, or None if there was none to claim."""
         async with self._claiming:
             if self.is_lost or self.is_draining or self._has_suspect:
                 return None
@@ -99,7 +99,7 @@ class Worker:
         return job.id
 
     async def drain(self, budget_s: float) -> None:
-        """Begin nothing more, and finish what fits into so many seconds by estimate.
+        """Begin no more jobs, and finish those that fit into `budget_s` by estimate.
 
         The rest is given back, to go on from its checkpoint elsewhere.
         """
@@ -115,7 +115,7 @@ class Worker:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it works on no job, and has given back those that it does not."""
+        """True if it works on no job, and has given back those that it does not finish."""
         return self._running == 0
 
     def close(self) -> None:
@@ -162,7 +162,7 @@ class Worker:
         return Used(account.usage, self.engine.device.type)
 
     async def _work(self, job: Job, held: Held, folder: Path) -> bool:
-        """Whether the job has ended with what it used; else somebody else ended it, or goes on with it."""
+        """Return True if the job ended here with its usage; False if another process ended it, or goes on with it."""
         held.report(Standing("encode", job.step, job.num_steps))
         logger.info("job %s begins at step %d, attempt %d", job.id, job.checkpoint_step or 0, job.epoch)
         held.spans.reach("encode")
@@ -206,7 +206,7 @@ class Worker:
         return False
 
     def _finish(self, job: Job, held: Held, files: dict[str, Path], video: Video, folder: Path) -> Artifact:
-        """The clip's files; the time is the job's, as that of its encoding and decoding is."""
+        """Write the clip's files; the time is charged to the job, like that of its encoding and decoding."""
         began_s = time.perf_counter()
         try:
             return finished(job.request, files, video, folder)
@@ -216,7 +216,7 @@ class Worker:
     async def _denoise(
         self, job: Job, held: Held, aside: Aside, files: dict[str, Path], folder: Path
     ) -> Finished | Failed:
-        """From the job's checkpoint where this engine can go on from it, else from the beginning."""
+        """Denoise from the job's checkpoint if this engine can resume it, else from the beginning."""
         checkpoint = folder / "checkpoint"
         if job.checkpoint is not None:
             await persist(partial(self._fetch, job.checkpoint, checkpoint))
@@ -271,7 +271,7 @@ class Worker:
     # --- what is stored on the way --------------------------------------------------------------------------------
 
     def _inputs(self, job: Job, folder: Path) -> dict[str, Path]:
-        """The files that the request shows, brought to this machine."""
+        """Fetch the files that the request shows to this machine."""
         files = {}
         for name in INPUTS:
             if name in job.request.get("inputs", ()):
@@ -317,7 +317,7 @@ class Worker:
             self.measures.previewed(time.time() - job.created_at)
 
     def _forget(self, job: Job, stem: str, step: int) -> None:
-        """Remove what this attempt has stored of earlier steps."""
+        """Remove files that this attempt has stored for earlier steps."""
         for key in self.artifacts.keys(f"jobs/{job.id}/{job.epoch}"):
             name = key.split("/")[3]
             if name.startswith(stem) and name != f"{stem}{step}":
@@ -325,7 +325,7 @@ class Worker:
 
 
 async def persist(call: Callable[[], T]) -> T:
-    """The result of a call on the store or the artifacts, in a thread, tried again while they do not answer.
+    """Return the result of a call on the store or the artifacts, in a thread, tried again while they do not answer.
 
     A full disk and an unreachable database are somebody's to mend, and the work of minutes is not thrown away
     meanwhile: the lease goes on being renewed until the stage's deadline.
@@ -343,7 +343,7 @@ async def persist(call: Callable[[], T]) -> T:
 
 
 def _snapshot(folder: Path) -> tuple[Path, int] | None:
-    """(a copy of the newest checkpoint by hard links, its step); None where the next one is replacing it just now."""
+    """Return (a hard-linked copy of the newest checkpoint, its step); None while the next one is replacing it."""
     try:
         record = (folder / INDEX).read_text()
         name = json.loads(record)["tensors"]

@@ -22,7 +22,7 @@ TIMES = ("created_at", "started_at", "ended_at")
 
 
 def jobs(arguments: Sequence[str], settings: Settings) -> int:
-    """Run one of the commands; NotFound is the user's mistake."""
+    """Run one of the commands; a job that is not found is the user's mistake (ValueError)."""
     options = _parser().parse_args(arguments)
     try:
         options.run(options)

@@ -20,7 +20,7 @@ COLUMNS = ("id", "name", "tenant", "scopes", "priority", "state", "created", "la
 
 
 def keys(arguments: Sequence[str], settings: Settings) -> int:
-    """Run one of the commands; KeyNotFound is the user's mistake."""
+    """Run one of the commands; a key that is not found is the user's mistake (ValueError)."""
     options = _parser().parse_args(arguments)
     try:
         options.run(options)

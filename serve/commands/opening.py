@@ -1,4 +1,4 @@
-"""How an operator's commands find the store: the one that is there, never a new one."""
+"""Opens the store for an operator's commands: an existing one, never a new one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HINT = "`skylapse serve` makes one, or --data or SKYLAPSE_DATA names another"
 
 
 def add_place(*commands: argparse.ArgumentParser) -> None:
-    """Where the store is, and how to answer: options of every command."""
+    """Add the options of every command: the store's place, and the form of the answer."""
     for command in commands:
         command.add_argument("--data", metavar="DIR", help="default: SKYLAPSE_DATA, or skylapse-data")
         command.add_argument(
@@ -33,14 +33,14 @@ def add_place(*commands: argparse.ArgumentParser) -> None:
 
 
 def find_config(options: argparse.Namespace) -> ServeConfig:
-    """The service's configuration, with the secrets of the environment."""
+    """Return the service's configuration, with the secrets of the environment."""
     given = argparse.Namespace(config=options.config, data=options.data)
     return with_secrets(load_config(given, our_variables()).config)
 
 
 @contextmanager
 def open_store(options: argparse.Namespace, is_read_only: bool = False) -> Iterator[Context]:
-    """A context on the store that is there, closed at the block's end. ValueError where none is; nothing is created.
+    """Open a context on an existing store, closed at the block's end; create nothing. Raises ValueError without one.
 
     is_read_only: leave the tables as they are, of an older release or not.
     """
@@ -55,7 +55,7 @@ def open_store(options: argparse.Namespace, is_read_only: bool = False) -> Itera
 
 
 def find_database(config: ServeConfig) -> Database | None:
-    """The service's database; None where there are no tables of ours, and where there is no file."""
+    """Return the service's database; None without a file, or without tables of ours."""
     url = make_url(config.database)
     if url.get_backend_name() == "sqlite" and not (url.database and Path(url.database).is_file()):
         return None
@@ -73,12 +73,12 @@ def find_database(config: ServeConfig) -> Database | None:
 
 
 def place_of(config: ServeConfig) -> str:
-    """Where the store is, without its password."""
+    """Return the store's place, without its password."""
     return make_url(config.database_url).render_as_string() if config.database_url else str(config.folder)
 
 
 def account() -> Actor:
-    """Who runs the command, as the audit names them."""
+    """Return the user who runs the command, as the audit names them."""
     try:
         return Actor(f"cli:{getpass.getuser()}")
     except (KeyError, OSError):  # a user id without a name, as containers have them

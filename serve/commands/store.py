@@ -25,7 +25,7 @@ MAX_LINES = 20
 
 
 def store(arguments: Sequence[str], settings: Settings) -> int:
-    """Run one of the commands; returns 1 where `check` has found something."""
+    """Run one of the commands; return 1 if `check` has found something."""
     options = _parser().parse_args(arguments)
     status: int = options.run(options)
     return status

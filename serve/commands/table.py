@@ -1,4 +1,4 @@
-"""How an operator's commands answer: one JSON object, or a table for people."""
+"""Prints the answers of an operator's commands: one JSON object, or a table for people."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def iso(seconds: float | None) -> str:
-    """A time as people read it, in UTC; "-" for none."""
+    """Return a time in UTC as people read it; "-" for none."""
     return "-" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -18,7 +18,7 @@ def print_json(answer: Mapping[str, Any]) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Aligned columns; "-" for what there is nothing of."""
+    """Print aligned columns; "-" for a missing value."""
     cells = [[name.upper() for name in columns], *([_text(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(columns))]
     for row in cells:
@@ -26,7 +26,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
-    """One fact a line."""
+    """Print one fact a line."""
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
         print(f"{name.ljust(width)}  {_text(value)}")

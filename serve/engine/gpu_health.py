@@ -1,7 +1,8 @@
-"""Whether a GPU can be worked on, by what NVML says: Xid errors, ECC errors, rows that cannot be replaced, a lost GPU.
+"""Decides by NVML whether a GPU is fit for work: Xid and ECC errors, rows that cannot be replaced, a lost GPU.
 
-What was there when the engine started is told and no reason to drain, or an engine would be replaced for ever on a card
-that waits for its reset; what comes later is. None of this was run on a GPU: the tests have a stand-in of the library.
+Faults from before the engine's start are reported but are no reason to drain: otherwise, on a card that waits for its
+reset, an engine would be replaced for ever. Later faults are. None of this was run on a GPU: the tests use a stand-in
+of the library.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ ROWS_PENDING = "a row of its memory waits to be replaced, which a reset of the G
 
 
 class GpuSick(RuntimeError):
-    """The GPU has to be seen to before anything works on it."""
+    """The GPU needs repair or a reset before anything works on it."""
 
 
 class GpuHealth:
-    """Of one GPU. nvml: the module `pynvml`, or what stands for it; handle: NVML's, of the device."""
+    """The health of one GPU. nvml: the module `pynvml`, or its stand-in; handle: NVML's, of the device."""
 
     def __init__(self, nvml: Any, handle: Any, ignored_xids: Collection[int] = ()) -> None:
-        """GpuSick where the card says that nothing can work on it."""
+        """Take the first readings. Raises GpuSick if the card reports that nothing can work on it."""
         self._nvml, self._handle, self._ignored = nvml, handle, frozenset(ignored_xids)
         self.reason: str | None = None  # the first
         self.xids: list[int] = []  # that were reported since the start
@@ -56,11 +57,11 @@ class GpuHealth:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """As an engine's sign of life carries them."""
+        """The GPU's facts in an engine's heartbeat."""
         return {"gpu_xids": self.xids[-FACTS_KEPT:]} if self.xids else {}
 
     def look(self) -> str | None:
-        """Why this GPU should not be worked on any more, by what has happened since the start; None: it is well."""
+        """Return the reason, since the start, not to work on this GPU any more; None if it is healthy."""
         if self.reason is None:
             self._look_at_events()
             self._look_at_memory()
@@ -77,7 +78,7 @@ class GpuHealth:
     # --- what NVML tells ------------------------------------------------------------------------------------------
 
     def _register(self) -> Any:
-        """A set of events of this GPU; None where it reports none."""
+        """Return a set of events of this GPU; None if it reports none."""
         nvml = self._nvml
 
         def register() -> Any:
@@ -101,7 +102,7 @@ class GpuHealth:
                 self._take(int(event.eventData))
 
     def _look_at_memory(self) -> None:
-        """What could not be read at the start is compared with its first reading."""
+        """Compare ECC errors and rows with their first readings, which are taken here if they failed at the start."""
         ecc, rows = self._read(self._ecc), self._read(self._rows)
         if ecc is not None:
             self._ecc_before = ecc if self._ecc_before is None else self._ecc_before
@@ -123,18 +124,18 @@ class GpuHealth:
             logger.warning("the GPU reported Xid %d (%s), for which no engine is drained", code, known.what)
 
     def _ecc(self) -> int:
-        """Uncorrectable errors since the driver was loaded."""
+        """Return the uncorrectable errors since the driver was loaded."""
         nvml = self._nvml
         kind, since = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
         return int(nvml.nvmlDeviceGetTotalEccErrors(self._handle, kind, since))
 
     def _rows(self) -> tuple[bool, bool]:
-        """Whether the remapping of a row (waits for a reset, has failed)."""
+        """Return (the remapping of a row waits for a reset, the remapping of a row has failed)."""
         _, _, pending, failed = self._nvml.nvmlDeviceGetRemappedRows(self._handle)
         return bool(pending), bool(failed)
 
     def _recovery(self) -> str | None:
-        """The word of NVML's recovery action; None for none, and for a driver that tells none."""
+        """Return the name of NVML's recovery action; None for none, and for a driver that tells none."""
         nvml = self._nvml
         (value,) = nvml.nvmlDeviceGetFieldValues(self._handle, [nvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION])
         if value.nvmlReturn != nvml.NVML_SUCCESS:
@@ -145,7 +146,7 @@ class GpuHealth:
         return None
 
     def _read(self, ask: Callable[[], Any]) -> Any:
-        """What NVML answers; None where this card or driver does not tell it. A lost GPU is the reason."""
+        """Return NVML's answer; None if this card or driver does not tell it. A lost GPU makes this one sick."""
         nvml = self._nvml
         try:
             return ask()
@@ -163,7 +164,7 @@ class GpuHealth:
 
 
 class GpuWatch:
-    """Looks once a second, in a thread of its own: NVML may hang on a card that is broken, and heartbeats must not."""
+    """Looks once a second, in a thread of its own: NVML may hang on a broken card, and heartbeats must not."""
 
     def __init__(self, health: GpuHealth, look_s: float = LOOK_S) -> None:
         self.health, self._look_s = health, look_s
@@ -176,7 +177,7 @@ class GpuWatch:
         return self.health.reason
 
     def close(self, within_s: float = 2.0) -> None:
-        """Look no more; a look that hangs is left to the end of the process."""
+        """Stop looking; a look that hangs is left to the end of the process."""
         self._closing.set()
         self._thread.join(within_s)
         if not self._thread.is_alive():

@@ -1,4 +1,4 @@
-"""The spans of one attempt at a job: how long it waited, and the stages that it goes through, one after the other."""
+"""The spans of one attempt at a job: its wait, and the stages that it goes through, one after the other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LOST = "engine lost"
 
 
 class JobSpans:
-    """Nothing at all for a job that has no trace.
+    """Writes the spans of an attempt; does nothing for a job that has no trace.
 
     Times are the database's: the claim's, and what has passed since by this machine's clock. Each span is written as
     its stage ends, so that what an engine has done is seen even if it is killed in the stage after.
@@ -27,7 +27,7 @@ class JobSpans:
         self._write(QUEUE, waited_since_s, self._claimed_s, events=self._lost(waited_since_s))
 
     def reach(self, stage: str, ago_s: float = 0.0) -> None:
-        """Begin this stage, so many seconds ago, and end the one before; the first one begins with the claim."""
+        """Begin this stage, `ago_s` seconds ago, and end the one before; the first one begins with the claim."""
         if stage == self._stage:
             return
         at_s = self._claimed_s if self._stage is None else max(self._stage_s, self._now_s - ago_s)
@@ -35,11 +35,11 @@ class JobSpans:
         self._stage, self._stage_s, self._notes = stage, at_s, {}
 
     def note(self, **notes: Value) -> None:
-        """For the span of the present stage."""
+        """Add attributes to the span of the present stage."""
         self._notes |= notes
 
     def end(self, outcome: str, is_error: bool = False) -> None:
-        """The attempt is over; `outcome` is told where it ended within a stage."""
+        """End the attempt; `outcome` is noted if it ended within a stage."""
         if self._stage is not None:
             self.note(outcome=outcome)
             self._end(self._now_s, outcome if is_error else "")
@@ -54,7 +54,7 @@ class JobSpans:
             self._write(self._stage, self._stage_s, at_s, self._notes, error=error)
 
     def _lost(self, at_s: float) -> tuple[SpanEvent, ...]:
-        """The engine before this one, if it died: the row says what it was at; of one that gave back, it does not."""
+        """Return an event for the engine before, if it died, with its last stage; one that gave back leaves none."""
         job = self._job
         if job.epoch <= 1 or job.stage is None:
             return ()

@@ -1,4 +1,4 @@
-"""Xid errors of NVIDIA's driver: what each means, and whether an engine goes on working on the GPU that reported it.
+"""NVIDIA's Xid errors: their meanings, and whether an engine goes on working on the GPU that reported one.
 
 Source: NVIDIA, "Analyzing Xid Errors with the Xid Catalog" (docs.nvidia.com/deploy/xid-errors, drivers up to R575), of
 which `action` is the column "Resolution Bucket (Immediate Action)". Rows that the catalog calls unused, or that belong
@@ -16,7 +16,7 @@ SEEN_TO = ("RESET_GPU", "RESTART_BM", "RESTART_VM", "WORKFLOW_XID_48", "WORKFLOW
 
 @dataclass(frozen=True)
 class Xid:
-    """why: the reason where `drains` is not what NVIDIA's bucket says."""
+    """One Xid error. why: the reason where `drains` differs from NVIDIA's bucket."""
 
     what: str
     action: str
@@ -24,7 +24,7 @@ class Xid:
 
     @property
     def drains(self) -> bool:
-        """Whether it is the hardware's: the engine gives its jobs back and is replaced."""
+        """True if the hardware is at fault: the engine gives its jobs back and is replaced."""
         return self.action in SEEN_TO or bool(self.why)
 
 

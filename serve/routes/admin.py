@@ -1,4 +1,4 @@
-"""What operators see and set: tenants, engines, the audit; and what all their routes share."""
+"""Operators' routes for tenants, engines and the audit, and helpers that all operators' routes share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SILENT_S = 10.0  # after which an engine counts as gone, as in /healthz
 
 @router.get("/tenants", operation_id="listTenants")
 def tenants(request: Request, caller: Operator, limit: Limit = 20, after: After = None) -> JSONResponse:
-    """Every tenant that has a key, a job or a setting, by name, and what holds for it."""
+    """List every tenant that has a key, a job or a setting, by name, with its effective settings."""
     context: Context = request.app.state.context
     found, has_more = context.tenants.page(limit, after)
     return JSONResponse(show_page([show_tenant(context, *one) for one in found], has_more))
@@ -39,7 +39,7 @@ def tenants(request: Request, caller: Operator, limit: Limit = 20, after: After 
 
 @router.patch("/tenants/{tenant}", operation_id="changeTenant")
 async def change_tenant(request: Request, caller: Operator, tenant: Annotated[str, Path()]) -> JSONResponse:
-    """Set what a tenant may have, from its next job on; null takes a setting back to the configuration's."""
+    """Set a tenant's limits, from its next job on; null takes a setting back to the configuration's."""
     asked = await read_json(request, ChangeTenant)
     return await run_in_threadpool(_change_tenant, request, caller, tenant, asked)
 
@@ -53,7 +53,7 @@ def _change_tenant(request: Request, caller: Caller, name: str, asked: ChangeTen
 
 @router.get("/engines", operation_id="listEngines")
 def engines(request: Request, caller: Operator) -> JSONResponse:
-    """The engines that are alive, and what they tell of themselves."""
+    """List the engines that are alive, with the facts that they report of themselves."""
     found = request.app.state.context.processes.alive(SILENT_S, ENGINE)
     return JSONResponse(show_page([show_engine(engine) for engine in found], has_more=False))
 
@@ -77,7 +77,7 @@ def audit(
     limit: Limit = 20,
     after: Annotated[int | None, Query(ge=1, lt=2**63, description="The last id of the page before.")] = None,
 ) -> JSONResponse:
-    """What operators have changed, the newest first."""
+    """List the changes that operators have made, the newest first."""
     found, has_more = request.app.state.context.audit.page(limit, after)
     return JSONResponse(show_page([show_entry(entry) for entry in found], has_more))
 
@@ -90,7 +90,7 @@ def actor(request: Request, caller: Caller) -> Actor:
 
 
 async def read_json(request: Request, schema: type[Asked]) -> Asked:
-    """The body's fields; no body is one without fields. ApiError 4xx."""
+    """Read the body's fields; no body is one without fields. Raises ApiError 4xx."""
     folder = request.app.state.context.config.scratch
     with await read_body(request, max_bytes=MAX_BODY_BYTES, folder=folder) as body:
         fields: dict[str, Any] = body.fields
@@ -102,7 +102,7 @@ async def read_json(request: Request, schema: type[Asked]) -> Asked:
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """A store's ValueError as ApiError 400; its text begins with the field's name."""
+    """Turn a store's ValueError into ApiError 400; its text begins with the field's name."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Jobs of all tenants, as operators see them: listed, put before others, ended, tried again."""
+"""Operators' routes for jobs of all tenants: list, prioritise, cancel, retry."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def page(
     limit: Limit = 20,
     after: After = None,
 ) -> JSONResponse:
-    """A page of all tenants' jobs, the newest first."""
+    """List all tenants' jobs, the newest first."""
     context: Context = request.app.state.context
     try:
         jobs, has_more = context.all_jobs.page(limit, after, tenant=tenant, state=state, model=model)
@@ -45,7 +45,7 @@ def page(
 
 @router.get("/{job_id}", operation_id="retrieveJob")
 def retrieve(request: Request, caller: Operator, job_id: JobId) -> JSONResponse:
-    """Where a job stands."""
+    """Get a job of any tenant."""
     return JSONResponse(show_job(_find(request, job_id)))
 
 
@@ -80,7 +80,7 @@ def cancel(request: Request, caller: Operator, job_id: JobId) -> JSONResponse:
 
 @router.post("/{job_id}/retry", operation_id="retryJob")
 def try_again(request: Request, caller: Operator, job_id: JobId) -> JSONResponse:
-    """Make a new job of the same request and files, of one that failed or was cancelled."""
+    """Make a new job from the request and files of one that failed or was cancelled."""
     context: Context = request.app.state.context
     job = _find(request, job_id)
     request.app.state.catalog.find(job.request.get("model"))
@@ -92,7 +92,7 @@ def try_again(request: Request, caller: Operator, job_id: JobId) -> JSONResponse
 
 
 def _find(request: Request, job_id: str) -> Job:
-    """ApiError 404 for what is no id, and for the id of none."""
+    """Return the job. Raises ApiError 404 for an invalid or unknown id."""
     if not VIDEO_ID.fullmatch(job_id):
         raise _no_job()
     try:

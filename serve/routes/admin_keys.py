@@ -1,4 +1,4 @@
-"""Keys of all tenants, as operators see them: made, listed, named, rotated, revoked."""
+"""Operators' routes for keys of all tenants: list, create, change, rotate, revoke."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KeyId = Annotated[str, Path(description="A key's id, which is not its text.")]
 
 @router.get("", operation_id="listKeys")
 def page(request: Request, caller: Operator, limit: Limit = 20, after: After = None) -> JSONResponse:
-    """Every key there was, the newest first, without its text."""
+    """List every key that was ever made, the newest first, without its text."""
     try:
         keys, has_more = request.app.state.context.keys.page(limit, after)
     except KeyNotFound:
@@ -37,7 +37,7 @@ def page(request: Request, caller: Operator, limit: Limit = 20, after: After = N
 
 @router.post("", operation_id="createKey")
 async def create(request: Request, caller: Operator) -> JSONResponse:
-    """A new key; its text is in this answer alone."""
+    """Create a key; its text is in this answer alone."""
     asked = await read_json(request, CreateKey)
     return await run_in_threadpool(_create, request, caller, asked)
 
@@ -51,7 +51,7 @@ def _create(request: Request, caller: Caller, asked: CreateKey) -> JSONResponse:
 
 @router.patch("/{key_id}", operation_id="changeKey")
 async def change(request: Request, caller: Operator, key_id: KeyId) -> JSONResponse:
-    """Name a valid key, or set when it ends."""
+    """Name a valid key, or set its end."""
     asked = await read_json(request, ChangeKey)
     return await run_in_threadpool(_change, request, caller, key_id, asked)
 
@@ -65,7 +65,7 @@ def _change(request: Request, caller: Caller, key_id: str, asked: ChangeKey) -> 
 
 @router.post("/{key_id}/rotate", operation_id="rotateKey")
 async def rotate(request: Request, caller: Operator, key_id: KeyId) -> JSONResponse:
-    """A new key that may what this one may, which ends after `overlap_s`; the new text is in this answer alone."""
+    """Replace a key, which ends after `overlap_s`, by a new one of the same rights, whose text only this answer has."""
     asked = await read_json(request, RotateKey)
     return await run_in_threadpool(_rotate, request, caller, key_id, asked)
 
@@ -87,7 +87,7 @@ def revoke(request: Request, caller: Operator, key_id: KeyId) -> JSONResponse:
 
 @contextmanager
 def _of_a_valid_key(key_id: str) -> Iterator[None]:
-    """Answer 404 where the store has no valid key of this id."""
+    """Answer 404 if the store has no valid key of this id."""
     if not KEY_ID.fullmatch(key_id):
         raise _no_key()
     try:

@@ -1,4 +1,4 @@
-"""Characters, which the SDKs know and this service does not make: refused in words, not by an unknown URL."""
+"""Characters, which the SDKs know and this service does not make: refused with a message, not by an unknown URL."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def content(
     video_id: VideoId,
     variant: Annotated[str, Query(description="video or thumbnail")] = "video",
 ) -> Response:
-    """The mp4, or the thumbnail."""
+    """Download the mp4, or the thumbnail."""
     if variant not in TYPES:
         code = "unsupported" if variant == "spritesheet" else "invalid_value"
         raise ApiError(400, "Invalid 'variant': must be video or thumbnail.", code=code, param="variant")
@@ -63,7 +63,7 @@ def content(
 
 
 def _range(asked: str, size: int) -> tuple[int, int]:
-    """[start, end) of the one range that was asked for; ApiError 416 for none, many, or one beyond the end.
+    """Return [start, end) of the one range asked for. Raises ApiError 416 for none, many, or one beyond the end.
 
     Many ranges in one answer cost more than they are worth (CVE-2025-62727), and players ask for one at a time.
     """

@@ -1,4 +1,4 @@
-"""A job's events as they happen (server-sent events): its row, told again whenever its version changes.
+"""A job's events as they happen (server-sent events): its row, sent again whenever its version changes.
 
 An event's id is the version of the row that it was read from, so any ingress goes on where a client says it was.
 """
@@ -37,7 +37,7 @@ async def events(
     video_id: VideoId,
     last_event_id: Annotated[str | None, Header(alias="Last-Event-ID")] = None,
 ) -> StreamingResponse:
-    """Queued with its position, progress with stage, step and eta, previews, the end."""
+    """Stream a video's events: its position in the queue, progress with stage, step and eta, previews, the end."""
     job = await asyncio.to_thread(find_job, request, caller, video_id)
     last = int(last_event_id) if last_event_id and last_event_id.isdecimal() and len(last_event_id) < 10 else -1
     state = request.app.state
@@ -73,7 +73,7 @@ async def _stream(context: Context, watch: Watch, job: Job, last: int) -> AsyncI
 
 
 class Teller:
-    """What one client has been told, and what is new to it in a row."""
+    """The events that one client has been sent, and those that a row adds."""
 
     def __init__(self, context: Context, last: int) -> None:
         self.context, self.last = context, last
@@ -82,7 +82,7 @@ class Teller:
         self._has_begun = False
 
     def tell(self, job: Job) -> list[bytes]:
-        """Lines of the events that this row means."""
+        """Return the lines of the events that this row adds."""
         if job.state == QUEUED:
             position = self.context.jobs.position(job)
             if position == self._position and job.version <= self.last:
@@ -114,6 +114,6 @@ class Teller:
         return lines
 
     def _event(self, job: Job, kind: str, **facts: Any) -> bytes:
-        """The SDKs raise on a top-level key `error`, so what failed is told within the video."""
+        """Return one event; a failure is told within the video, as the SDKs raise on a top-level key `error`."""
         data = {"type": kind, "video": show_video(job, self.context.config.retention_s), **facts}
         return f"id: {job.version}\nevent: {kind}\ndata: {json.dumps(data)}\n\n".encode()

@@ -1,4 +1,4 @@
-"""The synchronous form of MLPerf's load generator and TensorRT-LLM: a durable job whose client happens to wait.
+"""The synchronous API of MLPerf's load generator and TensorRT-LLM: a durable job whose client waits.
 
 Source: mlcommons/endpoints, adapter `videogen`. A client that goes away leaves the job as it is.
 """
@@ -78,7 +78,7 @@ async def _ended(watch: Watch, job: Job) -> Job:
 
 
 def _allowed(context: Context, param: str) -> Path:
-    """The operator's directory for files that are handed over by path; ApiError 400 where there is none."""
+    """Return the operator's directory for files handed over by path. Raises ApiError 400 if there is none."""
     if not context.config.output_dir:
         message = f"Invalid '{param}': this service hands no files over by path."
         raise ApiError(400, message, code="unsupported", param=param)
@@ -86,7 +86,7 @@ def _allowed(context: Context, param: str) -> Path:
 
 
 def _add_latents(context: Context, draft: Draft, name: str) -> None:
-    """Initial noise [C, T, H, W] from a .npy file in the operator's directory; never a pickle."""
+    """Add initial noise [C, T, H, W] from a .npy file in the operator's directory; never a pickle."""
     folder = _allowed(context, "latent_path")
     path = (folder / name).resolve()
     refusal = ApiError(400, "Invalid 'latent_path': a .npy file of float32 [C, T, H, W] in the service's directory.",

@@ -1,4 +1,4 @@
-"""Whether the service is there, whether it can take jobs, and what Prometheus wants to know of it."""
+"""Health, readiness and Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SILENT_S = 10.0  # after which an engine is not told of any more
 
 @router.get("/healthz", operation_id="health")
 async def health(request: Request) -> JSONResponse:
-    """200 while this ingress answers, with what it knows of the others."""
+    """Answer 200 while this ingress answers, with what it knows of the others."""
     processes = await request.app.state.signs.alive()
     store = "unreachable" if processes is None else "ok"
     engines = [{"id": p.id, **p.facts} for p in processes or () if p.kind == ENGINE and p.silent_s <= SILENT_S]
@@ -31,9 +31,9 @@ async def health(request: Request) -> JSONResponse:
 
 @router.get("/readyz", operation_id="ready")
 async def ready(request: Request) -> JSONResponse:
-    """200 when jobs are taken and will be worked on: models are resolved, the store answers, a dispatcher is alive.
+    """Answer 200 when jobs are taken and worked on: models are resolved, the store answers, a dispatcher is alive.
 
-    An engine need not be: where they scale to none, the first job starts one.
+    An engine need not be alive: if they scale to none, the first job starts one.
     """
     if (reason := request.app.state.catalog.reason) is not None:
         return JSONResponse({"status": reason}, 503, {"retry-after": "2"})
@@ -47,7 +47,7 @@ async def ready(request: Request) -> JSONResponse:
 
 @router.get("/metrics", operation_id="metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
-    """Everything that Prometheus is told, from the store: the same on every ingress, which adds what it has counted."""
+    """Return all metrics for Prometheus from the store: the same on every ingress, which first adds its own counts."""
     await asyncio.to_thread(check_scrapes, request)
     with suppress(SQLAlchemyError):  # a store that only reads is enough for the rest
         await request.app.state.counter.flush()

@@ -1,4 +1,4 @@
-"""The models that clients may name."""
+"""The route that lists the models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 @router.get("", operation_id="listModels")
 def page(request: Request, caller: Reader) -> JSONResponse:
-    """Every name, with native sizes and greatest length."""
+    """List every name that clients may use, with native sizes and greatest length."""
     return JSONResponse({"object": "list", "data": [model.show() for model in request.app.state.catalog.all()]})
 
 

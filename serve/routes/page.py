@@ -1,4 +1,4 @@
-"""The page at / and its files: packaged as they are written, allowed to talk to this host alone."""
+"""The page at / and its files: served as they are packaged, and allowed to talk to this host alone."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def page(request: Request) -> Response:
 
 @router.api_route("/static/{name}", methods=["GET", "HEAD"])
 def static(request: Request, name: str) -> Response:
-    """One of the page's files, and nothing else whatever the name says: names are looked up, not opened."""
+    """Serve one of the page's files and nothing else: names are looked up in a table, not opened."""
     if name not in FILES:
         raise ApiError(404, "There is no such file.", code="not_found")
     return _send(request, FILES[name])

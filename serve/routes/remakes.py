@@ -81,14 +81,14 @@ async def _remake(
 
 
 def _model_of(request: Request, job: Job) -> ServedModel:
-    """The model that made the source, by the name that was asked for where it still means that."""
+    """Return the model that made the source, by the name that was asked for if it still means that model."""
     catalog: Catalog = request.app.state.catalog
     name = job.request["model"]
     return catalog.find(name if catalog.config.model_of(name) == job.model else job.model)
 
 
 def _named(asked: Sampling, body: Body) -> str | None:
-    """The id of the source; None where it was sent. ApiError 400 for neither and for both."""
+    """Return the id of the source; None if it was sent. Raises ApiError 400 for neither and for both."""
     reference = getattr(asked, "video", None)
     if reference is not None and "video" in body.files:
         raise ApiError(400, "Parameter 'video' was given more than once.", code="duplicate_parameter", param="video")

@@ -1,4 +1,4 @@
-"""Logging in at the page: a key for a cookie, which scripts cannot read and other sites cannot send.
+"""Login for the page: exchanges a key for a cookie, which scripts cannot read and other sites cannot send.
 
 SameSite=Strict keeps other sites from using the cookie. The origin is checked on top, since "same site" is wider than
 "same host": a neighbour on another port or subdomain is of the same site.
@@ -43,7 +43,7 @@ class Failures:
         self.times: OrderedDict[str, deque[float]] = OrderedDict()
 
     def check(self, address: str) -> None:
-        """ApiError 429 for one who failed too often."""
+        """Raise ApiError 429 for an address with too many failures."""
         times, oldest = self.times.get(address, deque()), time.monotonic() - self.window_s
         while times and times[0] <= oldest:
             times.popleft()
@@ -65,7 +65,7 @@ router = APIRouter(prefix="/session", include_in_schema=False)  # the page's own
 
 
 def check_origin(request: Request) -> None:
-    """ApiError 403 for a change that was not sent by a page of this host; reading is free to all.
+    """Raise ApiError 403 for a change that was not sent by a page of this host; anyone may read.
 
     Browsers say who sends a request and let no script say otherwise. `Sec-Fetch-Site` is enough where there is one
     (https and localhost), since a proxy may have rewritten the host; elsewhere `Origin` has to name the host that was
@@ -119,7 +119,7 @@ def log_out(request: Request) -> Response:
 
 @router.get("")
 def current(request: Request) -> Response:
-    """Who is logged in; tenant null where nobody is, which is no error to ask."""
+    """Return the tenant that is logged in, or null if none is, which is no error."""
     token = request.cookies.get(COOKIE)
     return _answer(request.app.state.context.sessions.find(token) if token else None)
 
@@ -145,13 +145,13 @@ def _answer(key: ApiKey | None) -> JSONResponse:
 
 
 def _attributes(request: Request) -> dict[str, Any]:
-    """Of the cookie. That a browser speaks https is told by the proxy which ended it; a lie there hurts the liar."""
+    """Return the cookie's attributes. The proxy that ended https says so in a header; a lie hurts only the liar."""
     proxied = request.headers.get("x-forwarded-proto", "").partition(",")[0].strip()
     return dict(path="/", httponly=True, samesite="strict", secure=(proxied or request.url.scheme) == "https")
 
 
 def _host(origin: str) -> str:
-    """Host and port of an origin; "" for "null" and for what is none."""
+    """Return the host and port of an origin; "" for "null" and for an invalid one."""
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:

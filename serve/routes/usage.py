@@ -1,4 +1,4 @@
-"""What a tenant has used, and what it costs; of all tenants for the operator."""
+"""The route for a tenant's usage and its cost; for operators, that of all tenants."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def page(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str | None, Query(description="The last_id of the page before.")] = None,
 ) -> JSONResponse:
-    """Sums over the jobs that ended from `start` to `end`, both included; by default of the last 30 days."""
+    """Sum up the jobs that ended from `start` to `end`, both included; by default of the last 30 days."""
     last = _parsed("end", end) or datetime.now(UTC).date()
     first = _parsed("start", start) or last - timedelta(days=DAYS - 1)
     if first > last:
@@ -74,7 +74,7 @@ def show_bucket(bucket: Bucket) -> dict[str, Any]:
 
 
 def _tenant(request: Request, caller: UsageReader, named: str, by: Sequence[str]) -> str | None:
-    """The caller's own; for an operator the one that is named, or all: by `*`, and where they are told apart."""
+    """Return the caller's tenant; for an operator the one named, or None for all: by `*`, or if they are told apart."""
     if is_operator(request, caller.key):
         return None if named == ALL or (not named and "tenant" in by) else named or caller.tenant
     if named not in ("", caller.tenant):

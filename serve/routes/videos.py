@@ -1,4 +1,4 @@
-"""Videos: made, read, listed, cancelled, deleted."""
+"""The routes for videos: create, list, retrieve, cancel, delete."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def page(
     after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
     order: Literal["asc", "desc"] = "desc",
 ) -> JSONResponse:
-    """A page of the tenant's videos."""
+    """List the tenant's videos."""
     context = request.app.state.context
     try:
         if after is not None and not VIDEO_ID.fullmatch(after):
@@ -67,7 +67,7 @@ def page(
 
 @router.get("/{video_id}", operation_id="retrieveVideo")
 def retrieve(request: Request, caller: Reader, video_id: VideoId) -> JSONResponse:
-    """Where a video stands."""
+    """Get a video."""
     return answer(request, find_job(request, caller, video_id))
 
 
@@ -95,7 +95,7 @@ def delete(request: Request, caller: Writer, video_id: VideoId) -> JSONResponse:
 
 
 def parse(schema: type[Asked], fields: dict[str, Any]) -> Asked:
-    """ApiError 400 for the first field that is wrong."""
+    """Validate the fields. Raises ApiError 400 for the first one that is wrong."""
     try:
         return schema.model_validate(fields)
     except ValidationError as error:
@@ -109,7 +109,7 @@ def find_job(request: Request, caller: Caller, video_id: str) -> Job:
 
 
 def check_id(video_id: str) -> None:
-    """NotFound for what is no id: another tenant's, a malformed and an unknown one look alike."""
+    """Raise NotFound for an invalid id, so that another tenant's, a malformed and an unknown one look alike."""
     if not VIDEO_ID.fullmatch(video_id):
         raise NotFound
 
@@ -125,7 +125,7 @@ def refuse_files(files: dict[str, Upload], but: str) -> None:
 
 
 async def add_image(draft: Draft, upload: Upload | None, max_pixels: int) -> None:
-    """The first frame, at the model's size. ApiError 400 where the model takes none, or needs one."""
+    """Add the first frame, at the model's size. Raises ApiError 400 if the model takes none, or needs one."""
     model = draft.model
     if upload is None:
         if model.needs_image:
@@ -141,7 +141,7 @@ async def add_image(draft: Draft, upload: Upload | None, max_pixels: int) -> Non
 
 
 def answer(request: Request, job: Job) -> JSONResponse:
-    """A video, and when to ask for it again."""
+    """Answer with a video, and a header that says when to ask for it again."""
     request.state.job = job.id  # for the log
     response = JSONResponse(show_video(job, request.app.state.context.config.retention_s))
     if not job.has_ended:

@@ -1,1 +1,1 @@
-"""The job store: what was asked, where it stands and who works on it, in SQLite or Postgres."""
+"""The job store, in SQLite or Postgres: each job's request, its progress, and the holder of its lease."""

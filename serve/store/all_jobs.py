@@ -15,7 +15,7 @@ MAX_PRIORITY = 100
 
 
 class HasEnded(ValueError):
-    """What was asked makes sense for an unfinished job alone."""
+    """The job has ended, and the change makes sense for an unfinished job alone."""
 
 
 class AllJobs:
@@ -25,7 +25,7 @@ class AllJobs:
         self.database = database
 
     def get(self, job_id: str) -> Job:
-        """NotFound."""
+        """Return a job. Raises NotFound."""
         with self.database.read() as connection:
             return one(connection, jobs.c.id == job_id)
 
@@ -38,7 +38,7 @@ class AllJobs:
         state: str | None = None,
         model: str | None = None,
     ) -> tuple[list[Job], bool]:
-        """At most `limit` jobs, the newest first, and whether there are more. NotFound if `after` names none."""
+        """Return at most `limit` jobs, newest first, and whether more follow. Raises NotFound if `after` names none."""
         wanted: list[ColumnElement[bool]] = []
         if tenant is not None:
             wanted.append(jobs.c.tenant == tenant)
@@ -56,7 +56,7 @@ class AllJobs:
     def prioritise(self, job_id: str, priority: int, by: Actor | None = None) -> Job:
         """Put an unfinished job before or behind others, whatever its key's highest priority is.
 
-        NotFound, HasEnded; ValueError for what is no priority.
+        Raises NotFound, HasEnded; ValueError for an invalid priority.
         """
         if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
             raise ValueError(f"priority must be from -{MAX_PRIORITY} to {MAX_PRIORITY}, got {priority}")

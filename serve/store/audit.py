@@ -1,4 +1,4 @@
-"""The audit: who changed what for operators' reasons, and when. Rows are added with the change, never altered."""
+"""The audit: each operator's change, with its author and time. Rows are added with the change, never altered."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .tables import audit
 
 @dataclass(frozen=True)
 class Actor:
-    """Names who changes something: a key's id, or `cli:` and an account; request_id: of the HTTP request."""
+    """The author of a change: a key's id, or `cli:` and an account; request_id: of the HTTP request."""
 
     name: str
     request_id: str | None = None
@@ -22,7 +22,7 @@ class Actor:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A row of the audit. before, after: the fields that the change is about; None where there was nothing."""
+    """A row of the audit. before, after: the fields that the change is about; None if there was nothing."""
 
     id: int
     at: float
@@ -44,7 +44,7 @@ def record(
 ) -> None:
     """Add a row within the caller's transaction, so that it is there if and only if the change is.
 
-    by: None for what no operator has done.
+    by: None for a change that no operator has made.
     """
     if by is None:
         return
@@ -54,13 +54,13 @@ def record(
 
 
 class Audit:
-    """Reads alone: there is no method that changes a row."""
+    """The audit, for reading alone: no method changes a row."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
 
     def page(self, limit: int, after: int | None = None) -> tuple[list[Entry], bool]:
-        """At most `limit` rows, the newest first, from behind the row `after`, and whether there are more."""
+        """Return at most `limit` rows, the newest first, from behind the row `after`, and whether there are more."""
         query = select(audit).order_by(audit.c.id.desc()).limit(limit + 1)
         if after is not None:
             query = query.where(audit.c.id < after)

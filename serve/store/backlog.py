@@ -1,4 +1,4 @@
-"""How much work waits, in seconds of one engine: what engines are scaled by."""
+"""The backlog, in seconds of one engine, by which engines are scaled."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .tables import IN_PROGRESS, QUEUED, jobs
 
 @dataclass(frozen=True)
 class Backlog:
-    """num_jobs: unfinished ones. engine_s: estimated seconds of one engine until they are done."""
+    """Unfinished work. num_jobs: unfinished jobs. engine_s: estimated seconds of one engine until they are done."""
 
     num_jobs: int
     engine_s: float
 
 
 def work_left() -> ColumnElement[float]:
-    """Estimated seconds of one engine, of unfinished jobs.
+    """Return the estimated seconds of one engine that unfinished jobs still need.
 
-    Of a job that has begun, what is left counts; of one that waits again, what is left from its checkpoint.
+    A job that has begun counts with its remaining work; one that waits again, with its work from its checkpoint on.
     """
     done = case((jobs.c.state == IN_PROGRESS, jobs.c.step), else_=jobs.c.checkpoint_step)
     left = case((jobs.c.num_steps > 0, 1.0 - 1.0 * done / jobs.c.num_steps), else_=1.0)
@@ -31,7 +31,7 @@ def work_left() -> ColumnElement[float]:
 
 
 def read_backlog(database: Database, queue: ModelQueue | None = None) -> Backlog:
-    """Of one queue, or of all jobs."""
+    """Return the backlog of one queue, or of all jobs."""
     query = select(func.count(), work_left())
     query = query.where(jobs.c.state.in_((QUEUED, IN_PROGRESS)), true() if queue is None else queue.where)
     with database.read() as connection:

@@ -53,9 +53,9 @@ class Manifest:
 def back_up(
     database: Database, artifacts: ArtifactStore | None, target: Path, replace: bool = False
 ) -> tuple[Manifest, int]:
-    """Write a backup to a new file; returns what is in it, and how many files of jobs. artifacts: whose to take along.
+    """Write a backup to a new file; return its manifest, and its number of job files. artifacts: their store, or None.
 
-    FileExistsError, unless it is to be replaced. The file is there once it is whole, and for its owner alone.
+    Raises FileExistsError, unless `replace`. The file appears once it is whole, and for its owner alone.
     """
     with tempfile.TemporaryDirectory(prefix=".backup-", dir=target.absolute().parent) as folder:  # mode 700
         dump, part = Path(folder, "database"), Path(folder, "backup")
@@ -89,7 +89,7 @@ def back_up(
 
 
 def verify(source: Path, kind: str) -> Manifest:
-    """Read a backup to its end. ValueError for what is broken, of another kind of store, or of a later format."""
+    """Read a backup to its end. Raises ValueError for a broken one, another kind of store, or a later format."""
     try:
         with tarfile.open(source, "r:") as tar:
             members = list(tar)
@@ -111,9 +111,10 @@ def verify(source: Path, kind: str) -> Manifest:
 
 
 def restore(database: Database, artifacts: ArtifactStore, source: Path) -> dict[str, int]:
-    """Let the store be what the backup holds; returns how many jobs, files, and checkpoints that are not there.
+    """Replace the store by a backup; return the numbers of jobs, of files, and of checkpoints that are missing.
 
-    ValueError as of `verify`. Until the database's own transaction at the end, nothing of the old store has changed.
+    Raises ValueError as `verify` does. Until the database's own transaction at the end, nothing of the old store has
+    changed.
     """
     manifest = verify(source, _kind(database))
     num_files = 0
@@ -138,7 +139,7 @@ def restore(database: Database, artifacts: ArtifactStore, source: Path) -> dict[
 
 
 def is_empty(database: Database) -> bool:
-    """Whether nobody would miss this store: it has no job and no key."""
+    """Return whether the store is empty: it has no job and no key."""
     with database.read() as connection:
         return not any(connection.scalar(select(table.c.id).limit(1)) for table in (jobs, api_keys))
 
@@ -148,7 +149,7 @@ def is_empty(database: Database) -> bool:
 
 @contextmanager
 def _snapshot(database: Database, target: Path) -> Iterator[Connection]:
-    """Write the database as it is now, and give a connection that sees the same."""
+    """Write the database as it is now, and yield a connection that sees the same."""
     if not database.is_sqlite:
         with postgres_dump.snapshot(database, target) as connection:
             yield connection
@@ -167,7 +168,7 @@ def _snapshot(database: Database, target: Path) -> Iterator[Connection]:
 
 
 def _load_sqlite(database: Database, dump: Path) -> None:
-    """One transaction: whoever has the file open sees the old store, then the new one."""
+    """Load the dump in one transaction: other users of the file see the old store, then the new one."""
     path = database.engine.url.database
     database.close()
     with closing(sqlite3.connect(dump)) as new, closing(sqlite3.connect(str(path), timeout=30)) as old:
@@ -175,7 +176,7 @@ def _load_sqlite(database: Database, dump: Path) -> None:
 
 
 def _settle(database: Database, artifacts: ArtifactStore) -> int:
-    """Give back what engines of then were working on, and forget checkpoints whose files were not in the backup."""
+    """Give back the jobs that were in progress, and forget checkpoints whose files were not in the backup."""
     with database.write() as connection:
         connection.execute(delete(processes))
         given_back: dict[str, Any] = dict(state=QUEUED, owner=None, lease_until=None, stage=None)
@@ -195,7 +196,7 @@ def _settle(database: Database, artifacts: ArtifactStore) -> int:
 
 
 def _add_files(tar: tarfile.TarFile, artifacts: ArtifactStore, row: Any) -> int:
-    """What an unfinished job needs to go on: the files that it shows the model, and its newest checkpoint."""
+    """Add the files that an unfinished job needs to go on: those that it shows the model, and its newest checkpoint."""
     keys = [input_key(row.id, name) for name in row.request.get("inputs", ())]
     keys += artifacts.keys(row.checkpoint) if row.checkpoint else []
     added = 0
@@ -229,7 +230,7 @@ def _manifest(tar: tarfile.TarFile, source: Path) -> Manifest:
 
 
 def _key_of(name: str) -> str | None:
-    """The artifact's key that a member is; None for what is none."""
+    """Return the artifact's key of a member; None for another member."""
     key = name.removeprefix("artifacts/")
     return key if key != name and KEY.fullmatch(key) else None
 

@@ -1,4 +1,4 @@
-"""Whether a store is sound: its tables, its database, and the files that jobs and folders have to do with."""
+"""Checks a store: its tables, its database, and the files of jobs and folders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IN_USE_S = 10.0
 
 @dataclass
 class Report:
-    """What was found. `problems` has a line for each thing that is not as it should be."""
+    """The result of a check. `problems` has a line for each fault."""
 
     schema_version: int = 0
     newest_version: int = len(STEPS)
@@ -54,7 +54,7 @@ def check(database: Database, artifacts: ArtifactStore) -> Report:
 
 
 def _lacking(connection: Connection, report: Report) -> Iterator[str]:
-    """Tables and columns that a store of this release has; an older store gets them at the service's next start."""
+    """Yield the missing tables and columns of this release; an older store gets them at the service's next start."""
     if report.schema_version < report.newest_version:
         return
     inspector = inspect(connection)
@@ -68,7 +68,7 @@ def _lacking(connection: Connection, report: Report) -> Iterator[str]:
 
 
 def _integrity(connection: Connection, is_sqlite: bool) -> Iterator[str]:
-    """SQLite tells of damage by itself; of Postgres every row is read."""
+    """Yield damage to the database: SQLite reports it by itself; of Postgres every row is read."""
     if not is_sqlite:
         for name in set(inspect(connection).get_table_names()) & set(metadata.tables):
             connection.execute(text(f"select sum(length(rows::text)) from {name} rows")).all()
@@ -81,7 +81,7 @@ def _integrity(connection: Connection, is_sqlite: bool) -> Iterator[str]:
 
 
 def _check_files(database: Database, artifacts: ArtifactStore, report: Report) -> None:
-    """Rows first: a job that is made meanwhile has files, and is looked for again; one that goes takes them along."""
+    """Check files, rows first: a job made meanwhile has files and is looked up again; a deleted one removes them."""
     jobs_there, wanted = set(), []
     for row in _rows(database):
         jobs_there.add(row.id)
@@ -102,7 +102,7 @@ def _check_files(database: Database, artifacts: ArtifactStore, report: Report) -
 
 
 def _rows(database: Database) -> Iterator[Row[*tuple[Any, ...]]]:
-    """Every job, a batch at a time: a service has hundreds of thousands."""
+    """Yield every job, a batch at a time: a service has hundreds of thousands."""
     columns = (jobs.c.id, jobs.c.sequence, jobs.c.state, jobs.c.version, jobs.c.artifacts, jobs.c.request)
     query = select(*columns, jobs.c.checkpoint, jobs.c.has_expired).order_by(jobs.c.sequence).limit(BATCH)
     last = -1
@@ -116,7 +116,7 @@ def _rows(database: Database) -> Iterator[Row[*tuple[Any, ...]]]:
 
 
 def _needs(row: Row[*tuple[Any, ...]]) -> list[str]:
-    """Keys, and folders of keys, that this job points at."""
+    """Return the keys, and folders of keys, that this job points at."""
     if row.state == COMPLETED:
         return [] if row.has_expired else [artifact["key"] for artifact in (row.artifacts or {}).values()]
     if row.state == FAILED:
@@ -126,6 +126,6 @@ def _needs(row: Row[*tuple[Any, ...]]) -> list[str]:
 
 
 def _version(database: Database, job_id: str) -> int | None:
-    """The job's newest; None where there is none."""
+    """Return the job's newest version; None if it is gone."""
     with database.read() as connection:
         return connection.scalar(select(jobs.c.version).where(jobs.c.id == job_id))

@@ -24,19 +24,19 @@ MAX_KNOWN = 10_000  # label values of one metric that a process remembers
 
 
 class Tally:
-    """What one transaction adds."""
+    """The additions of one transaction to counters and histograms."""
 
     def __init__(self) -> None:
         self.values: dict[tuple[Metric, Labels, str], float] = {}
 
     def add(self, metric: Metric, *labels: str, by: float = 1.0) -> None:
-        """`by` more of a counter; nothing where it is 0, and a counter never falls."""
+        """Add `by` to a counter, which never falls; 0 adds nothing."""
         assert metric.kind == COUNTER and by >= 0, (metric.name, by)
         if by:
             self._add(metric, labels, VALUE, by)
 
     def observe(self, metric: Metric, *labels: str, seconds: float, count: int = 1) -> None:
-        """One observation of a histogram, or `count` that are equal."""
+        """Add one observation of a histogram, or `count` equal ones."""
         assert metric.kind == HISTOGRAM, metric.name
         seconds = max(0.0, seconds)
         part = next((str(bound) for bound in BUCKETS if seconds <= bound), INFINITE)
@@ -57,13 +57,13 @@ class Tally:
 
 
 class Counters:
-    """Adds tallies; one object a process, which remembers the label values that it has seen."""
+    """Adds tallies to the store; one object a process, which remembers the label values that it has seen."""
 
     def __init__(self) -> None:
         self._known: dict[Metric, dict[Labels, Labels]] = {}  # label values -> what they are counted under
 
     def add(self, connection: Connection, tally: Tally) -> None:
-        """As the last statement of the caller's transaction."""
+        """Add a tally, as the last statement of the caller's transaction."""
         if not tally:
             return
         for metric in {m for m, labels, _ in tally.values if m.is_open and labels not in self._known.get(m, ())}:
@@ -79,7 +79,7 @@ class Counters:
         connection.execute(added.on_conflict_do_update(index_elements=list(metrics.primary_key), set_=kept))
 
     def _look(self, connection: Connection, metric: Metric) -> None:
-        """Learn what others have added."""
+        """Learn the label values that other processes have added."""
         rows = connection.scalars(select(metrics.c.labels).where(metrics.c.name == metric.name).distinct())
         known = self._known.setdefault(metric, {})
         if len(known) > MAX_KNOWN:
@@ -87,7 +87,7 @@ class Counters:
         known.update({labels: labels for labels in (tuple(json.loads(row)) for row in rows)})
 
     def _admitted(self, metric: Metric, labels: Labels) -> Labels:
-        """These label values, or `other` for all but the model where there are as many as there may be."""
+        """Return these label values, or `other` for all but the model if there are as many as there may be."""
         if not metric.is_open:
             return labels
         known = self._known[metric]
@@ -99,7 +99,7 @@ class Counters:
 
 
 def _has_room(metric: Metric, labels: Labels, known: set[Labels]) -> bool:
-    """Whether one more combination may be there, beside those of the same model."""
+    """Return whether one more combination may be added to those of the same model."""
     where = metric.labels.index("model") if "model" in metric.labels else None
     beside = [other for other in known if where is None or other[where] == labels[where]]
     if not metric.kept_for:
@@ -109,7 +109,7 @@ def _has_room(metric: Metric, labels: Labels, known: set[Labels]) -> bool:
 
 
 def read_counters(connection: Connection) -> Iterator[tuple[Metric, dict[Labels, dict[str, float]]]]:
-    """Every metric, and for each combination of its labels' values the parts that there are."""
+    """Yield every metric with, for each combination of its labels' values, the parts that there are."""
     found: dict[str, dict[Labels, dict[str, float]]] = {}
     for row in connection.execute(select(metrics).order_by(metrics.c.name, metrics.c.labels)):
         found.setdefault(row.name, {}).setdefault(tuple(json.loads(row.labels)), {})[row.part] = row.value

@@ -1,4 +1,4 @@
-"""One way of talking to SQLite and Postgres; time is the database's."""
+"""The database, SQLite or Postgres, behind one interface; time is the database's."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _postgres_now(element: Any, compiler: Any, **options: Any) -> str:
 
 
 class Database:
-    """A pool of connections; `url` as SQLAlchemy has it, "sqlite:///file" or "postgresql+psycopg://..."."""
+    """A pool of connections; `url` is SQLAlchemy's, "sqlite:///file" or "postgresql+psycopg://..."."""
 
     def __init__(self, url: str) -> None:
         kind = make_url(url).get_backend_name()
@@ -66,13 +66,13 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """A transaction that commits at the end; on SQLite no other one writes meanwhile."""
+        """Open a transaction that commits at the end; on SQLite no other one writes meanwhile."""
         with self.engine.begin() as connection:
             yield connection
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A connection whose reads see what is committed, and wait for no writer."""
+        """Open a connection whose reads see all that is committed, and wait for no writer."""
         with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             yield connection
 
@@ -91,7 +91,7 @@ class Database:
 
 
 def _make_private(path: str | None) -> None:
-    """SQLite gives what it writes beside a file the rights of the file, which has to have them first."""
+    """Make SQLite's file private first: SQLite gives the files that it writes beside it the same rights."""
     if path is None or path in ("", ":memory:") or path.startswith("file:"):
         return
     with suppress(FileExistsError, FileNotFoundError):  # a folder that is missing is told by SQLite

@@ -19,5 +19,5 @@ def model_of(model: str | None, request: Mapping[str, Any]) -> str:
 
 
 def model_column() -> ColumnElement[str]:
-    """Return the same for queries."""
+    """Return the same label as an expression for queries."""
     return func.coalesce(jobs.c.model, jobs.c.request["model"].as_string(), UNKNOWN)

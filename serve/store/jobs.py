@@ -1,6 +1,6 @@
 """Jobs as their clients see them: made, read, listed, cancelled, deleted.
 
-States: queued -> in_progress -> completed | failed. Who works on a job holds a lease (leases.py).
+States: queued -> in_progress -> completed | failed. An engine that works on a job holds a lease (leases.py).
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """How many unfinished jobs a tenant and all of them may have, and how many a tenant may make in a minute."""
+    """The most unfinished jobs of a tenant and of all tenants, and the most jobs that a tenant may make in a minute."""
 
     quota: int | None = None
     per_minute: int | None = None
@@ -129,12 +129,12 @@ class JobStore:
         job_class: str = DEFAULT_CLASS,
         by: Actor | None = None,
     ) -> Job:
-        """A queued job, or the one that the same idempotency key made before.
+        """Return a queued job, or the one that the same idempotency key made before.
 
         work: estimated seconds of one engine. model, variant, revision: whose engines work on it. idempotency_key:
-        (route, key, digest of the request). job_class: the operator's class of the tenant. by: the operator who tries a
-        job again. Raises QuotaExceeded, RateExceeded or StoreFull, and IdempotencyConflict where the key was used with
-        another digest. Once this returns, the job is not lost.
+        (route, key, digest of the request). job_class: the operator's class of the tenant. by: the operator who retries
+        a job. Raises QuotaExceeded, RateExceeded or StoreFull, and IdempotencyConflict if the key was used with another
+        digest. Once this returns, the job is not lost.
         """
         with self.database.write() as connection:
             self.database.lock(
@@ -163,14 +163,14 @@ class JobStore:
             return job
 
     def get(self, tenant: str, job_id: str) -> Job:
-        """NotFound for another tenant's job as for none."""
+        """Return a job. Raises NotFound for another tenant's job as for none."""
         with self.database.read() as connection:
             return one(connection, and_(jobs.c.id == job_id, jobs.c.tenant == tenant))
 
     def page(
         self, tenant: str, limit: int, after: str | None = None, ascending: bool = False
     ) -> tuple[list[Job], bool]:
-        """At most `limit` jobs in order of creation, and whether there are more. NotFound if `after` names none."""
+        """Return at most `limit` jobs by creation, and whether more follow. Raises NotFound if `after` names none."""
         with self.database.read() as connection:
             where = [jobs.c.tenant == tenant]
             if after is not None:
@@ -181,7 +181,7 @@ class JobStore:
         return [to_job(row) for row in found[:limit]], len(found) > limit
 
     def changed(self, seen: Mapping[str, int]) -> tuple[list[Job], set[str]]:
-        """Of jobs whose `version` was seen: those that have a newer one, and the ids that are gone."""
+        """Return the jobs with a newer `version` than was seen, and the ids of those that are gone."""
         with self.database.read() as connection:
             rows = connection.execute(select(jobs.c.id, jobs.c.version).where(jobs.c.id.in_(seen))).all()
             newer = [row.id for row in rows if row.version > seen[row.id]]
@@ -189,7 +189,7 @@ class JobStore:
         return [to_job(row) for row in found], set(seen) - {row.id for row in rows}
 
     def position(self, job: Job) -> int:
-        """How many queued jobs of its model are before this one, roughly: by priority and age, whoever's they are."""
+        """Return roughly how many queued jobs of its model are before this one: by priority and age, of all tenants."""
         before = or_(
             jobs.c.priority > job.priority, and_(jobs.c.priority == job.priority, jobs.c.sequence < job.sequence)
         )
@@ -198,7 +198,7 @@ class JobStore:
             return connection.scalar(select(func.count()).where(jobs.c.state == QUEUED, same, before)) or 0
 
     def cancel(self, tenant: str, job_id: str, by: Actor | None = None) -> Job:
-        """End a job with `cancelled`, unless it has ended; whoever works on it has lost the lease, and stops."""
+        """End a job with `cancelled`, unless it has ended; its engine has lost the lease, and stops."""
         with self.database.write() as connection:
             mine = and_(jobs.c.id == job_id, jobs.c.tenant == tenant)
             job, tally = one(connection, mine, is_locked=True), Tally()
@@ -213,7 +213,7 @@ class JobStore:
             return one(connection, mine)
 
     def fail_unserved(self, models: Collection[str], older_than_s: float) -> list[str]:
-        """End jobs that have waited so long for a model that is none of these; returns their ids."""
+        """End jobs that have waited `older_than_s` for a model that is none of these; return their ids."""
         with self.database.write() as connection:
             unserved = and_(
                 jobs.c.state == QUEUED,
@@ -232,9 +232,9 @@ class JobStore:
             return [row.id for row in rows]
 
     def delete(self, tenant: str, job_id: str) -> Job:
-        """Forget a job, and with it the lease of whoever works on it; returns what it was, for its artifacts' sake.
+        """Forget a job, and with it its engine's lease; return the job as it was, so that its artifacts can be removed.
 
-        What it has used stays in the ledger.
+        Its usage stays in the ledger.
         """
         with self.database.write() as connection:
             mine = and_(jobs.c.id == job_id, jobs.c.tenant == tenant)
@@ -248,7 +248,7 @@ class JobStore:
             return job
 
     def forget_idempotency(self, older_than_s: float) -> int:
-        """Keys older than this may be used for something else."""
+        """Forget keys older than this, which may be used for another request again; return their number."""
         with self.database.write() as connection:
             old = idempotency.c.created_at < now() - older_than_s
             return connection.execute(delete_rows(idempotency).where(old)).rowcount
@@ -300,12 +300,12 @@ def new_job_id() -> str:
 
 
 def time_of(connection: Connection) -> float:
-    """Seconds since 1970 by the database's clock."""
+    """Return the seconds since 1970 by the database's clock."""
     return float(connection.execute(select(now())).scalar_one())
 
 
 def one(connection: Connection, where: ColumnElement[bool], is_locked: bool = False) -> Job:
-    """NotFound where there is none; is_locked: nobody else changes it before the transaction ends."""
+    """Return one job. Raises NotFound for none; is_locked: only this transaction may change it until its end."""
     query = select(jobs).where(where)
     row = connection.execute(query.with_for_update() if is_locked else query).one_or_none()
     if row is None:
@@ -318,7 +318,7 @@ def to_job(row: Row[Any]) -> Job:
 
 
 def ended(state: str, at: float, usage: dict[str, Any]) -> dict[str, Any]:
-    """What an end changes in every case. usage: what the ledger says of the job."""
+    """Return the values that every end of a job sets. usage: the ledger's record of the job."""
     values = dict(state=state, ended_at=at, lease_until=None, owner=None, stage=None, version=jobs.c.version + 1)
     return values | NOTHING | dict(usage=usage)
 

@@ -1,6 +1,6 @@
 """API keys: each belongs to a tenant, has scopes, an end and a highest priority, and is kept as a digest alone.
 
-A key is 256 random bits, so its digest needs no salt and no slow hash: nobody can guess what there is to try.
+A key is 256 random bits, which nobody can guess, so its digest needs no salt and no slow hash.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ApiKey:
 
 
 class KeyStore:
-    """Every method is one transaction. by: the operator on whose account the audit has it."""
+    """Every method is one transaction. by: the operator whom the audit names."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -68,10 +68,10 @@ class KeyStore:
         secret: str | None = None,
         by: Actor | None = None,
     ) -> tuple[ApiKey, str]:
-        """A new key and its text, which is shown this once. secret: a text of the operator's own.
+        """Return a new key and its text, which is shown this once. secret: a text of the operator's own.
 
-        Its end is `valid_s` from now, or at `expires_at`. ValueError for a tenant that is no name, an unknown scope, a
-        life that is over before it began, a short secret.
+        Its end is `valid_s` from now, or at `expires_at`. Raises ValueError for an invalid tenant's name, an unknown
+        scope, an end that has passed, a short secret.
         """
         scopes = tuple(dict.fromkeys(scopes))
         check_name(tenant)
@@ -96,7 +96,7 @@ class KeyStore:
             return key, text
 
     def find(self, text: str) -> ApiKey | None:
-        """The key that this text is, unless it has expired or was revoked."""
+        """Return the key with this text, unless it has expired or was revoked."""
         with self.database.read() as connection:
             row = connection.execute(
                 select(api_keys).where(api_keys.c.digest == digest_of(text), is_valid())
@@ -104,12 +104,12 @@ class KeyStore:
         return None if row is None else to_key(row)
 
     def get(self, key_id: str) -> ApiKey:
-        """KeyNotFound; one that has ended is found."""
+        """Return a key, also one that has ended. Raises KeyNotFound."""
         with self.database.read() as connection:
             return _get(connection, key_id)
 
     def page(self, limit: int | None = None, after: str | None = None) -> tuple[list[ApiKey], bool]:
-        """Keys that there were, the newest first, from behind the key `after`, and whether there are more."""
+        """Return all keys, ended ones too, newest first, from behind the key `after`, and whether there are more."""
         query = select(api_keys).order_by(api_keys.c.created_at.desc(), api_keys.c.id)
         with self.database.read() as connection:
             if after is not None:
@@ -121,7 +121,7 @@ class KeyStore:
         return [to_key(row) for row in shown], len(rows) > len(shown)
 
     def change(self, key_id: str, changes: Mapping[str, Any], by: Actor | None = None) -> ApiKey:
-        """Set `name` or `expires_at` (None: never) of a valid key. KeyNotFound, ValueError."""
+        """Set `name` or `expires_at` (None: never) of a valid key. Raises KeyNotFound, ValueError."""
         assert set(changes) <= {"name", "expires_at"}, changes
         _check_label(changes.get("name"))
         with self.database.write() as connection:
@@ -136,9 +136,9 @@ class KeyStore:
             return after
 
     def rotate(self, key_id: str, overlap_s: float = 0.0, by: Actor | None = None) -> tuple[ApiKey, str]:
-        """A key in the place of a valid one, with all that it may, and its text; the old one ends after `overlap_s`.
+        """Return a new key with the rights of a valid one, and its text; the old one ends after `overlap_s`.
 
-        KeyNotFound. ValueError for an overlap that is none, and for a key whose text is set elsewhere.
+        Raises KeyNotFound; ValueError for an invalid overlap, and for a key whose text is set elsewhere.
         """
         if not 0 <= overlap_s <= MAX_OVERLAP_S:
             raise ValueError(f"overlap_s must be from 0 to {MAX_OVERLAP_S:.0f}, got {overlap_s}")
@@ -161,7 +161,7 @@ class KeyStore:
             return new, text
 
     def revoke(self, key_id: str, by: Actor | None = None) -> bool:
-        """Whether there was a valid key of this id; from now on there is none."""
+        """End a key; return whether it was valid until now."""
         with self.database.write() as connection:
             valid = and_(api_keys.c.id == key_id, is_valid())
             if connection.execute(update(api_keys).where(valid).values(revoked_at=now())).rowcount != 1:

@@ -28,7 +28,7 @@ CHANGED = dict(version=jobs.c.version + 1)
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a job is. stage: encode, denoise, decode or finish; eta_s: until the last step."""
+    """A job's progress. stage: encode, denoise, decode or finish; eta_s: seconds until the last step."""
 
     stage: str
     step: int = 0
@@ -38,7 +38,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Weights:
-    """What an engine has loaded: a digest of it, and its revision where it is a hub's."""
+    """The weights that an engine has loaded: their digest, and their revision if they are a hub's."""
 
     fingerprint: str
     revision: str | None = None
@@ -55,7 +55,7 @@ class Leases:
         ledger: Ledger | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        """weights: of tenants for which the operator has set none in the store."""
+        """Open the leases. weights: of tenants for which the operator has set none in the store."""
         self.database, self.lease_s, self.max_attempts = database, lease_s, max_attempts
         self.ledger = ledger or Ledger()
         named = [(jobs.c.tenant == tenant, weight) for tenant, weight in (weights or {}).items()]
@@ -71,13 +71,13 @@ class Leases:
         queue: ModelQueue | None = None,
         weights: Weights | None = None,
     ) -> list[Job]:
-        """Up to `count` jobs for `owner`: by priority, then between tenants by weight, then by age.
+        """Claim up to `count` jobs for `owner`: by priority, then between tenants by weight, then by age.
 
         First is the tenant that has the fewest jobs running for its weight, and of these the one that was given the
         least work for its weight: engines that take one job at a time see none running when they claim.
 
-        queue: which jobs are the owner's to take, None: all. weights: what it has loaded. A job that other weights have
-        worked on begins again, so no clip is made by two.
+        queue: the jobs that the owner may take, None: all. weights: those that it has loaded. A job that other weights
+        have worked on begins again, so no clip is made by two.
 
         A suspect (its engine died under it) is handed out alone, and only to an engine that does nothing else; others
         get nothing while it is first in line, or a busy engine would never come to it.
@@ -154,11 +154,11 @@ class Leases:
             return claims
 
     def load(self, owner_prefix: str, queue: ModelQueue | None = None) -> tuple[int, int]:
-        """(jobs that wait, jobs that owners whose names begin so work on), of one queue or of all."""
+        """Return (waiting jobs, jobs of owners whose names begin with `owner_prefix`), of one queue or of all."""
         return self.loads(owner_prefix, [queue])[0]
 
     def loads(self, owner_prefix: str, queues: Sequence[ModelQueue | None]) -> list[tuple[int, int]]:
-        """The same of several queues."""
+        """Return the loads of several queues."""
         is_mine = and_(jobs.c.state == IN_PROGRESS, jobs.c.owner.startswith(owner_prefix, autoescape=True))
         waits = jobs.c.state == QUEUED
         query = select(jobs.c.model, jobs.c.variant, _count(waits), _count(is_mine))
@@ -172,7 +172,7 @@ class Leases:
         return loads
 
     def renew(self, held: Sequence[Job]) -> set[str]:
-        """Keep the leases of these jobs; returns the ids of those that are not their holder's any more."""
+        """Renew the leases of these jobs; return the ids of those that are not their holder's any more."""
         lost = set()
         with self.database.write() as connection:
             for job in held:
@@ -182,13 +182,13 @@ class Leases:
         return lost
 
     def lost(self, held: Sequence[Job]) -> set[str]:
-        """Of these jobs, the ids of those that are not their holder's any more. Reads only."""
+        """Return the ids of those of these jobs that are not their holder's any more. Reads only."""
         with self.database.read() as connection:
             kept = set(connection.scalars(select(jobs.c.id).where(or_(*(_held(job) for job in held))))) if held else ()
         return {job.id for job in held}.difference(kept)
 
     def release(self, job: Job) -> bool:
-        """Give it back unfinished (drain, preemption), which counts against nobody."""
+        """Give a job back unfinished (drain, preemption), which counts against nobody."""
         with self.database.write() as connection:
             now_is, tally = _now(connection, _held(job)), Tally()
             if now_is is None:
@@ -201,7 +201,7 @@ class Leases:
             return True
 
     def expire(self, owner: str | None = None) -> list[Job]:
-        """Take back what nobody renews, or at once what `owner` held, whose death was seen.
+        """Take back the jobs that nobody renews, or at once those of `owner`, which has died.
 
         A suspect is tried again alone; one that was alone and got nowhere has crashed, and fails after `max_attempts`
         such crashes. Returns the jobs as they are now.
@@ -219,7 +219,7 @@ class Leases:
     # --- how far it is --------------------------------------------------------------------------------------------
 
     def report(self, news: Sequence[tuple[Job, Standing]], used: Sequence[tuple[Job, Used]] = ()) -> None:
-        """Tell how far jobs are, and what their attempts have used.
+        """Write the progress of jobs, and the usage of their attempts.
 
         A step never falls: what a resumed job does again is not told again.
         """
@@ -233,19 +233,19 @@ class Leases:
                 connection.execute(update(jobs).where(_held(job)).values(attempt_usage=record))
 
     def preview(self, job: Job, preview: Mapping[str, Any]) -> bool:
-        """Show this one from now on."""
+        """Show this preview from now on."""
         return self._write(job, dict(preview=dict(preview)))
 
     def checkpoint(self, job: Job, key: str, step: int, used: Used | None = None) -> bool:
-        """From now on the job resumes here. An attempt that got further is no crash of its own.
+        """Let the job resume from this checkpoint. An attempt that got further is no crash of its own.
 
-        used: what the attempt had used by then, which is the tenant's whatever becomes of the engine.
+        used: the attempt's usage until then, which is charged to the tenant whatever becomes of the engine.
         """
         kept = {} if used is None else dict(kept_usage=used.record(job.epoch))
         return self._write(job, dict(checkpoint=key, checkpoint_step=step, attempts=0, is_suspect=False, **kept))
 
     def restart(self, job: Job) -> bool:
-        """Forget a checkpoint that nobody can resume from (another model's, a broken one)."""
+        """Forget a checkpoint that cannot be resumed (another model's, a broken one)."""
         with self.database.write() as connection:
             now_is, tally = _now(connection, _held(job)), Tally()
             if now_is is None:
@@ -263,9 +263,9 @@ class Leases:
         used: Used | None = None,
         stages_s: Mapping[str, float] | None = None,
     ) -> bool:
-        """artifacts: variant -> key, bytes and sha256, immutable from now on. used: the attempt's, else what it told.
+        """Complete a job. artifacts: variant -> key, bytes and sha256, immutable from now on.
 
-        stages_s: seconds of encode, denoise, decode and finish.
+        used: the attempt's usage, else what it told before. stages_s: seconds of encode, denoise, decode and finish.
         """
         return self._end(job, COMPLETED, dict(artifacts=dict(artifacts)), used, stages_s or {})
 
@@ -273,7 +273,7 @@ class Leases:
         return self._end(job, FAILED, dict(error_code=code, error_message=message), used, {})
 
     def settle(self, job: Job, used: Used) -> None:
-        """What an attempt came to whose lease is gone: the step that ran when its job was cancelled or taken away."""
+        """Write the usage of an attempt whose lease is gone, with the step that ran when its job was taken away."""
         with self.database.write() as connection:
             now_is = _now(connection, jobs.c.id == job.id)
             if now_is is not None and now_is.epoch == job.epoch and now_is.state == IN_PROGRESS:
@@ -286,7 +286,7 @@ class Leases:
     # --- what they use --------------------------------------------------------------------------------------------
 
     def _charge(self, connection: Connection, claimed: Sequence[Row[Any]]) -> None:
-        """Add first claims to their tenants' accounts, as start-time fair queueing has it (Goyal and others, 1996).
+        """Add first claims to their tenants' accounts by start-time fair queueing (Goyal and others, 1996).
 
         Accounts are in seconds of an engine, divided by the weight. A tenant that was away starts where the others
         began their newest claim, or it would catch up on what it never asked for.
@@ -347,7 +347,7 @@ def _count(condition: ColumnElement[bool]) -> ColumnElement[int]:
 
 
 def _now(connection: Connection, where: ColumnElement[bool]) -> Job | None:
-    """The job as it is, which nobody else changes before the transaction ends; None where there is none such."""
+    """Return the job, which only this transaction may change until its end; None if there is none."""
     try:
         return one(connection, where, is_locked=True)
     except NotFound:
@@ -355,5 +355,5 @@ def _now(connection: Connection, where: ColumnElement[bool]) -> Job | None:
 
 
 def _held(job: Job) -> ColumnElement[bool]:
-    """Whether the lease that `job` was claimed with is the newest, and the job not ended."""
+    """Return the condition that `job` still has the newest lease, and has not ended."""
     return and_(jobs.c.id == job.id, jobs.c.epoch == job.epoch, jobs.c.state == IN_PROGRESS)

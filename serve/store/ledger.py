@@ -1,4 +1,4 @@
-"""The ledger of what jobs have used: rows are added in the transaction that ends an attempt, and none is ever altered.
+"""The ledger of the usage of jobs: rows are added in the transaction that ends an attempt, and none is ever altered.
 
 An attempt that ends its job is the tenant's as a whole. One that was taken back (its engine died, drained or lost its
 lease) is the tenant's up to its newest checkpoint; the rest was in vain, is lost, and nobody pays for it. What an
@@ -41,13 +41,13 @@ NOTHING: dict[str, Any] = dict(attempt_usage=None, kept_usage=None)  # of a job 
 
 @dataclass(frozen=True)
 class Used:
-    """What an attempt has used so far, and on which kind of device."""
+    """The usage of an attempt so far, and its kind of device."""
 
     usage: Usage
     device: str | None
 
     def record(self, epoch: int) -> dict[str, Any]:
-        """As the job's row keeps it."""
+        """Return the record that the job's row keeps."""
         return {"epoch": epoch, "device": self.device, **asdict(self.usage)}
 
 
@@ -58,7 +58,7 @@ def _used(record: Mapping[str, Any] | None) -> Used:
 
 
 class Ledger:
-    """Its methods are part of a caller's transaction, who adds the tally as its last statement."""
+    """The ledger. Its methods are part of a caller's transaction, which adds the tally as its last statement."""
 
     def __init__(self, prices: Prices | None = None, counters: Counters | None = None) -> None:
         self.prices, self.counters = prices or Prices(), counters or Counters()
@@ -73,9 +73,9 @@ class Ledger:
         reason: str,
         used: Used | None = None,
     ) -> dict[str, Any]:
-        """The job ends now; job: as it was before. used: what its engine tells last, else what it has told.
+        """Charge a job that ends now; job: as it was before. used: what its engine tells last, else what it has told.
 
-        Returns what the job has used in all, as its row keeps it.
+        Returns the whole usage of the job, as its row keeps it.
         """
         if not _is_attempt(job):  # a process of an earlier release has taken it back, which writes no rows
             self.taken_back(connection, tally, job, at)
@@ -99,14 +99,14 @@ class Ledger:
         return {**asdict(total), "device": used.device, "frames": frames, "cost_nanos": nanos, "currency": currency}
 
     def taken_back(self, connection: Connection, tally: Tally, job: Job, at: float, reason: str = TAKEN_BACK) -> None:
-        """Nobody works on the job any more; the caller sets `NOTHING` in its row."""
+        """Charge an attempt that was taken back, up to its newest checkpoint; the caller sets `NOTHING` in its row."""
         if job.attempt_usage is None:
             return
         used, kept = _used(job.attempt_usage), _used(job.kept_usage)
         self._write(connection, tally, job, at, reason, replace(used, usage=kept.usage), used.usage - kept.usage)
 
     def begun_again(self, connection: Connection, tally: Tally, job: Job, at: float) -> None:
-        """The job goes on from no checkpoint: what it had been charged with before this attempt was in vain."""
+        """Void earlier charges of a job that goes on from no checkpoint: the work before this attempt was in vain."""
         before, nanos = self._charged(connection, job)
         if before != Usage():
             row = self._row(job, at, RESTARTED, Used(Usage() - before, None), before) | dict(epoch=0)
@@ -115,9 +115,9 @@ class Ledger:
             self._count_lost(tally, job, before)
 
     def settle(self, connection: Connection, job: Job, now_is: Job | None, at: float, used: Used) -> Tally:
-        """What an attempt came to, told by its engine after it has ended.
+        """Charge the rest of an attempt's usage, which its engine tells after the attempt has ended.
 
-        job: as it was claimed; now_is: as it is, None where it is gone.
+        job: as it was claimed; now_is: as it is, None if it is gone.
         """
         tally = Tally()
         rows = select(ledger).where(ledger.c.job_id == job.id, ledger.c.epoch == job.epoch)
@@ -159,7 +159,7 @@ class Ledger:
         lost: Usage,
         ends: str | None = None,
     ) -> Cost | None:
-        """A row of an attempt; ends: the outcome of the job, where it ends with it. Returns what is charged."""
+        """Add an attempt's row; ends: the outcome of the job, if it ends with the attempt. Returns the charged cost."""
         cost = self.prices.cost(model_of(job.model, job.request), used.device, used.usage.engine_seconds)
         row = self._row(job, at, reason, used, lost)
         if ends is not None:
@@ -194,7 +194,7 @@ class Ledger:
         )
 
     def _charged(self, connection: Connection, job: Job) -> tuple[Usage, int | None]:
-        """What the job has been charged with so far, and its cost in billionths."""
+        """Return the usage that the job has been charged with so far, and its cost in billionths."""
         names = asdict(Usage())
         sums: list[ColumnElement[Any]] = [func.coalesce(func.sum(ledger.c[name]), 0) for name in names]
         sums.append(func.sum(ledger.c.cost_nanos))
@@ -215,7 +215,7 @@ class Ledger:
 
 
 def _is_attempt(job: Job) -> bool:
-    """Whether what the row tells of an attempt is of the one that holds the lease."""
+    """Return whether the row's record of an attempt is of the one that holds the lease."""
     record = job.attempt_usage
     return record is None or (job.state == IN_PROGRESS and record["epoch"] == job.epoch)
 

@@ -1,4 +1,4 @@
-"""How the store's tables came to be what they are, step by step, so that an older store becomes a newer one.
+"""Migrates the store's tables of an older release to this one, step by step.
 
 Replicas of two releases run side by side during a rollout, so a step only adds (a table, a column with a default) what
 the release before it does not miss; what nobody reads any more is removed by a step of a later release.
@@ -28,30 +28,30 @@ Step = Callable[[Connection], None]
 
 
 def _first(connection: Connection) -> None:
-    """All tables of the first release."""
+    """Create all tables of the first release."""
     metadata.create_all(connection)
 
 
 def _operation(connection: Connection) -> None:
-    """Settings of tenants, the audit, named keys that tell of their use, engines that are asked to drain."""
+    """Add tenants' settings, the audit, names and last use of keys, and requests to drain an engine."""
     metadata.create_all(connection, tables=[tenants, audit])
     add_columns(connection, api_keys, "name", "last_used_at", "managed_by")
     add_columns(connection, processes, "drain_asked_at")
 
 
 def _models(connection: Connection) -> None:
-    """Jobs say whose they are: one of several models, by which weights."""
+    """Add the model, variant, revision and weights of jobs."""
     add_columns(connection, jobs, "model", "variant", "revision", "fingerprint")
 
 
 def _accounting(connection: Connection) -> None:
-    """The ledger of what jobs have used, and counters that never fall."""
+    """Add the ledger of the usage of jobs, and counters that never fall."""
     metadata.create_all(connection, tables=[ledger, metrics])
     add_columns(connection, jobs, "job_class", "attempt_usage", "kept_usage", "usage")
 
 
 def _traces(connection: Connection) -> None:
-    """Jobs keep where their trace begins, and since when they wait."""
+    """Add the traces of jobs, and the time since which they wait."""
     add_columns(connection, jobs, "trace", "queued_at")
     add_columns(connection, outbox, "trace")
     metadata.create_all(connection, tables=[job_traces])
@@ -70,7 +70,7 @@ def add_columns(connection: Connection, table: Table, *names: str) -> None:
 
 
 def migrate(connection: Connection, steps: tuple[Step, ...] = STEPS) -> int:
-    """Take the steps that this store has not taken; returns its version. The caller holds the lock.
+    """Take the steps that this store has not taken; return its version. The caller holds the lock.
 
     A store of a newer release is left as it is: its steps took nothing away that this release reads.
     """

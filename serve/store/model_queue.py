@@ -1,4 +1,4 @@
-"""Which jobs the engines of one deployment take: a model's, and of these all, its canary's share, or the rest."""
+"""The jobs that one deployment's engines take: a model's, and of these all, its canary's share, or the rest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .tables import CANARY, jobs
 
 @dataclass(frozen=True)
 class ModelQueue:
-    """is_default: jobs without a model too, which a release made that served one alone. canary: None takes both."""
+    """A model's jobs. is_default: also those without a model, of a release that served one. canary: None takes both."""
 
     model: str
     is_default: bool = False
@@ -20,7 +20,7 @@ class ModelQueue:
 
     @property
     def where(self) -> ColumnElement[bool]:
-        """The same as `takes`, for the store."""
+        """The condition that selects the queue's jobs in the store; it agrees with `takes`."""
         mine: ColumnElement[bool] = jobs.c.model == self.model
         if self.is_default:
             mine = or_(mine, jobs.c.model.is_(None))

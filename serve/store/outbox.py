@@ -21,7 +21,7 @@ MAX_ERROR_CHARS = 200
 
 
 def enqueue(connection: Connection, job_id: str, url: str, event_type: str, trace: str | None = None) -> str:
-    """Add an event within the caller's transaction, so that it exists if and only if the job's end does; its id.
+    """Add an event in the caller's transaction, so that it exists if and only if the job's end does; return its id.
 
     event_type: "video.completed" or "video.failed". trace: the job's, which the span of each attempt goes into.
     """
@@ -61,9 +61,9 @@ class Outbox:
         self.counters = Counters()
 
     def claim(self, count: int, attempt_s: float) -> list[Delivery]:
-        """Up to `count` events that are due, oldest first; nobody else gets them for `attempt_s`.
+        """Return up to `count` events that are due, oldest first; nobody else gets them for `attempt_s`.
 
-        After that they are due again: if whoever claimed them is dead, another one delivers them.
+        After that they are due again: if the process that claimed them is dead, another one delivers them.
         """
         due = (
             select(outbox.c.id)
@@ -86,7 +86,7 @@ class Outbox:
             return [found[event_id] for event_id in ids]
 
     def delivered(self, delivery: Delivery) -> None:
-        """The receiver took it: also when another attempt has begun meanwhile, whose failure then changes nothing."""
+        """Note that the receiver took the event; if another attempt has begun, its failure then changes nothing."""
         with self.database.write() as connection:
             event = and_(outbox.c.id == delivery.id, outbox.c.delivered_at.is_(None))
             values = dict(delivered_at=now(), failed_at=None, last_error=None)
@@ -94,7 +94,7 @@ class Outbox:
                 self._count(connection, "delivered")
 
     def failed(self, delivery: Delivery, error: str, retry_after_s: float | None = None) -> bool:
-        """Try again later, not before the receiver's Retry-After; returns whether this was the last attempt instead.
+        """Try again later, not before the receiver's Retry-After; return whether this was the last attempt instead.
 
         Only the newest attempt counts: a slow one, whose event was handed out again meanwhile, decides nothing.
         """
@@ -118,13 +118,13 @@ class Outbox:
         self.counters.add(connection, tally)
 
     def remove_old(self, older_than_s: float) -> int:
-        """Forget events that were delivered or given up so long ago; returns how many."""
+        """Forget events that were delivered or given up `older_than_s` ago; return their number."""
         with self.database.write() as connection:
             ended_at = func.coalesce(outbox.c.delivered_at, outbox.c.failed_at)
             return connection.execute(delete(outbox).where(ended_at < now() - older_than_s)).rowcount
 
 
 def retry_s(attempts: int) -> float:
-    """Seconds to wait after so many attempts."""
+    """Return the seconds to wait after this many attempts."""
     wait_s = min(MAX_RETRY_S, FIRST_RETRY_S * RETRY_FACTOR ** min(attempts - 1, 20))
     return wait_s * random.uniform(1 - JITTER, 1 + JITTER)

@@ -1,4 +1,4 @@
-"""Postgres' own programs, pg_dump and pg_restore, for the tables of a store."""
+"""Runs Postgres' own programs, pg_dump and pg_restore, for the tables of a store."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def load(url: str, dump: Path) -> None:
 
 
 def run(program: str, url: str, options: Sequence[str]) -> None:
-    """RuntimeError with the program's own words. The password is in no command line, which others can read."""
+    """Run a program, its password in no command line, which others can read. Raises RuntimeError in its words."""
     parts = make_url(url)
     target = parts.set(drivername="postgresql", password=None).render_as_string()
     variables = {"LC_ALL": "C"} | ({} if parts.password is None else {"PGPASSWORD": str(parts.password)})
@@ -52,7 +52,7 @@ def run(program: str, url: str, options: Sequence[str]) -> None:
 
 
 def find(program: str) -> str:
-    """The newest one of this machine. ValueError where there is none."""
+    """Return the newest one of this machine. Raises ValueError if there is none."""
     folders = sorted((path for path in DEBIAN.glob("*/bin") if path.parent.name.isdecimal()), key=_version)
     found = [str(folder / program) for folder in reversed(folders) if (folder / program).is_file()]
     path = shutil.which(program) or next(iter(found), None)

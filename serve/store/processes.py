@@ -1,4 +1,4 @@
-"""Who is alive: dispatchers and engines leave a sign every second, and with it what they know."""
+"""Live processes: dispatchers and engines leave a heartbeat every second, with their facts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Processes:
         self.database = database
 
     def beat(self, process_id: str, kind: str, facts: Mapping[str, Any]) -> bool:
-        """`process_id` is alive, and this is the newest of it; returns whether an operator asks it to drain."""
+        """Note that `process_id` is alive, with its newest facts; return whether an operator asks it to drain."""
         values, mine = dict(seen_at=now(), facts=dict(facts)), processes.c.id == process_id
         with self.database.write() as connection:
             if not connection.execute(update(processes).where(mine).values(**values)).rowcount:
@@ -42,9 +42,9 @@ class Processes:
             return connection.scalar(select(processes.c.drain_asked_at).where(mine)) is not None
 
     def drain(self, engine_id: str, by: Actor | None = None) -> bool:
-        """Ask an engine to take no more jobs, which it reads within a second; whether there is such an engine.
+        """Ask an engine to take no more jobs, which it reads within a second; return whether there is such an engine.
 
-        The request ends with the process: what takes the engine's place has another id and works.
+        The request ends with the process: the engine that takes its place has another id and works.
         """
         with self.database.write() as connection:
             engine = and_(processes.c.id == engine_id, processes.c.kind == ENGINE)
@@ -59,7 +59,7 @@ class Processes:
             connection.execute(delete(processes).where(processes.c.id == process_id))
 
     def alive(self, within_s: float = 10.0, kind: str | None = None) -> list[Process]:
-        """Those who gave a sign within so many seconds, the newest first."""
+        """Return the processes with a heartbeat within the last `within_s` seconds, the newest first."""
         silent = now() - processes.c.seen_at
         asked = processes.c.drain_asked_at.is_not(None)
         query = select(processes.c.id, processes.c.kind, silent.label("silent_s"), processes.c.facts, asked)
@@ -70,6 +70,6 @@ class Processes:
             return [Process(row[0], row[1], row[2], row[3], bool(row[4])) for row in connection.execute(query)]
 
     def forget(self, after_s: float) -> int:
-        """Remove those who have been silent for so long; returns how many."""
+        """Remove those that have been silent for `after_s` seconds; return their number."""
         with self.database.write() as connection:
             return connection.execute(delete(processes).where(processes.c.seen_at < now() - after_s)).rowcount

@@ -24,7 +24,7 @@ class Sessions:
         self.database = database
 
     def open(self, key: ApiKey, valid_s: float) -> str:
-        """A new session's token, which is kept nowhere here. ValueError for a life that is over before it began."""
+        """Return a new session's token, which is not kept. Raises ValueError for a life of no length."""
         if not valid_s > 0:
             raise ValueError(f"valid_s must be above 0, got {valid_s}")
         token = secrets.token_urlsafe(32)
@@ -34,7 +34,7 @@ class Sessions:
         return token
 
     def find(self, token: str) -> ApiKey | None:
-        """The key that was exchanged for this token, without operators' scope, while session and key are both valid."""
+        """Return the key exchanged for this token, without operators' scope, while session and key are both valid."""
         lives = sessions.c.expires_at > now()
         found = select(api_keys).join(sessions).where(sessions.c.digest == digest_of(token), lives, is_valid())
         with self.database.read() as connection:
@@ -42,16 +42,16 @@ class Sessions:
         return None if row is None else for_browsers(to_key(row))
 
     def close(self, token: str) -> bool:
-        """Whether there was such a session; from now on there is none."""
+        """End a session; return whether there was one."""
         with self.database.write() as connection:
             return connection.execute(delete(sessions).where(sessions.c.digest == digest_of(token))).rowcount == 1
 
     def remove_expired(self) -> int:
-        """Forget sessions that have ended by themselves; returns how many."""
+        """Forget sessions that have expired; return their number."""
         with self.database.write() as connection:
             return connection.execute(delete(sessions).where(sessions.c.expires_at <= now())).rowcount
 
 
 def for_browsers(key: ApiKey) -> ApiKey:
-    """The key as a cookie carries it."""
+    """Return the key without the scope of operators, as a cookie carries it."""
     return replace(key, scopes=tuple(scope for scope in key.scopes if scope != OPERATOR))

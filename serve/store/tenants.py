@@ -25,7 +25,7 @@ LOCK = "tenants"
 
 @dataclass(frozen=True, kw_only=True)
 class Tenant:
-    """What is set for a tenant; None: as the configuration has it."""
+    """The settings of a tenant; None: as the configuration has it."""
 
     name: str
     quota: int | None = None
@@ -49,22 +49,22 @@ class TenantStore:
         self.database = database
 
     def get(self, name: str) -> Tenant:
-        """What is set for this tenant, which need not have been heard of."""
+        """Return the settings of this tenant, which may be unknown."""
         with self.database.read() as connection:
             return _get(connection, name)
 
     def class_of(self, name: str) -> str:
-        """The label that metrics give to this tenant's jobs."""
+        """Return the label that metrics give to this tenant's jobs."""
         return self.get(name).job_class or DEFAULT_CLASS
 
     def weights(self) -> dict[str, float]:
-        """Of the tenants for which one is set."""
+        """Return the weights of the tenants for which one is set."""
         with self.database.read() as connection:
             rows = connection.execute(select(tenants.c.name, tenants.c.weight).where(tenants.c.weight.is_not(None)))
             return {row.name: row.weight for row in rows}
 
     def page(self, limit: int, after: str | None = None) -> tuple[list[tuple[Tenant, Load]], bool]:
-        """Every tenant that has a key, a job or a setting, by name, from behind `after`; and whether there are more."""
+        """Return every tenant with a key, a job or a setting, by name, from behind `after`, and whether more follow."""
         found = union(select(api_keys.c.tenant.label("name")), select(jobs.c.tenant), select(tenants.c.name)).subquery()
         query = select(found.c.name).order_by(found.c.name).limit(limit + 1)
         if after is not None:
@@ -81,7 +81,7 @@ class TenantStore:
             return _loads(connection, [name])[name]
 
     def change(self, name: str, changes: Mapping[str, Any], by: Actor | None = None) -> Tenant:
-        """Set some of FIELDS, None for the configuration's. ValueError names what is wrong, and nothing is changed."""
+        """Set some of FIELDS, None for the configuration's. The ValueError names the fault, and nothing is changed."""
         check_name(name)
         check_settings(changes)
         with self.database.write() as connection:
@@ -99,13 +99,13 @@ class TenantStore:
 
 
 def check_name(name: str) -> None:
-    """ValueError for what is no tenant's name."""
+    """Raise ValueError for an invalid tenant's name."""
     if not NAME.fullmatch(name):
         raise ValueError(f"tenant must be letters, digits, '-', '_' and '.', at most 64, got {name[:80]!r}")
 
 
 def check_settings(changes: Mapping[str, Any]) -> None:
-    """ValueError for the first one that is not what it should be."""
+    """Raise ValueError for the first setting that is invalid."""
     for field in ("quota", "creates_per_minute"):
         value = changes.get(field)
         if value is not None and not 1 <= value <= MAX_COUNT:
@@ -119,7 +119,7 @@ def check_settings(changes: Mapping[str, Any]) -> None:
 
 
 def _check_class(connection: Connection, name: str, wanted: str) -> None:
-    """ValueError for one too many; the class that tenants have who are given none is one of them."""
+    """Raise ValueError for one class too many; the class of tenants that are given none counts too."""
     used = set(connection.scalars(select(tenants.c.job_class).where(tenants.c.name != name).distinct()))
     known = (used - {None}) | {DEFAULT_CLASS}
     if wanted not in known and len(known) >= MAX_CLASSES:
@@ -150,5 +150,5 @@ def _in(names: list[str]) -> Any:
 
 
 def _word(field: str) -> str:
-    """As the API calls it."""
+    """Return a field's name as the API has it."""
     return "class" if field == "job_class" else field

@@ -1,4 +1,4 @@
-"""Spans of whole jobs: written with the end of their job, and handed to one of those who export them."""
+"""Spans of whole jobs: written with the end of their job, and handed to one of the processes that export them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .tables import COMPLETED, job_traces, jobs
 
 
 def keep_job_span(connection: Connection, job_id: str, outcome: str | None = None) -> None:
-    """Within the transaction that ends (or deletes) a job, so that one that has ended and has a trace has one span.
+    """Keep the span in the transaction that ends (or deletes) a job, so that a traced job that has ended has one span.
 
     outcome: completed or the error's code, unless another is named.
     """
@@ -38,7 +38,7 @@ class JobTraces:
         self.database = database
 
     def take(self, count: int = 64) -> list[tuple[str, str, dict[str, Any]]]:
-        """(job's id, its trace, facts of its span) of up to `count` jobs, of which nobody else gets any."""
+        """Return (job's id, its trace, facts of its span) of up to `count` jobs, none of which another caller gets."""
         oldest = select(job_traces).order_by(job_traces.c.created_at).limit(count)
         with self.database.read() as connection:  # mostly there is none, and SQLite's writers need not wait for that
             if connection.execute(oldest.limit(1)).first() is None:
@@ -49,6 +49,6 @@ class JobTraces:
         return [(row.job_id, row.trace, row.facts) for row in rows]
 
     def forget(self, older_than_s: float) -> int:
-        """Remove those that nobody exports; returns how many."""
+        """Remove those that nobody exports; return their number."""
         with self.database.write() as connection:
             return connection.execute(delete(job_traces).where(job_traces.c.created_at < now() - older_than_s)).rowcount

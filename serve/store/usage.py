@@ -26,9 +26,9 @@ SUMS = ("jobs", "completed", "engine_seconds", "video_seconds", "cost_nanos")
 
 @dataclass(frozen=True)
 class Bucket:
-    """What the jobs of a day, a tenant or a model have used; None: of all days, tenants or models.
+    """The usage of the jobs of a day, a tenant or a model; None: of all days, tenants or models.
 
-    cost: of what had a price when it was used; None where nothing had.
+    cost: of what had a price when it was used; None if nothing had.
     """
 
     day: str | None
@@ -44,7 +44,7 @@ class Bucket:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """start, end: days by UTC, both included. by: some of GROUPS. tenant: None is all."""
+    """A query for usage. start, end: days by UTC, both included. by: some of GROUPS. tenant: None is all."""
 
     start: date
     end: date
@@ -53,7 +53,7 @@ class Asked:
 
 
 def parse_day(name: str, text: str) -> date:
-    """ValueError that names what is no day."""
+    """Parse a day. Raises ValueError, which names the text that is none."""
     with suppress(ValueError):
         if DAY.fullmatch(text):
             return date.fromisoformat(text)
@@ -61,7 +61,7 @@ def parse_day(name: str, text: str) -> date:
 
 
 def parse_groups(name: str, text: str) -> tuple[str, ...]:
-    """ValueError for what is no list of GROUPS."""
+    """Parse a list of GROUPS. Raises ValueError for another text."""
     words = [word.strip() for word in text.split(",")]
     if not set(words) <= set(GROUPS) or len(set(words)) != len(words):
         raise ValueError(f"{name} must be of {', '.join(GROUPS)}, each once, got {text[:80]!r}")
@@ -71,10 +71,10 @@ def parse_groups(name: str, text: str) -> tuple[str, ...]:
 def read_usage(
     database: Database, asked: Asked, limit: int | None = None, after: str | None = None
 ) -> tuple[list[Bucket], bool]:
-    """At most `limit` buckets in order of day, tenant and model, and whether there are more.
+    """Return at most `limit` buckets in order of day, tenant and model, and whether there are more.
 
-    Sums of different currencies are not added up: then there is a bucket for each. ValueError for an `after` that is no
-    cursor of such a list.
+    Sums of different currencies are not added up: then there is a bucket for each. Raises ValueError for an `after`
+    that is no cursor of such a list.
     """
     where: list[ColumnElement[bool]] = [ledger.c.day.between(asked.start.isoformat(), asked.end.isoformat())]
     if asked.tenant is not None:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 MARK = "SKYLAPSE_TEST_SERVICE"  # in the environment of the driver, and so of all processes that it starts
 KEY = "sk-skylapse-the-key-of-the-fault-tests"
 START_S = 150.0
-# What these tests kill has to be noticed soon; the service's own limits let a starved process live.
+# Parts that these tests kill have to be noticed soon; the service's own limits let a starved process live.
 TIGHT = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "10",
@@ -64,7 +64,7 @@ class Running:
     # --- life -----------------------------------------------------------------------------------------------------
 
     def start(self) -> float:
-        """Start it and wait until it is ready; returns after how many seconds `/readyz` said so."""
+        """Start the service and wait until it is ready; return the seconds until `/readyz` said so."""
         self.data.mkdir(parents=True, exist_ok=True)
         file = self.data / "config.json"
         file.write_text(json.dumps(self.config))
@@ -106,7 +106,7 @@ class Running:
         assert code in (None, 0, -signal.SIGKILL), f"the driver ended with {code}, as nobody asked it to"
 
     def kill_driver(self) -> None:
-        """kill -9 of the driver, and of what Ray leaves behind of it: as if the machine had lost power."""
+        """Kill the driver with kill -9, and all that Ray leaves behind of it: as if the machine had lost power."""
         assert self.driver is not None
         self.driver.kill()
         self.driver.wait()
@@ -121,7 +121,7 @@ class Running:
     # --- parts ----------------------------------------------------------------------------------------------------
 
     def processes(self) -> Iterator[tuple[int, str]]:
-        """(process id, title) of all that belong to this service."""
+        """Yield (process id, title) of all processes that belong to this service."""
         wanted = f"{MARK}={self.mark}".encode()
         for folder in Path("/proc").iterdir():
             if folder.name.isdecimal() and int(folder.name) != os.getpid():
@@ -133,19 +133,19 @@ class Running:
 
     @property
     def ray_variables(self) -> dict[str, str]:
-        """What a second driver needs in its environment to reach this one's Ray: its token, and where it listens."""
+        """Return the environment by which a second driver reaches this one's Ray: its token, and its address."""
         pid = self.pids("controller")[0]
         variables = (Path("/proc") / str(pid) / "environ").read_bytes().decode().split("\0")
         return {name: text for name, _, text in (v.partition("=") for v in variables) if name.startswith("RAY_")}
 
     def log(self) -> list[dict[str, Any]]:
-        """The lines of JSON that it has printed."""
+        """The lines of JSON that the service has printed."""
         lines = (self.data / "driver.log").read_text().splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
     @property
     def gcs_address(self) -> str:
-        """Of its Ray cluster; there may be others on this machine."""
+        """Return the GCS address of its Ray cluster; there may be others on this machine."""
         found = (re.search(r"--gcs-address=(\S+)", title) for _, title in self.processes())
         return next(match[1] for match in found if match)
 
@@ -153,13 +153,13 @@ class Running:
         return [pid for pid, title in self.processes() if PARTS[part].match(title)]
 
     def kill(self, part: str) -> int:
-        """kill -9 of one process of a part; its id."""
+        """Kill one process of a part with kill -9; return its id."""
         pid = wait_for(lambda: next(iter(self.pids(part)), None), 30.0, f"a {part}")
         os.kill(pid, signal.SIGKILL)
         return pid
 
     def engines(self) -> list[dict[str, Any]]:
-        """Those that are alive, as `/healthz` tells of them."""
+        """Return the live engines, as `/healthz` tells of them."""
         return self.client.get("/healthz").json()["engines"]
 
     # --- clients --------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ class Running:
         return response.json()
 
     def get(self, video_id: str) -> dict[str, Any]:
-        """Asked again where an ingress or the proxy was killed under the question."""
+        """Get a path, again if an ingress or the proxy was killed meanwhile."""
 
         def ask() -> dict[str, Any] | None:
             with suppress(httpx.HTTPError):
@@ -182,7 +182,7 @@ class Running:
         return wait_for(ask, 60.0, f"an answer about {video_id}")
 
     def ended(self, video_ids: list[str], within_s: float = 180.0) -> list[dict[str, Any]]:
-        """All of them once they have ended; what they tell on the way must never fall."""
+        """Return all videos once they have ended; their progress on the way must never fall."""
         seen: dict[str, int] = dict.fromkeys(video_ids, 0)
 
         def look() -> list[dict[str, Any]] | None:
@@ -201,7 +201,7 @@ class Running:
 
 
 def wait_for(ask: Callable[[], T | None], within_s: float, what: str, every_s: float = 0.1) -> T:
-    """The first answer that is true; AssertionError where there is none in time."""
+    """Return the first answer that is true. Raises AssertionError if there is none in time."""
     until_s = time.monotonic() + within_s
     while True:
         if answer := ask():

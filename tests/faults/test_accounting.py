@@ -27,7 +27,7 @@ SHAPES: tuple[dict[str, Any], ...] = (
 
 
 def worked_s(data: Path) -> float:
-    """By the engines' own clock, the killed ones' too."""
+    """Return the seconds worked by the engines' own clock, the killed ones' too."""
     files = [path.read_bytes() for path in (data / "worked").iterdir()]
     return sum(sum(seconds for (seconds,) in struct.iter_unpack("d", data[: len(data) // 8 * 8])) for data in files)
 

@@ -28,7 +28,7 @@ def two_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def operator_of(service: Running) -> httpx.Client:
-    """By a key that `skylapse keys` makes beside the service."""
+    """Return a client of the operator, by a key that `skylapse keys` makes beside the service."""
     command = (sys.executable, "-m", "skylapse", "keys", "create", "--scope", "operator", "--json")
     made = subprocess.run((*command, "--data", str(service.data)), check=True, capture_output=True, text=True)
     headers = {"authorization": f"Bearer {json.loads(made.stdout)['key']}"}

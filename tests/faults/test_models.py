@@ -65,7 +65,7 @@ def service(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def solo(service: Running, model: str, seed: int) -> np.ndarray:
-    """What the model makes of a seed while nobody else asks."""
+    """Return the frames that the model makes of a seed while nobody else asks."""
     made = service.create(model=model, seed=seed, num_inference_steps=STEPS, num_frames=FRAMES)
     (video,) = service.ended([made["id"]])
     assert video["status"] == "completed", video

@@ -36,7 +36,7 @@ def busy_neighbours(each_core: int = 6) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """With the limits that everybody has."""
+    """A service with the limits that everybody has."""
     running = Running(tmp_path_factory.mktemp("patient"), {"webhook_private": True}, limits={})
     try:
         running.start()
@@ -68,7 +68,7 @@ def test_busy_cores_kill_nothing_and_jobs_complete(patient: Running) -> None:
 
 @pytest.mark.parametrize("part", ["engine", "proxy", "ingress", "dispatcher"])
 def test_a_part_that_stands_still_for_seconds_is_waited_for(part: str, patient: Running) -> None:
-    """As a machine that swaps does it. An engine's job may go on elsewhere, or on it when it wakes."""
+    """The part is stopped as if the machine swapped. An engine's job may go on elsewhere, or on it when it wakes."""
     before = parts(patient)
     jobs = start_jobs(patient, 2, steps=60)
     wait_until_stepping(patient, jobs, 10)
@@ -116,7 +116,7 @@ def answers(service: Running) -> bool:
 
 
 def test_only_the_threads_that_work_on_jobs_give_way(patient: Running) -> None:
-    """What answers health checks and leaves signs of life has the priority of everybody else."""
+    """The threads that answer health checks and leave heartbeats have everybody's priority."""
     patient.ended(start_jobs(patient, 1, steps=2))
     priorities: dict[int, list[str]] = {}
     for task in Path(f"/proc/{patient.pids('engine')[0]}/task").iterdir():

@@ -1,4 +1,4 @@
-"""A bad request, how it may be answered, and ways of making one."""
+"""A bad request, the answers that it may get, and ways of making one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Headers: TypeAlias = Sequence[tuple[str, str | bytes]]
 
 @dataclass(frozen=True)
 class Case:
-    """A request, and how it may be answered: `{mine}` and `{theirs}` in it stand for ids."""
+    """A request and its permitted answers: `{mine}` and `{theirs}` in it stand for ids."""
 
     id: str
     kind: str
@@ -45,7 +45,7 @@ class Case:
         return client.send(self.method, with_ids(self.target), self.headers, with_ids(self.body()), self.num_bytes)
 
     def problem(self, answer: Answer) -> str | None:
-        """What is wrong with the answer; None: nothing."""
+        """Return the fault in the answer, or None."""
         if answer.status is None:
             return None if self.may_hang_up else f"{self.id}: no answer"
         if answer.status not in self.statuses:
@@ -69,7 +69,7 @@ class Case:
 
 
 def as_json(id: str, kind: str, body: Any, path: str = VIDEOS, status: int = 400, code: str | None = None) -> Case:
-    """`body`: fields beside the prompt, or bytes as they are."""
+    """Make a JSON request. `body`: fields beside the prompt, or bytes as they are."""
     content = body if isinstance(body, bytes) else json.dumps({"prompt": "a star", **body}).encode()
     return Case(id, kind, "POST", path, [("Content-Type", JSON)], lambda: content, frozenset({status}), code)
 
@@ -83,7 +83,7 @@ def as_form(
     code: str | None = None,
     **more: Any,
 ) -> Case:
-    """`parts` beside the prompt and, for an extension, the seconds."""
+    """Make a form of `parts` beside the prompt and, for an extension, the seconds."""
     first = [text("prompt", b"a star"), *([text("seconds", b"1")] if path == EXTENSIONS else [])]
     statuses = frozenset({status} if isinstance(status, int) else status)
     body = lambda: form(*first, *parts())  # noqa: E731
@@ -93,7 +93,7 @@ def as_form(
 def as_file(
     kind: str, names: str, path: str = VIDEOS, code: str | None = None, file_name: str = "upload", prefix: str = ""
 ) -> list[Case]:
-    """Files of bad_media, each as the one that the path takes."""
+    """Make requests of files of bad_media, each sent as the file that the path takes."""
 
     def one(name: str) -> Case:
         part_name = "input_reference" if path == VIDEOS else "video"
@@ -117,7 +117,7 @@ def plain(
 
 
 def endless(start: bytes, piece: bytes) -> Callable[[], Iterator[bytes]]:
-    """Chunked; it ends at 1 GiB all the same, so that a server which reads it fails a test and not the machine."""
+    """Make a chunked body, of 1 GiB at most, so that a server that reads it fails a test and not the machine."""
 
     def pieces() -> Iterator[bytes]:
         if start:  # an empty chunk would be the end
@@ -134,7 +134,7 @@ def without_end(id: str, content_type: str, start: bytes, piece: bytes, statuses
 
 
 def shorter(id: str, content_type: str, body: bytes, path: str = VIDEOS) -> Case:
-    """Than it promised to be."""
+    """Make a request whose body is shorter than it promised."""
     headers = [("Content-Type", content_type)]
     return Case(
         id, BODIES, "POST", path, headers, lambda: body, frozenset({400}), num_bytes=len(body) + 1000, may_hang_up=True

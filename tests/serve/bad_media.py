@@ -24,7 +24,7 @@ def png_chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png_of_zeros(width: int, height: int, *extra: bytes) -> bytes:
-    """Two colours, compressed a thousandfold: 12000x12000 are 17 KB, and 704 MB where they are decoded as RGB."""
+    """Return a PNG of two colours, compressed a thousandfold: 12000x12000 are 17 KB, and 704 MB once decoded as RGB."""
     row = b"\0" * ((width + 7) // 8 + 1)
     packer, data = zlib.compressobj(9), b""
     for _ in range(height):
@@ -34,7 +34,7 @@ def png_of_zeros(width: int, height: int, *extra: bytes) -> bytes:
 
 
 def picture(width: int = 64, height: int = 48, mode: str = "RGB") -> Image.Image:
-    """Noise, so that a file cannot be cut without harm."""
+    """Return a picture of noise, so that a file cannot be cut without harm."""
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 4), dtype=np.uint8)
     return Image.fromarray(noise).convert(mode)
 

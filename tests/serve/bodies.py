@@ -43,7 +43,7 @@ def reader(folder: Path) -> Callable[..., Body]:
 
 
 def refuser(folder: Path) -> Callable[..., ApiError]:
-    """Of a reader that leaves no file behind, and whose refusals can be sent."""
+    """Return a function that reads a bad body, checks that no file is left, and returns a refusal that can be sent."""
 
     def refuse(*asked: Any, **more: Any) -> ApiError:
         with pytest.raises(ApiError) as caught:
@@ -57,7 +57,7 @@ def refuser(folder: Path) -> Callable[..., ApiError]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Files, and folders that hold something of a request's."""
+    """Return the files, and the folders that hold something of a request's."""
     return [path for path in folder.rglob("*") if path.is_file() or path.name.startswith("upload-")]
 
 

@@ -55,7 +55,7 @@ note();
 
 @contextmanager
 def chromium(folder: Path) -> Iterator[webdriver.Chrome]:
-    """A fresh profile in `folder`; nothing is downloaded, no host but the loopback is found."""
+    """Start Chromium with a fresh profile in `folder`; it downloads nothing, and finds no host but the loopback."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM or ""
     for flag in (*FLAGS, f"--user-data-dir={folder / 'profile'}"):
@@ -81,7 +81,7 @@ class Studio:
         return self.driver.execute_script(text, *arguments)
 
     def until(self, what: Callable[[], Any], message: str = "") -> Any:
-        """What `what` returns as soon as it is true."""
+        """Wait until `what` returns something true, and return it."""
         ignored = WebDriverWait(self.driver, self.wait_s, poll_frequency=0.03)
         return ignored.until(lambda _: what(), message)
 
@@ -106,12 +106,12 @@ class Studio:
         return self.script("return window.watched[arguments[0]]", video_id)
 
     def console(self, *expected: str) -> list[str]:
-        """What the browser complained about since it was last asked, but for lines that hold an `expected` text."""
+        """Return the browser's complaints since the last call, without lines that hold an `expected` text."""
         lines = [entry["message"] for entry in self.driver.get_log("browser")]  # type: ignore[no-untyped-call]
         return [line for line in lines if not any(text in line for text in expected)]
 
     def hosts(self) -> set[str]:
-        """Everyone who was asked for anything by the page that is open."""
+        """All hosts that the open page has sent requests to."""
         names = "[...performance.getEntriesByType('resource'), ...performance.getEntriesByType('navigation')]"
         urls = self.script(f"return {names}.map(entry => entry.name)")
         return {urlsplit(url).netloc for url in urls if not url.startswith(("blob:", "data:"))}
@@ -119,7 +119,7 @@ class Studio:
     # --- doing ----------------------------------------------------------------------------------------------------
 
     def show_as(self, size: tuple[int, int] = DESKTOP, dark: bool = False, still: bool = False) -> None:
-        """The window's size, scheme and wish for motion, by DevTools: a real window cannot be as narrow as a phone."""
+        """Set the window's size, scheme and motion by DevTools: a real window cannot be as narrow as a phone."""
         width, height = size
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         features = [
@@ -152,14 +152,14 @@ class Studio:
                 field.send_keys(value)
 
     def generate(self, prompt: str, **values: str) -> str:
-        """The new job's id."""
+        """Generate a video and return the new job's id."""
         before = self.cards
         self.choose(prompt=prompt, **values)
         self.find("#generate").click()
         return self.newest(before)
 
     def newest(self, before: list[str]) -> str:
-        """The job that was not there before."""
+        """Return the id of the job that was not there before."""
         return str(self.until(lambda: [card for card in self.cards if card not in before], "no new card")[0])
 
     def until_ended(self, video_id: str) -> str:
@@ -178,7 +178,7 @@ class Studio:
 
 
 def steps_in(statuses: list[str]) -> list[int]:
-    """Of "step 3 of 12, 2 s left"."""
+    """Return the steps in statuses such as "step 3 of 12, 2 s left"."""
     return [int(status.split()[1]) for status in statuses if status.startswith("step ")]
 
 
@@ -206,7 +206,7 @@ def make_watch_cancel_play(studio: Studio, **values: str) -> str:
 
 
 def problems(studio: Studio, *expected: str) -> str:
-    """Whatever the page should not have done: complaints of the browser, and other hosts that were asked."""
+    """Return all that the page should not have done: complaints of the browser, and requests to other hosts."""
     others = studio.hosts() - {urlsplit(studio.url).netloc}
     return (
         json.dumps({"console": found, "hosts": sorted(others)})

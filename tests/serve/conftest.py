@@ -65,7 +65,7 @@ def demo_engine(demo_folder: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def two_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engine]]:
-    """Of two models, `a` and `b`, that differ in their weights alone."""
+    """Engines of two models, `a` and `b`, that differ in their weights alone."""
     from tiny import save_small_model
 
     from skylapse.runtime.engine import Engine
@@ -91,7 +91,7 @@ def service(demo_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> It
 def sdk_facts(
     service: Service, demo_engine: Engine, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Any]]:
-    """What the programs that use OpenAI's SDKs are given."""
+    """Facts for the programs that use OpenAI's SDKs."""
     from .sdk import sdk_facts
 
     with sdk_facts(service, demo_engine, tmp_path_factory.mktemp("sdk")) as facts:
@@ -100,11 +100,11 @@ def sdk_facts(
 
 @pytest.fixture
 def read(tmp_path: Path) -> Callable[..., Body]:
-    """Reads a body as an ingress does."""
+    """Read a body as an ingress does."""
     return reader(tmp_path)
 
 
 @pytest.fixture
 def refuse(tmp_path: Path) -> Callable[..., ApiError]:
-    """The refusal that a body meets."""
+    """Return the refusal that a body meets."""
     return refuser(tmp_path)

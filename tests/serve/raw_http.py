@@ -14,7 +14,7 @@ MAX_ANSWER_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Answer:
-    """Status None: the connection was closed without an answer, or one that could not be read."""
+    """An answer. Status None: the connection was closed without one, or with one that could not be read."""
 
     status: int | None
     headers: dict[str, str]
@@ -23,7 +23,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Client:
-    """Of one server, a connection a request."""
+    """A client of one server, which opens a connection for each request."""
 
     url: str
     key: str = ""
@@ -37,7 +37,7 @@ class Client:
         body: bytes | Iterable[bytes] = b"",
         num_bytes: int | None = None,
     ) -> Answer:
-        """num_bytes: the Content-Length to promise, whatever is sent; a body that comes in pieces is sent chunked."""
+        """Send a request, chunked if the body is in pieces. num_bytes: the promised Content-Length, right or not."""
         place = urlsplit(self.url)
         assert place.hostname is not None
         names = {name.lower() for name, _ in headers}

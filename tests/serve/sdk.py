@@ -1,4 +1,4 @@
-"""What programs that use OpenAI's SDKs work with (two services, keys, finished and waiting videos), and their run."""
+"""The facts for programs that use OpenAI's SDKs (two services, keys, finished and waiting videos), and their runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROGRAM_S = 180.0
 
 @contextmanager
 def sdk_facts(service: Service, engine: Engine, folder: Path) -> Iterator[dict[str, Any]]:
-    """`service` makes videos; a second service, the held one, begins no job, and its tenants may have a dozen."""
+    """Yield the facts. `service` makes videos; the held one begins no job, and its tenants may have a dozen."""
     with serving(folder / "held", engine, quota=QUOTA) as held, held.paused():
         key, reader = service.key("sdk"), service.key("sdk", scopes=("read",))
         listed_key, full_key = held.key(), held.key()
@@ -57,7 +57,7 @@ def sdk_facts(service: Service, engine: Engine, folder: Path) -> Iterator[dict[s
 
 
 def run_program(command: list[str], facts: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    """What a program prints as JSON; its environment has no key and no proxy of whoever runs the tests."""
+    """Run a program and return the JSON that it prints; it gets no key and no proxy from this environment."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
     ended = subprocess.run(
         command, input=json.dumps(facts), capture_output=True, text=True, timeout=PROGRAM_S, env={**kept, **environment}

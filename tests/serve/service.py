@@ -46,7 +46,7 @@ SMALL = {"prompt": "a red circle", "num_inference_steps": 2, "num_frames": 5, "s
 
 @dataclass(frozen=True)
 class Service:
-    """What tests see of it. `urls`: one an ingress, without a path."""
+    """A running service, as tests see it. `urls`: one an ingress, without a path."""
 
     context: Context
     urls: list[str]
@@ -58,18 +58,18 @@ class Service:
         return self.urls[0]
 
     def key(self, tenant: str | None = None, scopes: tuple[str, ...] = SCOPES[:2], max_priority: int = 0) -> str:
-        """A new key; of a new tenant, who sees nobody else's videos, unless one is named."""
+        """Return a new key; of a new tenant, who sees nobody else's videos, unless one is named."""
         return self.context.keys.create(tenant or f"tenant-{secrets.token_hex(6)}", scopes, max_priority=max_priority)[
             1
         ]
 
     def client(self, key: str | None = None, ingress: int = 0, headers: Headers | None = None) -> httpx.Client:
-        """A plain HTTP client of one ingress, with a new tenant's key unless one is given."""
+        """Return a plain HTTP client of one ingress, with a new tenant's key unless one is given."""
         headers = {"authorization": f"Bearer {key or self.key()}", **(headers or {})}
         return httpx.Client(base_url=self.urls[ingress], headers=headers, timeout=60.0, trust_env=False)
 
     def make(self, key: str, **fields: Any) -> dict[str, Any]:
-        """A finished video, small unless `fields` say otherwise."""
+        """Make a video and return it once finished, small unless `fields` say otherwise."""
         with self.client(key) as client:
             made = client.post("/v1/videos", json={**SMALL, **fields})
             assert made.status_code == 200, made.text
@@ -78,7 +78,7 @@ class Service:
         return video
 
     def wait(self, key: str, video_id: str, ingress: int = 0, at_most_s: float = 60.0) -> dict[str, Any]:
-        """The video, once it has ended."""
+        """Wait for a video's end and return it."""
         with self.client(key, ingress) as client:
             until_s = time.monotonic() + at_most_s
             while (video := client.get(f"/v1/videos/{video_id}").json())["status"] in ("queued", "in_progress"):
@@ -88,7 +88,7 @@ class Service:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """No job is begun meanwhile: what is created stays queued. Jobs that run go on."""
+        """Begin no job within the block: what is created stays queued. Jobs that run go on."""
         self.working.clear()
         try:
             yield
@@ -100,7 +100,7 @@ class Service:
 def serving(
     folder: Path, engine: Engine | Mapping[str, Engine], ingresses: int = 1, **config: Any
 ) -> Iterator[Service]:
-    """The service with its data in `folder`, until the block is left; `config`: fields of `ServeConfig`.
+    """Run a service with its data in `folder`, until the block is left; `config`: fields of `ServeConfig`.
 
     engine: of the one model, or deployment -> the engine of each of several.
     Every ingress opens the store for itself, as replicas in processes of their own do.
@@ -161,7 +161,7 @@ async def _run(servers: list[uvicorn.Server], sockets: list[socket.socket], crew
 
 
 class Crew:
-    """Who works on jobs and keeps the store tidy: a Dispatcher and an EngineReplica in one."""
+    """Works on jobs and keeps the store tidy: a Dispatcher and an EngineReplica in one."""
 
     def __init__(self, context: Context, engine: Engine | Mapping[str, Engine], working: threading.Event) -> None:
         config = context.config
@@ -195,7 +195,7 @@ class Crew:
         self._calls: list[set[asyncio.Task[str | None]]] = [set() for _ in self.groups]
 
     async def work(self) -> None:
-        """Until it is cancelled; the first error ends it."""
+        """Work until cancelled; the first error ends it."""
         async with asyncio.TaskGroup() as group:
             for task, seconds in (
                 (self._call, LOOK_S),

@@ -138,7 +138,7 @@ def _take_away(service: Service) -> None:
 
 
 def _until_settled(service: Service, engine: Engine) -> None:
-    """Until nothing is worked on, and the engine's last second has been told."""
+    """Wait until nothing is worked on, and the engine's last second has been told."""
     _wait(lambda: not engine.is_busy)
     busy_s = counted(service, BUSY_SECONDS)
     _wait(

@@ -72,7 +72,7 @@ def test_operators_page_has_every_field_that_they_may_set(document: dict[str, An
 
 
 def bounds(field: dict[str, Any]) -> Iterator[str]:
-    """As the page writes them."""
+    """Yield a field's bounds as the page writes them."""
     for kind in (field, *field.get("anyOf", ())):
         for name in ("minimum", "maximum", "minLength", "maxLength"):
             if name in kind and kind[name] not in (0, 1):
@@ -135,7 +135,7 @@ def test_pages_that_it_names_are_there() -> None:
 
 
 def test_python_of_the_page_runs(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it stands, one block after the other; the model takes two steps instead of thirty."""
+    """Run the page's blocks one after the other; the model takes two steps instead of thirty."""
     pytest.importorskip("openai")
     quick = property(lambda model: replace(model.folder.defaults, num_inference_steps=2))
     monkeypatch.setattr(ServedModel, "defaults", quick)

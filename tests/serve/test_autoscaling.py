@@ -40,7 +40,7 @@ async def polled(policy: BacklogPolicy) -> None:
 
 
 async def decide(policy: BacklogPolicy, target: int = 0) -> tuple[int, dict[str, Any]]:
-    """What the policy says once a poll that begins now has ended."""
+    """Return the policy's answer after a poll that begins now has ended."""
     policy.polled_s = float("-inf")
     policy(context(target))
     await polled(policy)
@@ -178,7 +178,7 @@ def test_a_time_that_is_none_is_refused(clear_in_s: float) -> None:
 
 
 def test_serve_takes_it_by_name_as_it_takes_its_own(database: Database) -> None:
-    """As the controller does: pickled by value, made with its arguments, called with Serve's own context."""
+    """Use it as the controller does: pickled by value, made with its arguments, called with Serve's own context."""
     config = pytest.importorskip("ray.serve.config")
     state = pytest.importorskip("ray.serve._private.autoscaling_state")
     wrapped = pytest.importorskip("ray.serve.autoscaling_policy")._apply_autoscaling_config

@@ -59,7 +59,7 @@ def fill(database: Database, files: ArtifactStore) -> Callable[[], dict[str, str
 
 
 def rows(database: Database) -> dict[str, list[Any]]:
-    """All that a backup is about, but for who is alive."""
+    """Return all rows that a backup holds, without the live processes."""
     with database.read() as connection:
         tables = [table for table in metadata.sorted_tables if table.name != "processes"]
         return {table.name: sorted(map(repr, connection.execute(select(table)))) for table in tables}

@@ -41,7 +41,7 @@ def effective(*arguments: str, **environ: str) -> Effective:
 
 
 def value_of(name: str) -> Any:
-    """Something else than the default."""
+    """Return a value other than the default."""
     if name in VALUES:
         return VALUES[name]
     default = ServeConfig.model_fields[name].get_default(call_default_factory=True)

@@ -1,4 +1,4 @@
-"""What decodes, and what leaves the GPU, is told by /healthz and /metrics, with what has been demoted."""
+"""/healthz and /metrics tell which decoder runs, what leaves the GPU, and what has been demoted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What images and pods bring with them: operators, TensorRT, the list of packages, models; the page's own steps."""
+"""Images and pods bring operators, TensorRT, packages and models with them; the page's own steps hold."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def documents() -> dict[str, dict[str, Any]]:
 
 
 def commands(title: str) -> list[list[str]]:
-    """The commands of the blocks under a heading of the page, as words; a here-document is left out."""
+    """Return the commands of the blocks under a heading of the page, as words; a here-document is left out."""
     text = PAGE.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
     block = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    ") or not line)
     block = re.sub(r"<<'?(\w+)'?\n.*?\n\1\n", "\n", block.replace("\\\n", " "), flags=re.S)
@@ -50,7 +50,7 @@ def test_images_have_what_compiles_decoders(stage: str, extras: set[str]) -> Non
 
 
 def test_cpu_image_needs_no_compiler() -> None:
-    """What a compiler makes is made in the stage that has one, and the image is a copy of its folder."""
+    """The stage that has a compiler makes all that needs one, and the image is a copy of its folder."""
     build, image = STAGES["cpu-build"], STAGES["cpu"]
     assert "g++" in build and not re.search(r"g\+\+|gcc|apt-get|pip install", image)
     assert (

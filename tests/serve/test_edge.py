@@ -32,7 +32,7 @@ class Sender:
 
 
 class Proxy:
-    """As Ray's: puts on a queue whatever comes, without asking whether anybody fetches it."""
+    """A proxy like Ray's: it puts on a queue whatever comes, without asking whether anybody fetches it."""
 
     def __init__(self) -> None:
         self.queue: deque[Message] = deque()

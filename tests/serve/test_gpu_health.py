@@ -1,4 +1,4 @@
-"""What NVML reports of a GPU decides whether an engine works on it. The library is a stand-in: no GPU is at hand."""
+"""NVML's reports of a GPU decide whether an engine works on it. The library is a stand-in: no GPU is at hand."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_a_request_is_one_line_with_its_id_and_without_its_url(
 def test_lines_of_an_answer_carry_its_requests_id(
     context: Context, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also those of threads that work for it."""
+    """The id is also on the lines of threads that work for the request."""
     lines: list[dict[str, Any]] = []
 
     class Kept(logging.Handler):

@@ -36,7 +36,7 @@ def claim(leases: Leases, count: int = 1, **fields: Any) -> list[Job]:
 
 
 def lose_lease(store: JobStore, job: Job) -> None:
-    """As if `lease_s` had passed since the last renewal."""
+    """Let the lease expire, as if `lease_s` had passed since the last renewal."""
     with store.database.write() as connection:
         connection.execute(update(jobs).where(jobs.c.id == job.id).values(lease_until=now() - 1))
 

@@ -1,4 +1,4 @@
-"""What a job has used is written with its end, whoever ends it and however, and nothing that is written is altered."""
+"""A job's usage is written with its end, whoever ends it and however, and no row is ever altered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the service's processes log reaches the follower: whole lines, once, in order, across a file that was full."""
+"""The service's log lines reach the follower: whole, once, in order, across a file that was full."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ JOB = "video_" + "0a" * 16
 
 @pytest.fixture
 def bare_logger(monkeypatch: pytest.MonkeyPatch) -> logging.Logger:
-    """The package's logger without what other tests have hung on it."""
+    """The package's logger without the handlers of other tests."""
     logger = logging.getLogger("skylapse")
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "propagate", logger.propagate)

@@ -123,7 +123,7 @@ UNKNOWN = ("text", "nothing", "playlist")
 
 
 def sentence(name: str, files: str, a: str, known: str) -> str:
-    """What is said of a file of another kind, and of a broken one of the right kind."""
+    """Return the message for a file of another kind, or for a broken one of the right kind."""
     if name in UNKNOWN:
         return f"must be {a} {files} file."
     if name in NAMED and not name.startswith(known):
@@ -202,7 +202,7 @@ GOOD = '{"width": 32, "height": 32, "frames": 1, "fps": 1.0}'
 
 
 def writes(content: bytes) -> str:
-    """A program that leaves such a file and says that all went well."""
+    """Return a program that leaves such a file and reports success."""
     return f"open(task['output'], 'wb').write({content!r}); print('{GOOD}')"
 
 

@@ -1,4 +1,4 @@
-"""Whose jobs are whose: engines claim their model's, and no clip is made by two models' weights."""
+"""Engines claim their own model's jobs, and no clip is made by two models' weights."""
 
 from __future__ import annotations
 

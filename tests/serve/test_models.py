@@ -51,7 +51,7 @@ def frames_of(data: bytes) -> np.ndarray:
 
 
 def solo_frames(engine: Engine, seed: int, folder: Path) -> np.ndarray:
-    """What a model makes by itself, through the same codec."""
+    """Return the frames that a model makes by itself, through the same codec."""
     asked = VideoRequest(prompt="a red circle", width=64, height=64, num_frames=5, num_inference_steps=2, seed=seed)
     video = engine.generate(asked)
     return frames_of(write_video(folder / "solo.mp4", video.frames, video.fps).read_bytes())

@@ -47,7 +47,7 @@ def queries() -> Iterator[tuple[str, str]]:
 
 
 def metric_of(name: str) -> Metric:
-    """KeyError for what the table does not have; a histogram's parts are its own."""
+    """Return a query's metric; a histogram's parts belong to it. Raises KeyError if the table does not have it."""
     base = re.sub(r"_(bucket|sum|count)$", "", name)
     if base in METRICS and METRICS[base].kind == HISTOGRAM:
         assert name != base, f"{name} has no series of its own"

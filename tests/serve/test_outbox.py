@@ -32,7 +32,7 @@ def claim_one(outbox: Outbox) -> Delivery:
 
 
 def pass_time(outbox: Outbox, seconds: float) -> None:
-    """As if so much time had passed since everything that happened."""
+    """Move all times back, as if this much time had passed since everything that happened."""
     with outbox.database.write() as connection:
         columns = (table.c.next_at, table.c.delivered_at, table.c.failed_at)
         connection.execute(update(table).values({column: column - seconds for column in columns}))

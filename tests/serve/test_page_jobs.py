@@ -1,4 +1,4 @@
-"""What the page makes of jobs: first images, sequels, settings used again, code, older pages, problems, deletion."""
+"""The page's handling of jobs: first images, sequels, settings used again, code, older pages, problems, deletion."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 
 def options(num_gpus: float, monkeypatch: pytest.MonkeyPatch, **config: Any) -> dict[str, dict[str, Any]]:
-    """Actor options of each deployment on a cluster of so many GPUs."""
+    """Return the actor options of each deployment on a cluster of `num_gpus` GPUs."""
     from skylapse.serve import app
 
     monkeypatch.setattr(app, "cluster_gpus", lambda: num_gpus)
@@ -65,7 +65,7 @@ def test_engines_of_all_models_need_room(models: list[dict[str, Any]], num_gpus:
 
 
 def deployments(bound: Any) -> list[Any]:
-    """Of an application: what it is bound to, and what that is bound to."""
+    """Return all deployments of an application: those that it is bound to, and those that they are bound to."""
     if isinstance(bound, dict):
         return [deployment for part in bound.values() for deployment in deployments(part)]
     if not hasattr(bound, "_bound_deployment"):
@@ -135,7 +135,7 @@ def test_engines_with_room_are_taken(config: dict[str, Any], num_gpus: float) ->
 def test_a_cluster_is_told_that_it_has_too_few(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It may grow, so nothing is refused."""
+    """A cluster may grow, so nothing is refused."""
     assert options(1, monkeypatch, engines=2)["Engine"]["num_gpus"] == 1
     assert "engines must be at most 1 on 1 GPU, one each, got 2" in caplog.text
 
@@ -212,7 +212,7 @@ def test_parts_that_need_no_device_do_not_load_torch(module: str) -> None:
 def test_a_cluster_builds_the_application_and_finds_the_deployments_that_its_file_names(
     monkeypatch: pytest.MonkeyPatch, root: Path
 ) -> None:
-    """By the function with which Ray's controller reads `import_path`: it refuses a builder of two parameters."""
+    """Use the function with which Ray's controller reads `import_path`: it refuses a builder of two parameters."""
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build_as_a_cluster
 
     from skylapse.serve import app

@@ -1,4 +1,4 @@
-"""What is stored is its owner's alone, in folders that are made and in those that were there."""
+"""Stored files are private to their owner, in folders that are made and in those that were there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from skylapse.serve.private import make_folder
 
 @pytest.fixture(autouse=True)
 def open_to_all() -> Iterator[None]:
-    """As many machines have it; the modes must not depend on it."""
+    """Set an open umask, as many machines have it; the modes must not depend on it."""
     old = os.umask(0)
     yield
     os.umask(old)

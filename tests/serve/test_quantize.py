@@ -16,7 +16,7 @@ from skylapse.serve.config_source import load_config
 
 
 class Loaded(Exception):
-    """Instead of an engine."""
+    """Stands for an engine."""
 
 
 def test_option_goes_before_the_file_and_the_file_before_the_environment(tmp_path: Path) -> None:

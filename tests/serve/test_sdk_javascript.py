@@ -22,7 +22,7 @@ NAMES = re.findall(r"^scenarios\.(\w+) = ", PROGRAM.read_text(), re.MULTILINE)
 
 @pytest.fixture(scope="module")
 def results(sdk_facts: dict[str, Any]) -> dict[str, str | None]:
-    """Of every scenario: None, or what went wrong."""
+    """Run every scenario and return its result: None, or the error."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("there is no Node on this machine")

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", params=["3-sync", "3-async", "2-sync", "2-async"])
 def results(request: pytest.FixtureRequest, sdk_facts: dict[str, Any]) -> dict[str, str | None]:
-    """Of every scenario: None, or what went wrong."""
+    """Run every scenario and return its result: None, or the error."""
     release, kind = request.param.split("-")
     paths = [str(HERE.parent)]
     if release == "2":

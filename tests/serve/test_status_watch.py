@@ -1,4 +1,4 @@
-"""What is wrong with a running service is said once, and its end once; a failed start is told with its cause."""
+"""A fault of a running service is logged once, and its end once; a failed start is told with its cause."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ValueError: model must be demo, a folder or a hub id, got 'nope'
 def status(
     application: str = "RUNNING", engine: str = "HEALTHY", message: str = "", running: int = 1, proxy: str = "HEALTHY"
 ) -> Any:
-    """As Serve's controller tells it."""
+    """Return a status as Serve's controller tells it."""
 
     def enum(name: str) -> Enum:
         return Enum("Status", [(name, name)])[name]  # type: ignore[misc, index]

@@ -47,12 +47,12 @@ class House:
 
     @property
     def operations(self) -> dict[str, tuple[str, str]]:
-        """(method, path) of each of a tenant's; the finished video stands for every id."""
+        """(method, path) of each of a tenant's operations; the finished video stands for every id."""
         return {name: found for name, found in self.all_operations.items() if name not in ADMIN_ANSWERS}
 
     @property
     def all_operations(self) -> dict[str, tuple[str, str]]:
-        """And operators', with ids of none."""
+        """(method, path) of each operation, operators' too, which get ids of none."""
         values = {"video_id": self.video_id, "model": "demo", "character_id": "char_1", "tenant": "acme"}
         values |= {"job_id": UNKNOWN, "key_id": "key_0000000000000000", "engine_id": "none"}
         return {
@@ -62,7 +62,7 @@ class House:
         }
 
     def body(self, name: str, **fields: Any) -> dict[str, Any]:
-        """What an operation that makes a video makes one of."""
+        """Return the body of an operation that makes a video."""
         source = {"video": {"id": self.video_id}}
         needs: dict[str, dict[str, Any]] = {"editVideo": source, "extendVideo": {"seconds": "1", **source}}
         return {"prompt": "a", **needs.get(name, {}), **fields}
@@ -177,7 +177,7 @@ def unknown(house: House) -> Iterator[Told]:
 
 
 def barred(house: House) -> Iterator[Told]:
-    """No key, and one that may only do the other thing."""
+    """Send requests with no key, and with a key that lacks the scope."""
     keys = {scope: house.service.key("tenant", scopes=(scope,)) for scope in ("read", "write")}
     with httpx.Client(base_url=house.service.url, trust_env=False) as client:
         for name, (method, path) in house.all_operations.items():
@@ -191,7 +191,7 @@ def barred(house: House) -> Iterator[Told]:
 
 
 def malformed(house: House) -> Iterator[Told]:
-    """Bodies that do not come, are too large, or of no known type."""
+    """Send bodies that do not come, are too large, or of no known type."""
     tenant = Client(house.service.url, house.key)
     operator = Client(house.service.url, house.operator)
     for name in (*BODIES, "createCharacter", *ADMIN_BODIES):
@@ -203,7 +203,7 @@ def malformed(house: House) -> Iterator[Told]:
 
 
 def slowly() -> Iterator[bytes]:
-    """A body without an end."""
+    """Yield a body without an end."""
     yield b"{"
     while True:
         time.sleep(0.02)
@@ -211,7 +211,7 @@ def slowly() -> Iterator[bytes]:
 
 
 def operated(house: House) -> Iterator[Told]:
-    """What operators ask, rightly and wrongly."""
+    """Send operators' requests, right and wrong."""
     service, paths = house.service, house.all_operations
     with service.client(service.key("tried")) as tenant, service.client(house.operator) as client:
         job = f"/v1/admin/jobs/{tenant.post('/v1/videos', json=SMALL).json()['id']}"
@@ -244,7 +244,7 @@ def operated(house: House) -> Iterator[Told]:
 
 
 def conflicting(house: House) -> Iterator[Told]:
-    """An Idempotency-Key that was used for something else, and a quota that is used up."""
+    """Use an Idempotency-Key for another request, and use up a quota."""
     create = house.context.jobs.create
     for name in BODIES:
         create("tenant", {}, idempotency_key=(house.operations[name][1], "a key", "another request"))
@@ -256,7 +256,7 @@ def conflicting(house: House) -> Iterator[Told]:
 
 
 def broken(house: House) -> Iterator[Told]:
-    """A video that cannot be made, for a client who waits for it."""
+    """Wait for a video that cannot be made."""
     key, leases = house.service.key("waits"), Leases(house.context.database)
     with house.service.client(key) as client, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(client.post, "/v1/videos/generations", json=SMALL)
@@ -277,7 +277,7 @@ def made_at_once(service: Service) -> Iterator[Told]:
 
 
 def away(house: House, folder: Path) -> Iterator[Told]:
-    """While the store does not answer: another house's, since this one's crew would end."""
+    """Send requests while the store does not answer: another house's, since this one's crew would end."""
     context = open_context({"data": str(folder)})
     with TestClient(create_app(context), headers={"authorization": f"Bearer {house.key}"}) as client:
         for name in ("read", "write"):

@@ -1,4 +1,4 @@
-"""What is swept: files that no job points at, of ended, expired and deleted jobs; what a killed process left."""
+"""The sweep removes files that no job points at, of ended, expired and deleted jobs, and a killed process's files."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def tenants(database: Database) -> TenantStore:
 
 
 def claimed_one_by_one(store: JobStore, leases: Leases, count: int, ends: bool) -> Counter[str]:
-    """How many jobs of each tenant an engine is given, which takes one at a time, or as many as it can."""
+    """Count the jobs of each tenant that an engine claims one by one; ends: each job ends before the next claim."""
     found: Counter[str] = Counter()
     for _ in range(count):
         (job,) = leases.claim("engine")
@@ -31,7 +31,7 @@ def claimed_one_by_one(store: JobStore, leases: Leases, count: int, ends: bool) 
 
 
 def fill(store: JobStore, **counts: int) -> None:
-    """The jobs of one tenant after those of the other: age alone would serve them in turn."""
+    """Add the jobs of one tenant after those of the other: age alone would serve them in turn."""
     for tenant, count in counts.items():
         for _ in range(count):
             store.create(tenant, {}, work=10.0)

@@ -260,7 +260,7 @@ def test_a_full_disk_is_503(read: Callable[..., Body], tmp_path: Path, monkeypat
 
 
 class Server(uvicorn.Server):
-    """Which tells when it listens."""
+    """A server that sets an event when it listens."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)

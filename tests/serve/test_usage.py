@@ -1,4 +1,4 @@
-"""What a video has used is told on it and summed up by day, tenant and model, on the wire and by the command line."""
+"""A video's usage is told on it and summed up by day, tenant and model, on the wire and by the command line."""
 
 from __future__ import annotations
 

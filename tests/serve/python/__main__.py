@@ -1,4 +1,4 @@
-"""What a client of OpenAI's Python SDK does, sync and async; a program, so that it runs under any release of the SDK.
+"""Runs the scenarios of OpenAI's Python SDK, sync and async; a program, so that any release of the SDK can run it.
 
     python tests/serve/python sync|async <facts.json
 

@@ -46,7 +46,7 @@ async def a_first_frame_within_a_data_url_goes_by_extra_body(side: Side) -> None
 
 
 async def references_as_dicts_raise_in_the_sdk_before_anything_is_sent(side: Side) -> None:
-    """Why docs/api.md recommends `omit` and extra_body. When this fails, the SDK has been mended: simplify the page."""
+    """docs/api.md recommends `omit` and extra_body for this. If it fails, the SDK is mended: simplify the page."""
     reference = {"id": side.facts["finished"]}
     async with entered(side.held()) as client:
         for call in (client.videos.edit, client.videos.extend):

@@ -1,4 +1,4 @@
-"""What goes wrong: the SDK's own exceptions, with codes and parameters, after as many requests as make sense."""
+"""Refusals: the SDK's own exceptions, with codes and parameters, after as many requests as make sense."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A client of either kind, sync or async, with what it was told; and one way of using both."""
+"""A client of either kind, sync or async, with its answers; and one way of using both."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ KEYS = {
 
 
 async def done(result: Any) -> Any:
-    """A sync client's result as it is, an async one's awaited: so that one text serves both."""
+    """Return a sync client's result as it is, an async one's awaited: so one text serves both."""
     return await result if inspect.isawaitable(result) else result
 
 
 async def each(found: Any) -> list[Any]:
-    """All items of an iterator of either kind; of a page, by way of the pages behind it."""
+    """Yield all items of an iterator of either kind; of a page, also those of the pages behind it."""
     return [item async for item in found] if hasattr(found, "__aiter__") else list(found)
 
 
@@ -69,7 +69,7 @@ class Side:
         return self.client("held_url", key, **options)
 
     async def refused(self, error: type[openai.APIStatusError], call: Callable[[], Any], **expected: Any) -> Any:
-        """What `call` raises, whose fields are as expected; `attempts`: how many requests it took."""
+        """Return the error that `call` raises, with the expected fields; `attempts`: the requests that it takes."""
         before = len(self.answers)
         attempts = expected.pop("attempts", 1)
         try:

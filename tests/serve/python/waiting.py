@@ -1,4 +1,4 @@
-"""How a client learns that its video is finished: polls, event streams, webhooks."""
+"""Ways of learning that a video is finished: polls, event streams, webhooks."""
 
 from __future__ import annotations
 

@@ -270,7 +270,7 @@ ELSEWHERE = {
     "serve": ("serve.command", "serve", "serve the OpenAI Videos API on this machine"),
     "keys": ("serve.commands.keys", "serve", "make, list, rotate and revoke the service's API keys"),
     "jobs": ("serve.commands.jobs", "serve", "list, cancel and retry the service's jobs"),
-    "usage": ("serve.usage_command", "serve", "what tenants have used, and what it costs"),
+    "usage": ("serve.commands.usage", "serve", "what tenants have used, and what it costs"),
     "store": ("serve.commands.store", "serve", "back up, restore and check the service's store"),
     "compile": ("runtime.compile_command", "compile", "build a faster decoder for this machine"),
     "kernels": ("runtime.doctor", "gpu", "which kernels run on this machine, and why"),

@@ -28,6 +28,7 @@ COMMANDS = [
     ("jobs", "retry", "video_1"),
     ("store", "backup", "FILE"),
     ("store", "check"),
+    ("usage",),
 ]
 ASKED = {"prompt": "a star", "kind": "generate", "model": "demo", "size": "64x64", "seconds": "1"}
 

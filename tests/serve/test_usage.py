@@ -236,7 +236,7 @@ def test_the_command_line_tells_the_same(
     assert json.loads(capsys.readouterr().out) == answered
     assert main(["usage", *place]) == 0
     title, row = capsys.readouterr().out.splitlines()
-    assert title.split()[:4] == ["day", "model", "jobs", "completed"] and row.split()[1:4] == ["demo", "1", "1"]
+    assert title.split()[:4] == ["DAY", "MODEL", "JOBS", "COMPLETED"] and row.split()[1:4] == ["demo", "1", "1"]
     assert row.endswith("USD")
 
 
@@ -244,7 +244,7 @@ def test_the_command_line_makes_no_store_and_names_what_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["usage", "--data", str(tmp_path)]) == 2
-    assert "--data must be a service's folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "no store at" in capsys.readouterr().err and not list(tmp_path.iterdir())
     tomorrow = (datetime.now(UTC).date() + timedelta(days=1)).isoformat()
     for arguments, said in (
         (["--from", tomorrow], "--from must not be after --to"),

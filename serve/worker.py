@@ -194,6 +194,7 @@ class Worker:
             held.spans.end("device_lost", is_error=True)
             logger.error("job %s is given back: %s", job.id, error)
             await persist(partial(self.leases.release, job))
+            self.measures.ended("device_lost")
         except Exception as error:
             code, message = failure(error)
             held.spans.end(code, is_error=True)

@@ -131,7 +131,7 @@ def _find_shape(clip: Tensor, behind: Tensor) -> tuple[Tensor, Tensor] | None:
     near = _grown(core, 2)
     colour = pixels[:, :: max(1, pixels.shape[1] // 2000)].median(1).values
 
-    # How far each pixel lies on the way from the backdrop to the colour.
+    # The share of the way from the backdrop to the colour that each pixel has gone.
     contrast = colour[:, None, None] - behind  # [T, 3, H, W]
     coverage = (difference * contrast).sum(1) / contrast.square().sum(1).clamp(min=_CONTRAST**2)
     return colour, _alone(coverage.clamp(0, 1) * near)

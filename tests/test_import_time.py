@@ -1,4 +1,4 @@
-"""What `import skylapse` and `skylapse --help` cost, in CPU seconds: a busy machine must not fail a test."""
+"""`import skylapse` and `skylapse --help` are quick, in CPU seconds: a busy machine must not fail a test."""
 
 import resource
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 
 def cpu_seconds(*arguments: str) -> float:
-    """Of one Python process, interpreter included."""
+    """Return the CPU seconds of one Python process, interpreter included."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -38,7 +38,7 @@ READING = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, 
 
 @dataclass
 class Found:
-    """waits: a line for each; reads: lists read from the device (`tolist`), each a wait that somebody has to allow."""
+    """Waits that were found, a line each. reads: lists read from the device (`tolist`), which a test has to allow."""
 
     waits: list[str] = field(default_factory=list)
     reads: int = 0

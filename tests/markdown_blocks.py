@@ -16,7 +16,7 @@ HERE_DOCUMENT = re.compile(r"<<-?'?(\w+)'?\n(.*?)\n\1(?=\n|$)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Block:
-    """language: of a fence, "" of an indented block. line: of the page, from 1."""
+    """A block of code. language: of a fence, "" of an indented block. line: of the page, from 1."""
 
     page: Path
     line: int

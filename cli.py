@@ -73,7 +73,7 @@ def _report(error: Exception, what: str, status: int, debug: bool, hint: str = "
 
 
 def _request(options: argparse.Namespace, folder: ModelFolder | None) -> VideoRequest:
-    """The request, complete where the model's configs are on this machine: what it cannot make is refused at once."""
+    """Return the request, complete if the model's configs are on this machine; then refuses what it cannot make."""
     asked = sampling(options)
     if folder is not None:  # before the rules of all models, which do not know the nearest shape that this one makes
         width, height, num_frames = (asked[n] or getattr(folder.defaults, n) for n in ("width", "height", "num_frames"))
@@ -170,7 +170,7 @@ def _run(engine: Engine, request: VideoRequest, display: Display) -> Video:
 
 
 def _frames_of(seconds: float, fps: int | None, defaults: ModelDefaults, limits: ModelLimits) -> int:
-    """The smallest number of frames that the model can make and that lasts at least `seconds`."""
+    """Return the smallest number of frames that the model can make and that lasts at least `seconds`."""
     fps = fps or defaults.fps
     longest_s = limits.max_num_frames / fps
     if not (isfinite(seconds) and 0 < seconds <= longest_s):
@@ -182,7 +182,7 @@ def _frames_of(seconds: float, fps: int | None, defaults: ModelDefaults, limits:
 def _summary(
     model: str, engine: Engine, request: VideoRequest, video: Video, timings_s: dict[str, float]
 ) -> dict[str, Any]:
-    """What --json prints: enough to make the same video again, and what it cost."""
+    """Return what --json prints: enough to make the same video again, and its cost."""
     asked = ("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "guidance_scale_2")
     return {
         "model": model,
@@ -206,7 +206,7 @@ def _summary(
 
 
 def _peak_memory_bytes() -> int:
-    """The most memory that this process has held."""
+    """Return the most memory in bytes that this process has held."""
     with suppress(OSError), open("/proc/self/status") as status:
         for line in status:
             if line.startswith("VmHWM:"):  # ru_maxrss of a child starts at what its parent held

@@ -1,4 +1,4 @@
-"""Checkpoint folders in diffusers' format, written from our modules."""
+"""Write checkpoint folders in diffusers' format from our modules."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def write_module(
 
 
 def checkpoint_tensors(module: WanVAE | WanDenoiser, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Checkpoint name -> tensor on the host: the loader's mapping, the other way.
+    """Return checkpoint name -> tensor on the host: the loader's mapping, reversed.
 
-    dtype: of all but what the loader keeps in fp32; None leaves each parameter as it is.
+    dtype: of all parameters but those that the loader keeps in fp32; None leaves each as it is.
     """
     keep = getattr(module, "fp32_parameters", ())
     places = slots(module, checkpoint_name) if isinstance(module, WanVAE) else slots(module)

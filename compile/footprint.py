@@ -1,4 +1,4 @@
-"""How much memory coding takes: predicted before anything is done, and measured of a loaded backend.
+"""Predict the memory that coding takes before anything is done, and measure that of a loaded backend.
 
 Runtimes have arenas of their own, which torch's allocator knows nothing of; so the process (the CPU) or the device
 (CUDA) is asked. Whatever else the process does meanwhile is counted too: a measured figure is an upper bound. A
@@ -23,7 +23,7 @@ from .stream import FIRST, NEXT, Coder, States
 PROC = Path("/proc/self")
 CAPABILITY = 90  # of the fake device: no coder's kernels differ by architecture
 GIB = 2**30
-# Of a process that uses CUDA: its context, and what cuBLAS and cuDNN keep. An estimate.
+# An estimate for a process that uses CUDA: its context, and what cuBLAS and cuDNN keep.
 CONTEXT_BYTES = GIB // 2
 
 
@@ -36,7 +36,7 @@ class Footprint:
     area: int
 
     def work_at(self, height: int, width: int) -> int:
-        """Of frames of height x width latents: activations and states grow with their area."""
+        """Return the bytes of work on frames of height x width latents: activations and states grow with their area."""
         return round(self.work_bytes * height * width / self.area)
 
 
@@ -45,9 +45,9 @@ class NoRoom(torch.OutOfMemoryError):
 
 
 def free_bytes(device: torch.device, cached: bool = False) -> int | None:
-    """What nobody has taken of a GPU's memory, with what this process's allocator keeps unused if `cached`.
+    """Return the free bytes of a GPU, with those that this process's allocator keeps unused if `cached`.
 
-    None of a CPU: its memory is not asked for beforehand.
+    None for a CPU: its memory is not checked beforehand.
     """
     if device.type != "cuda":
         return None
@@ -56,9 +56,9 @@ def free_bytes(device: torch.device, cached: bool = False) -> int | None:
 
 
 def require_room(device: torch.device, num_bytes: int, what: str, limit_bytes: int | None = None) -> None:
-    """NoRoom if this process cannot have so much of the device now, or not within its own limit.
+    """Raise NoRoom if this process cannot have so much of the device now, or not within its own limit.
 
-    what: is to be had, as a sentence begins with it. limit_bytes: of all that the process has there.
+    what: the thing that needs it, as the beginning of a sentence. limit_bytes: of all that the process has there.
     """
     free = free_bytes(device, cached=True)
     if free is None:
@@ -70,12 +70,12 @@ def require_room(device: torch.device, num_bytes: int, what: str, limit_bytes: i
 
 
 def taken_bytes(device: torch.device) -> int:
-    """What torch's tensors in this process take of the device."""
+    """Return the bytes of the device that torch's tensors in this process take."""
     return torch.cuda.memory_allocated(device)
 
 
 def clip_bytes(coder: Coder, size: tuple[int, int], chunk: int, dtype: torch.dtype) -> int:
-    """Most bytes of tensors at once of a clip of latents of `size` by eager, `chunk` latent frames at a time.
+    """Return the most bytes of tensors at once while eager codes latents of `size`, `chunk` latent frames at a time.
 
     The module itself is run on fake CUDA tensors; what convolutions take beside their tensors is not counted.
     """
@@ -93,10 +93,10 @@ def clip_bytes(coder: Coder, size: tuple[int, int], chunk: int, dtype: torch.dty
 
 
 def build_bytes(coder: Coder, size: tuple[int, int], chunk: int, dtype: torch.dtype, workspace_bytes: int) -> int:
-    """What building a backend for latents of `size` takes of a GPU, at its most: its tensors and the estimates above.
+    """Return the most bytes of a GPU that building a backend for latents of `size` takes: tensors, and estimates above.
 
-    A plan's scratch memory is there all the while; beside it there is in turn the builder's workspace, a clip's two
-    sets of states, and the same clip by eager in fp32, by which the plan is judged.
+    A plan's scratch memory is there all the while; beside it stand in turn the builder's workspace, a clip's two sets
+    of states, and the same clip by eager in fp32, by which the plan is judged.
     """
     states = coder.states.num_bytes(*size, dtype.itemsize)
     scratch = max(0, clip_bytes(coder, size, chunk, dtype) - states)
@@ -111,14 +111,14 @@ def gib(num_bytes: float) -> str:
 
 @dataclass
 class Grown:
-    """By how much the memory in use has grown at most, since `watch` began."""
+    """The most bytes by which the memory in use has grown since `watch` began."""
 
     num_bytes: int = 0
 
 
 @contextmanager
 def watch(device: torch.device) -> Iterator[Grown]:
-    """Measure what happens inside."""
+    """Measure the growth of the memory in use inside the block."""
     grown = Grown()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -137,7 +137,7 @@ def watch(device: torch.device) -> Iterator[Grown]:
 
 
 def _begin() -> str:
-    """Let the kernel's mark of the highest resident memory begin anew; which line to read, where it cannot."""
+    """Reset the kernel's mark of the highest resident memory; returns the line to read, VmRSS if it cannot be reset."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # else what is freed, and not given back, takes in what is measured
     try:
@@ -148,13 +148,13 @@ def _begin() -> str:
 
 
 def _foreign_bytes(device: torch.device) -> int:
-    """Of the device's memory in use, what torch's allocator has not taken."""
+    """Return the bytes in use of the device that torch's allocator has not taken."""
     free, total = torch.cuda.mem_get_info(device)
     return total - free - torch.cuda.memory_reserved(device)
 
 
 def _status_bytes(name: str) -> int:
-    """A line of the kernel's account of this process; 0 where there is none (another system than Linux)."""
+    """Return a line of the kernel's account of this process, in bytes; 0 where there is none (not on Linux)."""
     try:
         lines = (PROC / "status").read_text().splitlines()
     except OSError:

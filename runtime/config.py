@@ -29,7 +29,7 @@ QUANTIZE = weight_formats.words()  # what the weights of a denoiser's blocks may
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What the operator of the process decides, as opposed to the author of a request."""
+    """Settings of the operator of the process, as opposed to the author of a request."""
 
     threads: int | None = None  # SKYLAPSE_THREADS: CPU threads of one operation; None leaves it to torch
     debug: bool = False  # SKYLAPSE_DEBUG: tracebacks, and a log that tells which path was taken
@@ -92,7 +92,7 @@ def home() -> Path | None:
 
 
 def profiles() -> Path:
-    """Where measured profiles are kept unless SKYLAPSE_PROFILE_DIR says otherwise."""
+    """Return the folder of measured profiles, unless SKYLAPSE_PROFILE_DIR names another."""
     return (home() or Path(tempfile.gettempdir()) / f"skylapse-home-{os.getuid()}") / ".cache" / "skylapse"
 
 
@@ -135,13 +135,13 @@ def _private_folder(path: Path) -> Path:
 
 
 def configures_allocator(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the operator has told torch's allocator of device memory how to work, by any of its variables."""
+    """Return whether the operator has configured torch's allocator of device memory, by any of its variables."""
     return any(environ.get(f"PYTORCH_{infix}ALLOC_CONF") for infix in ("", "CUDA_", "HIP_"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TraceSettings:
-    """What is ours of OpenTelemetry's variables; its SDK reads the others by itself."""
+    """The variables of OpenTelemetry that we read; its SDK reads the others by itself."""
 
     endpoint: str  # OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, or OTEL_EXPORTER_OTLP_ENDPOINT; none: there are no traces
     max_queue: int = 2048  # OTEL_BSP_MAX_QUEUE_SIZE: spans that wait for the exporter; more are dropped and counted
@@ -160,7 +160,7 @@ TRACE_TIMES = (
 
 
 def load_tracing(environ: Mapping[str, str] = os.environ) -> TraceSettings | None:
-    """Settings of traces from `environ`; None where they are off. ValueError names the variable that is wrong.
+    """Read the settings of traces from `environ`; None where they are off. ValueError names the variable that is wrong.
 
     OpenTelemetry's SDK would log a wrong value and go on with another.
     """
@@ -186,12 +186,12 @@ def load_tracing(environ: Mapping[str, str] = os.environ) -> TraceSettings | Non
 
 
 def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
-    """Settings from `environ`; an empty variable counts as unset. ValueError names the variable that is wrong."""
+    """Read settings from `environ`; an empty variable counts as unset. ValueError names the variable that is wrong."""
     return _settings(_given(environ))
 
 
 class Given(dict[str, str]):
-    """Variables, and which of them were looked for."""
+    """Variables that note which names were looked for."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         super().__init__(variables)
@@ -211,7 +211,7 @@ def _given(environ: Mapping[str, str]) -> Given:
 
 
 def misspelt(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """A line for each variable of ours that nothing reads and that looks like one that something does."""
+    """Return a line for each variable of ours that is not read and whose name resembles one that is."""
     given, words = _given(environ), []
     _settings(given)
     known = [name.removeprefix(OURS) for name in given.known]

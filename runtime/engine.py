@@ -45,10 +45,10 @@ from .trajectory import Trajectory
 from .usage import Account
 
 logger = logging.getLogger(__name__)
-# Where a larger pack gains little. A CPU core steps the demo model at 4,200 tokens/s with 96 tokens a pack, 5,400 with
-# 384 and 5,900 with 768, while everyone in a pack waits for all of it. CUDA's is not measured yet.
+# From here on a larger pack gains little. A CPU core steps the demo model at 4,200 tokens/s with 96 tokens a pack,
+# 5,400 with 384 and 5,900 with 768, while everyone in a pack waits for all of it. CUDA's is not measured yet.
 MAX_BATCH_TOKENS = {"cpu": 384, "cuda": 32768}
-# What bringing an expert costs, by arithmetic: b bytes at 50 GB/s, in which time b FLOP a token pass at 400 TFLOP/s.
+# The cost of bringing an expert, by arithmetic: b bytes at 50 GB/s, in which time b FLOP a token pass at 400 TFLOP/s.
 SWITCH_TOKENS = 8192
 
 
@@ -90,7 +90,7 @@ class Engine:
         offload: str | None = None,
         revision: str | None = None,
     ) -> Engine:
-        """An engine for "demo", a local diffusers folder, or a hub id.
+        """Load an engine for "demo", a local diffusers folder, or a hub id.
 
         device: default cuda where there is one. dtype: of text encoder and denoiser, "fp32" or "bf16"; default bf16 on
         cuda and fp32 on the CPU. quantize: "fp8", "int8" or "none", of the weights of the denoiser's blocks; default
@@ -140,12 +140,12 @@ class Engine:
 
     @property
     def max_batch_tokens(self) -> int:
-        """Of one pack, all branches of all requests together."""
+        """Return the most tokens of one pack, all branches of all requests together."""
         return self._batch.scheduler.config.max_batch_tokens
 
     @property
     def pack_stats(self) -> tuple[int, int]:
-        """(num_packs, num_tokens) that have been through the denoiser since the start."""
+        """Return (num_packs, num_tokens) that have been through the denoiser since the start."""
         return self._batch.num_packs, self._batch.num_pack_tokens
 
     @property
@@ -166,13 +166,13 @@ class Engine:
 
     @cached_property
     def memory(self) -> MemoryBudget:
-        """What requests may take; the profile behind it is measured at the first start and stored."""
+        """The memory that requests may take; the profile behind it is measured at the first start and stored."""
         with self.backends.active():
             return load_budget(self.model, self.settings, lambda width, height: self.decoders.footprint(width, height))
 
     @cached_property
     def decoders(self) -> Decoders:
-        """What decodes, and builds what decodes faster."""
+        """The decoders of this engine, which also build a faster one."""
         model, defaults = self.model, self.defaults
         return Decoders(model.name, model.codec, (defaults.width, defaults.height), self.settings)
 
@@ -192,7 +192,7 @@ class Engine:
         return self._join(self._trajectory(next(self._tickets), request, latents, Terms(**terms)))
 
     def resume(self, folder: str | Path, deadline_s: float | None = None) -> Ticket:
-        """Go on with a request from its checkpoint. ValueError names what is broken or made for another engine."""
+        """Continue a request from its checkpoint. ValueError names what is broken or made for another engine."""
         return self._join(load_trajectory(Path(folder), next(self._tickets), self.model, self.text_cache, deadline_s))
 
     def has_work(self) -> bool:
@@ -200,7 +200,7 @@ class Engine:
 
     @property
     def is_busy(self) -> bool:
-        """Whether there is work for a tick."""
+        """Return whether there is work for a tick."""
         return bool(self._joining or len(self._batch))
 
     def abort(self, ticket: Ticket) -> None:
@@ -213,7 +213,7 @@ class Engine:
                 self._stepping.release()
 
     def step(self) -> list[Event]:
-        """One tick: a chunk of encoding, a chunk of decoding, and a denoising step of as many requests as fit.
+        """Do one tick: a chunk of encoding, a chunk of decoding, and a denoising step of as many requests as fit.
 
         Returns the events of requests that neither a stream nor `generate` waits for. Raises DeviceLost, after which
         the engine does nothing more.
@@ -224,7 +224,7 @@ class Engine:
             return events
 
     def advance(self) -> None:
-        """A step whose events the next `step` returns, where no listener takes them."""
+        """Do one tick; the next `step` returns its events that no listener takes."""
         with self._stepping, self._running():
             if self._lost is not None:
                 raise self._lost
@@ -251,7 +251,7 @@ class Engine:
     def stream(
         self, request: VideoRequest, latents: Tensor | None = None, account: Account | None = None, **terms: Any
     ) -> AsyncGenerator[Event, None]:
-        """The events of one request, as they happen; leaving the loop early aborts it.
+        """Yield the events of one request as they happen; leaving the loop early aborts it.
 
         Steps run in a thread of their own, shared by all streams of the engine, so the event loop never waits for the
         device. The first event raises what `submit` raises. account: what the request uses is added to it.
@@ -265,7 +265,7 @@ class Engine:
     def stream_resumed(
         self, folder: str | Path, deadline_s: float | None = None, account: Account | None = None
     ) -> AsyncGenerator[Event, None]:
-        """As `stream`, of a request that goes on from its checkpoint. The first event raises what `resume` raises."""
+        """Do as `stream` for a request resumed from its checkpoint. The first event raises what `resume` raises."""
         ticket, of = next(self._tickets), (self.model, self.text_cache)
         return self._loop.events(
             ticket, lambda: self._join(load_trajectory(Path(folder), ticket, *of, deadline_s).charged_to(account))
@@ -276,7 +276,7 @@ class Engine:
         _ = self._loop
 
     def weigh_tenants(self, weights: Mapping[str, float]) -> None:
-        """Take an operator's weights of tenants, in the place of SKYLAPSE_TENANT_WEIGHTS where both name one."""
+        """Take an operator's weights of tenants; they replace SKYLAPSE_TENANT_WEIGHTS where both name one."""
         self._batch.scheduler.weigh({**self.settings.tenant_weights, **weights})
 
     def close(self) -> None:
@@ -298,7 +298,7 @@ class Engine:
         return ended.video
 
     def generate_latents(self, request: VideoRequest, latents: Tensor | None = None) -> Tensor:
-        """Final normalised latents [C, T, H, W] fp32 of a request, undecoded; outside the queue."""
+        """Return the final normalised latents [C, T, H, W] fp32 of a request, undecoded; outside the queue."""
         t, layouts = self.prepare(request, latents), Layouts(self.model)
         with self._stepping, self._running():
             self.model.residency.reserve(self.model.residency.budget_bytes)  # nobody has counted what this takes
@@ -315,14 +315,14 @@ class Engine:
             return t.final_latents()
 
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """uint8 frames [n, H, W, 3] of normalised latents [C, T, H, W], chunk by chunk, the first frame first."""
+        """Yield uint8 frames [n, H, W, 3] of normalised latents [C, T, H, W], chunk by chunk, the first frame first."""
         return self.model.codec.decode(latents)
 
     def encode(self, frames: np.ndarray | Tensor) -> Tensor:
-        """Normalised latents [C, T, H, W] fp32 of 4k+1 uint8 frames [F, H, W, 3], or floats [3, F, H, W] in [-1, 1].
+        """Return normalised latents [C, T, H, W] fp32 of F = 4k+1 uint8 frames [F, H, W, 3] or floats [3, F, H, W].
 
-        For Wan's VAE T is k + 1, H and W the frames' sides / 8 (Wan2.2-TI2V's: / 16). ValueError for another number of
-        frames. By a compiled encoder where one was built, is right and faster.
+        Floats are in [-1, 1]. For Wan's VAE T is k + 1, H and W the frames' sides / 8 (Wan2.2-TI2V's: / 16). Uses a
+        compiled encoder if one was built, is right and faster. ValueError for another number of frames.
         """
         return self.model.codec.encode(frames)
 
@@ -330,7 +330,7 @@ class Engine:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """What work on requests runs under."""
+        """Hold the contexts that work on requests runs under."""
         threads = self.threads.in_use() if self.threads else nullcontext()
         with self.backends.active(), torch.inference_mode(), threads:
             yield
@@ -340,7 +340,7 @@ class Engine:
         return StepLoop(self)
 
     def prepare(self, request: VideoRequest, latents: Tensor | None = None) -> Trajectory:
-        """A trajectory outside the queue, for who measures one."""
+        """Return a trajectory outside the queue, to be measured."""
         return self._trajectory(0, request, latents, Terms())
 
     def _trajectory(self, ticket: Ticket, request: VideoRequest, latents: Tensor | None, terms: Terms) -> Trajectory:
@@ -374,7 +374,7 @@ class Engine:
 
     @property
     def _streams(self) -> bool:
-        """Whether a stream's thread is stepping."""
+        """Return whether a stream's thread is stepping."""
         return "_loop" in self.__dict__ and self._loop.is_running
 
     def _join(self, trajectory: Trajectory) -> Ticket:
@@ -392,7 +392,7 @@ class Engine:
         return trajectory.ticket
 
     def _update(self) -> None:
-        """Between two ticks: who was submitted joins, who was aborted leaves, with the events nobody asked for."""
+        """Let submitted requests join and aborted ones leave, with the events nobody asked for; between two ticks."""
         while self._joining:
             self._batch.join(self._joining.popleft())
         while self._aborted:

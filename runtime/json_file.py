@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint: read as objects, or as dataclasses whose fields have the types that they name."""
+"""Read JSON files of a checkpoint as objects, or as dataclasses whose fields have the types that they name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORDS = {
 
 
 def read_json(path: Path, name: str | None = None) -> dict[str, Any]:
-    """A JSON object; ValueError naming the file where it is not one.
+    """Read a JSON object; ValueError names the file where it is not one.
 
     name: what the file is called in a message, by default its folder's name and its own.
     """
@@ -40,7 +40,7 @@ def read_json(path: Path, name: str | None = None) -> dict[str, Any]:
 
 
 def _unreadable(error: ValueError | OSError | RecursionError) -> str:
-    """Say what is wrong without the parser's words."""
+    """Describe the mistake without the parser's words."""
     if isinstance(error, json.JSONDecodeError):
         return f"line {error.lineno}, column {error.colno}"
     if isinstance(error, UnicodeDecodeError):
@@ -51,7 +51,7 @@ def _unreadable(error: ValueError | OSError | RecursionError) -> str:
 
 
 def check_no_pointer(path: Path, name: str) -> None:
-    """ValueError for what `git clone` leaves of a large file where Git LFS is not installed."""
+    """Raise ValueError for the pointer that `git clone` leaves of a large file without Git LFS."""
     try:
         with path.open("rb") as file:
             beginning = file.read(len(LFS_POINTER))
@@ -62,7 +62,7 @@ def check_no_pointer(path: Path, name: str) -> None:
 
 
 def shown(value: object) -> str:
-    """A value as JSON writes it, on one line and never long."""
+    """Return a value as JSON writes it, on one line and never long."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
@@ -71,7 +71,7 @@ def shown(value: object) -> str:
 
 
 def typed(config_class: type[Config], fields: Mapping[str, Any], file: str) -> Config:
-    """The dataclass of those fields of a JSON file that it has, and what its own `check` says, where it has one.
+    """Return a dataclass of the fields of a JSON file that it has; its own `check` is called where it has one.
 
     ValueError names the file and the field whose value is of another type or out of its bounds.
     """
@@ -87,7 +87,7 @@ def typed(config_class: type[Config], fields: Mapping[str, Any], file: str) -> C
 
 
 def typed_value(name: str, value: Any, hint: Any) -> Any:
-    """A JSON value as a field of this type has it, lists as tuples; ValueError says what it must be."""
+    """Return a JSON value as a field of this type holds it, lists as tuples; ValueError says what it must be."""
     if get_origin(hint) in (Union, UnionType):  # with None, which stands for a field that is not there
         (hint,) = [choice for choice in get_args(hint) if choice is not NoneType]
     if (origin := get_origin(hint)) is None:
@@ -108,7 +108,7 @@ def typed_value(name: str, value: Any, hint: Any) -> Any:
 
 
 def within(config: object, low: int, high: int, *names: str, even: bool = False) -> None:
-    """ValueError unless each of these fields is None or from `low` to `high`, and so is each item of a tuple."""
+    """Raise ValueError unless each of these fields, and each item of a tuple, is None or from `low` to `high`."""
     for name in names:
         value = getattr(config, name)
         for item in value if isinstance(value, tuple) else (value,):
@@ -119,7 +119,7 @@ def within(config: object, low: int, high: int, *names: str, even: bool = False)
 
 
 def hints_of(config_class: type[Any]) -> dict[str, Any]:
-    """The types of a dataclass's fields."""
+    """Return the types of a dataclass's fields."""
     hints = get_type_hints(config_class)
     return {field.name: hints[field.name] for field in fields_of(config_class)}
 

@@ -1,4 +1,4 @@
-"""An engine's working time, and how it is split between the requests that share a step."""
+"""Measure an engine's working time, and split it between the requests that share a step."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .usage import Account, Usage
 
 
 class Clock(Protocol):
-    """A device's time: moments on it are marked now, and the seconds between two may be known later."""
+    """A device's clock: moments are marked now, and the seconds between two of them may be known later."""
 
     def mark(self) -> Any: ...
 
     def seconds(self, begin: Any, end: Any, wait: bool) -> float | None:
-        """None where the device has not come so far, and `wait` is not asked for."""
+        """Return the seconds between two marks; None if the device has not come so far, unless `wait` is asked for."""
 
 
 class HostClock:
-    """A CPU has done its work when the call returns."""
+    """A CPU's clock: its work is done when the call returns."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.mark = now
@@ -34,7 +34,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Events behind the work in its stream: the host runs ahead, and would charge whoever it happens to wait for."""
+    """A GPU's clock: events in its stream, since the host runs ahead and would charge whoever it waits for."""
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -51,7 +51,7 @@ class CudaClock:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Work between two marks, and whose it is; shares add up to 1."""
+    """Work between two marks, and its owners' shares, which add up to 1."""
 
     begin: Any
     end: Any
@@ -60,9 +60,9 @@ class _Piece:
 
 
 class Meter:
-    """An engine's busy time: the time of a tick, cut into pieces that each belong to the requests that shared it.
+    """Cuts the time of a tick into pieces, each of which is charged to the requests that shared it.
 
-    So what all requests are charged with is what the engine has worked, whatever joins, leaves, fails or is skipped.
+    All requests together are charged with the engine's working time, whatever joins, leaves, fails or is skipped.
     """
 
     def __init__(self, device: torch.device, clock: Clock | None = None) -> None:
@@ -74,11 +74,11 @@ class Meter:
         self._step_times: deque[float] = deque(maxlen=100_000)  # of steps that nobody has taken notice of
 
     def begin(self) -> None:
-        """A tick begins; what was before it is nobody's."""
+        """Begin a tick; the time before it is charged to nobody."""
         self._since = self.clock.mark()
 
     def charge(self, owners: Sequence[tuple[Account, float]], is_step: bool = False) -> None:
-        """The work since the last mark was these requests', by weight; equally where no weight is above 0.
+        """Charge the work since the last mark to these requests, by weight; equally where no weight is above 0.
 
         is_step: it was a denoising step.
         """
@@ -93,7 +93,7 @@ class Meter:
         self.read()
 
     def read(self, wait: bool = False) -> None:
-        """Add what the device has told meanwhile; `wait`: all that was charged so far. From any thread."""
+        """Add the times that the device has told meanwhile; `wait`: all that were charged so far. From any thread."""
         with self._lock:
             while self._pieces:
                 piece = self._pieces[0]
@@ -109,11 +109,11 @@ class Meter:
                     account.awaits(-1)
 
     def add_beside(self, account: Account, seconds: float) -> None:
-        """Work for one request that no tick has done, from any thread."""
+        """Add work for one request that no tick has done, from any thread."""
         account.add(Usage(seconds))
         with self._lock:
             self.busy_s += seconds
 
     def step_times(self) -> list[float]:
-        """Seconds of each denoising step since the last call; for one caller."""
+        """Return the seconds of each denoising step since the last call; for one caller."""
         return [self._step_times.popleft() for _ in range(len(self._step_times))]

@@ -13,7 +13,7 @@ from .config import OFFLOAD, QUANTIZE
 from .request import SOLVERS
 
 COMMANDS = ("COMMAND", "SUITE")  # metavars of what follows a command's name
-# What argparse says, and what we say instead: it names neither what an option may be nor which one was meant.
+# argparse's messages, and ours in their place: argparse names neither an option's values nor the option that was meant.
 PHRASES = (
     (r"argument (\S+): invalid choice: (.+) \(choose from (.+)\)", "{option} must be {choices}, got {value}"),
     (r"argument (\S+): invalid (?:int) value: (.+)", "{option} must be a whole number, got {value}"),
@@ -27,7 +27,7 @@ PHRASES = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes are ValueErrors in our words; the answer to no command at all is the help."""
+    """Parses a command line: mistakes are ValueErrors in our words, and the answer to no command is the help."""
 
     _given: tuple[str, ...] = ()
 
@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def options(self) -> list[str]:
-        """Of this command and of those below it."""
+        """Return the options of this command and of those below it."""
         below = [parser for action in self._actions for parser in (getattr(action, "choices", None) or {})]
         parsers = [
             action.choices[name]
@@ -93,7 +93,7 @@ def add_device(command: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(command: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
-    """Size, length, steps and guidance; returns the group that says how long, for other ways of saying it."""
+    """Add size, length, steps and guidance; returns the group of the length, for other ways of giving it."""
     option = command.add_argument
     option("--size", type=size_of, metavar="WxH", help="pixels, for example 64x64")
     length = command.add_mutually_exclusive_group()
@@ -107,7 +107,7 @@ def add_sampling(command: argparse.ArgumentParser) -> argparse._MutuallyExclusiv
 
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a request that `add_sampling`'s options give."""
+    """Return the fields of a request that `add_sampling`'s options give."""
     width, height = options.size or (None, None)
     return dict(
         width=width,
@@ -122,7 +122,7 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def gigabytes(text: str) -> float:
-    """Bytes of so many GB, 10^9 each."""
+    """Return the bytes of so many GB, 10^9 each."""
     try:
         number = float(text)
     except ValueError:

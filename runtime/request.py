@@ -1,4 +1,4 @@
-"""What is asked of a model and what comes back: VideoRequest, its bounds, and Video."""
+"""A request to a model and its result: VideoRequest, its bounds, and Video."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class VideoRequest:
         _check_whole("width", self.width, MIN_SIDE, MAX_SIDE)
         _check_whole("height", self.height, MIN_SIDE, MAX_SIDE)
         _check_whole("num_frames", self.num_frames, 1, 1025)
-        # Which ones are the nearest that a model takes is known where its limits are: `check_shape` names them.
+        # The nearest shapes that a model takes are known only with its limits: `check_shape` names them.
         for name, side in (("width", self.width), ("height", self.height)):
             if side is not None and side % 8:
                 raise ValueError(f"{name} must be a multiple of 8 (of 32 to suit every model), got {side}")
@@ -102,7 +102,7 @@ class VideoRequest:
             check_cache(self.cache)
 
     def resolved(self, defaults: ModelDefaults, limits: ModelLimits) -> VideoRequest:
-        """The same request with the model's defaults in place of None; ValueError if the model cannot make it."""
+        """Return the request with the model's defaults in place of None; ValueError if the model cannot make it."""
         missing = {f.name: getattr(defaults, f.name) for f in fields(defaults) if getattr(self, f.name) is None}
         if "num_frames" in missing and self.video is not None and self.strength is not None:
             from .given import count_video
@@ -114,19 +114,19 @@ class VideoRequest:
 
     @property
     def continues_video(self) -> bool:
-        """Whether `video` is the beginning of the clip, rather than what it is made from."""
+        """Return whether `video` is the beginning of the clip, rather than what it is made from."""
         return self.video is not None and self.strength is None
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """(width, height, num_frames) of a resolved request."""
+        """Return (width, height, num_frames) of a resolved request."""
         assert self.width is not None and self.height is not None and self.num_frames is not None, "not resolved yet"
         return self.width, self.height, self.num_frames
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelDefaults:
-    """What a checkpoint does when a request leaves a field None; the fields are named as in VideoRequest."""
+    """A checkpoint's defaults for fields that a request leaves None; they are named as in VideoRequest."""
 
     width: int
     height: int
@@ -152,7 +152,7 @@ class ModelLimits:
 
 
 def check_shape(width: int, height: int, num_frames: int, limits: ModelLimits) -> None:
-    """ValueError for a shape that a model cannot make; the nearest ones that it names are such as it can."""
+    """Raise ValueError for a shape that a model cannot make, naming the nearest that it can."""
     for name, side, other in (("width", width, height), ("height", height, width)):
         highest = min(MAX_SIDE, limits.max_pixels // max(other, MIN_SIDE))
         _check_multiple(name, side, limits.size_multiple, 0, range(MIN_SIDE, highest + 1))
@@ -165,18 +165,18 @@ def check_shape(width: int, height: int, num_frames: int, limits: ModelLimits) -
 
 
 def longest_seconds(num_frames: int, fps: float) -> str:
-    """How long so many frames last, in thousandths of a second rounded down: what is told is not too long."""
+    """Return the seconds that so many frames last, rounded down to thousandths so that it never tells too much."""
     return f"{floor(num_frames * 1000 / fps) / 1000:g}" if num_frames / fps < 1000 else f"{floor(num_frames / fps)}"
 
 
 def frames_for(wanted: int, limits: ModelLimits) -> int:
-    """The smallest number of frames that a model can make and that is at least `wanted`."""
+    """Return the smallest number of frames that a model can make and that is at least `wanted`."""
     return -(-(wanted - 1) // limits.temporal_multiple) * limits.temporal_multiple + 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoMetadata:
-    """How a video was made: enough to make it again."""
+    """The way that a video was made: enough to make it again."""
 
     request: VideoRequest | None = None  # resolved, so no default is left to guess
     model: str | None = None
@@ -248,7 +248,9 @@ def _check_whole(name: str, value: object, low: int, high: int, *, required: boo
 
 
 def _check_real(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
-    """`above`: `low` itself is not allowed. NaN is out of every range: no comparison with it holds."""
+    """Raise ValueError unless `value` is None or a number from `low` to `high`; `above`: and not `low` itself.
+
+    NaN is out of every range, since no comparison with it holds."""
     if value is None:
         return
     if not isinstance(value, int | float) or isinstance(value, bool):
@@ -275,7 +277,7 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def _check_multiple(name: str, value: int, multiple: int, more: int, allowed: range) -> None:
-    """ValueError unless `value` is a multiple, and `more`; it names those next to it that are `allowed`."""
+    """Raise ValueError unless `value` is a multiple, plus `more`; it names the nearest ones that are `allowed`."""
     if not (surplus := (value - more) % multiple):
         return
     near = [near for near in (value - surplus, value - surplus + multiple) if near in allowed]
@@ -285,7 +287,7 @@ def _check_multiple(name: str, value: int, multiple: int, more: int, allowed: ra
 
 
 def _check_pixels(name: str, value: object, num_axes: int) -> None:
-    """A path, a PIL image (if `num_axes` is 3) or a uint8 array [(frames,) height, width, 3]."""
+    """Raise ValueError unless it is a path, a PIL image (if `num_axes` is 3) or uint8 [(frames,) height, width, 3]."""
     if value is None or isinstance(value, str | os.PathLike):
         return
     # An object is an instance of numpy's or PIL's classes only if someone has imported them already.

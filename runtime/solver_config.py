@@ -75,7 +75,7 @@ _KNOWN = frozenset((*_MUST_BE_OFF, *_MUST_EQUAL, *_READ, *_WITHOUT_EFFECT))
 
 @dataclass(frozen=True, slots=True)
 class SolverConfig:
-    """What a checkpoint says about its solver, in diffusers' words; `shift` is `flow_shift` of UniPC and DPM-Solver++.
+    """A checkpoint's solver settings, in diffusers' words; `shift` is `flow_shift` of UniPC and DPM-Solver++.
 
     A field that a solver does not read (`disable_corrector` for "dpmpp", say) is carried along, so that switching
     the solver and back loses nothing; diffusers' `from_config` does the same.
@@ -107,7 +107,7 @@ class SolverConfig:
 
     @classmethod
     def from_diffusers(cls, fields: Mapping[str, Any]) -> SolverConfig:
-        """Read the object of a diffusers `scheduler_config.json`; null means the default, as a field that is not there.
+        """Read the object of a diffusers `scheduler_config.json`; null means the default, as does a missing field.
 
         Raises ValueError, naming the file and the field, for a value that is no such field's, and when it asks for
         anything that we do not implement.

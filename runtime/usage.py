@@ -1,4 +1,4 @@
-"""What a request has used of its engine: its share of the seconds, model evaluations and steps."""
+"""Count what a request has used of its engine: its share of the seconds, model evaluations and steps."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """engine_seconds: this request's share of the time in which its engine worked.
+    """Work of an engine for one request; sums and differences are taken field by field.
 
-    evaluations: of the model, each guidance branch one. steps_skipped: steps that a cache answered.
+    engine_seconds: this request's share of the time in which its engine worked.
+
+    evaluations: of the model, one a guidance branch. steps_skipped: steps that a cache answered.
     """
 
     engine_seconds: float = 0.0
@@ -30,7 +32,7 @@ class Usage:
 
 
 class Account:
-    """What one request has used in this engine; `usage` may be read from any thread, and is whole at any time.
+    """Sums up what one request has used in this engine; `usage` may be read from any thread, and is whole at any time.
 
     is_open: the engine may still add to it. A request that was aborted has its share of the step that was running.
     """
@@ -56,7 +58,7 @@ class Account:
             self.usage += used
 
     def stepped(self, num_evaluations: int) -> None:
-        """One denoising step more; without an evaluation it was a cache's."""
+        """Count one more denoising step; without an evaluation it was a cache's."""
         computed = num_evaluations > 0
         self.add(Usage(0.0, num_evaluations, int(computed), int(not computed)))
 

@@ -35,7 +35,7 @@ def engine_of(folder: Path) -> Engine:
 
 
 def small_request(cache: str = "none", seed: int = 0, **changes: Any) -> VideoRequest:
-    """As many steps as the tiny checkpoints are calibrated for."""
+    """Return a request of as many steps as the tiny checkpoints are calibrated for."""
     asked = dict(prompt="a star", width=64, height=64, num_frames=5, num_inference_steps=CALIBRATED_STEPS)
     return VideoRequest(**(asked | changes), cache=cache, seed=seed)
 
@@ -101,7 +101,7 @@ def solo(
 
 
 def assert_same(batched: Recorder, ticket: int, alone: Recorder) -> None:
-    """The same latents and decisions, but where an indicator lay within 1e-4 of its threshold."""
+    """Assert the same latents and decisions, unless an indicator lay within 1e-4 of its threshold."""
     cache = alone.trajectories[1].cache
     if cache.close_calls and batched.trace(ticket) != cache.trace:
         return

@@ -134,7 +134,7 @@ CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts")
 
 
 def boxes(data: bytes, path: Sequence[bytes], start: int = 0, end: int | None = None) -> list[tuple[int, int]]:
-    """(start, size) of each box on the way to the first one of that path."""
+    """Return (start, size) of each box on the way to the first one of that path."""
     end = len(data) if end is None else end
     while start < end:
         size, name = struct.unpack_from(">I4s", data, start)

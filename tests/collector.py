@@ -1,4 +1,4 @@
-"""A server on the loopback that plays OpenTelemetry's collector: it decodes what is sent by opentelemetry-proto."""
+"""A server on the loopback in the place of OpenTelemetry's collector: it decodes spans by opentelemetry-proto."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Received:
 
 @dataclass
 class Collector:
-    """`status`: what it answers; while `open` is clear, it answers nothing."""
+    """The spans received so far. `status`: of each answer; while `open` is clear, nothing is answered."""
 
     url: str = ""
     status: int = 200
@@ -68,7 +68,7 @@ class Collector:
             self._changed.notify_all()
 
     def wait(self, has: Callable[[list[Received]], bool], at_most_s: float = 20.0) -> list[Received]:
-        """What has come once there is what `has` asks for, oldest first."""
+        """Wait until `has` is true of the spans that have come, and return them, oldest first."""
         with self._changed:
             assert self._changed.wait_for(lambda: has(self.spans), at_most_s), [span.name for span in self.spans]
             return sorted(self.spans, key=lambda span: (span.start, -span.end))
@@ -113,7 +113,7 @@ def collector() -> Iterator[Collector]:
 
 
 def until(ask: Callable[[], bool], at_most_s: float = 10.0) -> None:
-    """Wait for something that tells nobody."""
+    """Wait for a condition that has to be polled."""
     until_s = time.monotonic() + at_most_s
     while not ask():
         assert time.monotonic() < until_s

@@ -1,4 +1,4 @@
-"""How close is close enough: one tolerance a dtype, one distance."""
+"""Compare numbers: one tolerance a dtype, one distance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, to
 
 
 def relative_l2(actual: Tensor, expected: Tensor) -> float:
-    """|actual - expected| / |expected|, in float64."""
+    """Return |actual - expected| / |expected|, in float64."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     actual, expected = actual.double().cpu(), expected.double().cpu()
     return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))

@@ -1,4 +1,4 @@
-"""What all tests share: threads, the demo model's folder, and which tests a machine cannot run."""
+"""Settings and fixtures of all tests: threads, the demo model's folder, and skips where a machine cannot run a test."""
 
 import os
 import tempfile

@@ -1,4 +1,4 @@
-"""Everything for which the host would wait for a CUDA device, found without one: a watch, and a model to watch.
+"""Find everything for which the host would wait for a CUDA device, without one: a watch, and a model to watch.
 
 A plain dispatch mode sees no copy in `torch.tensor(list, device="cuda")`, so calls are watched too.
 """
@@ -38,7 +38,7 @@ READING = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, 
 
 @dataclass
 class Found:
-    """waits: a line for each; reads: lists read from the device (`tolist`), each a wait that somebody has to allow."""
+    """Waits that were found, a line each. reads: lists read from the device (`tolist`), which a test has to allow."""
 
     waits: list[str] = field(default_factory=list)
     reads: int = 0
@@ -100,7 +100,7 @@ class _Operations(TorchDispatchMode):
 
 @contextmanager
 def watching(indicator: float = 0.0) -> Iterator[Found]:
-    """Inside `fake_cuda`: what is found, and an answer for every `tolist`."""
+    """Watch inside `fake_cuda`, and answer every `tolist`; yields what is found."""
     found = Found(indicator=indicator)
 
     def tolist(x: Tensor) -> Any:
@@ -112,7 +112,7 @@ def watching(indicator: float = 0.0) -> Iterator[Found]:
 
 
 def waits_of(run: Callable[[], object], indicator: float = 0.0) -> Found:
-    """What `run` would wait for; it ends at the first thing that cannot be answered without numbers."""
+    """Return the waits of `run`, which ends at the first thing that cannot be answered without numbers."""
     with watching(indicator) as found:
         try:
             run()
@@ -126,7 +126,7 @@ def waits_of(run: Callable[[], object], indicator: float = 0.0) -> Found:
 
 @contextmanager
 def on_fake_cuda(model: Model, capability: int = 90) -> Iterator[Model]:
-    """A model like this one, in bf16 on a device that is not there; its text encoder gives rows without numbers."""
+    """Give a model like this one, in bf16 on a device that is not there; its text encoder's rows hold no numbers."""
     vae_config, config = model.codec.vae.config, model.experts[0].config
     with (
         patch.object(torch, "inference_mode", lambda mode=True: torch.no_grad()),
@@ -151,7 +151,7 @@ def on_fake_cuda(model: Model, capability: int = 90) -> Iterator[Model]:
 
 
 class Lane(CudaLane):
-    """All of it but the numbers at its end."""
+    """A lane that does everything but give numbers at its end."""
 
     def fetch(self, tensor: Tensor) -> Fetch:
         super().fetch(tensor)
@@ -159,7 +159,7 @@ class Lane(CudaLane):
 
 
 class Rows:
-    """In the text encoder's place."""
+    """Rows without numbers, in the text encoder's place."""
 
     max_tokens = 512
 

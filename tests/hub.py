@@ -19,7 +19,7 @@ CHUNK_BYTES = 2**14
 
 @dataclass
 class Hub:
-    """What it serves, and how badly. `asked`: (method, file) -> how often, of files alone."""
+    """The hub's models, and its faults. `asked`: (method, file) -> number of requests, of files alone."""
 
     models: dict[str, dict[str, Path]]  # id -> commit -> folder; the newest, which is main, is the last
     url: str = ""
@@ -32,7 +32,7 @@ class Hub:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For a process that uses it; `tests/conftest.py` forbids the network to all others."""
+        """Return the variables for a process that uses it; `tests/conftest.py` forbids the network to all others."""
         return {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
 
     def weights_asked(self) -> int:
@@ -146,7 +146,7 @@ def standing_in(models: dict[str, dict[str, Path]]) -> Iterator[Hub]:
 
 
 def use(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT and HF_HUB_OFFLINE=0 do in a process that starts with them."""
+    """Do in this process what HF_ENDPOINT and HF_HUB_OFFLINE=0 do in one that starts with them."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", url)

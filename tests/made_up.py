@@ -1,4 +1,4 @@
-"""Results of runs that never were, and repositories of two commits, for who reads them."""
+"""Make up results of runs that never were, and repositories of two commits, for tests that read them."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def memory() -> SuiteReport:
 
 
 def lease() -> LeaseReport:
-    """Of a GPU that there is not: kernels compared, checks of which one is wrong, peaks beside predictions."""
+    """Return a report of a made-up GPU: kernels compared, two checks of which one is wrong, and predicted peaks."""
     of_kernels = kernels(machine={"device": "a synthetic GPU"})
     found = [measurement("blocks/14B, one branch/bf16", around(0.05))]
     for size, gib in (("480p", 3.0), ("720p", 7.0)):
@@ -189,7 +189,7 @@ def git(folder: Path, *words: str) -> str:
 
 
 def repository(folder: Path) -> Path:
-    """Of two commits, each with a package of one line."""
+    """Make a repository of two commits, each with a package of one line."""
     folder.mkdir()
     git(folder, "init")
     for version in ("first", "second"):

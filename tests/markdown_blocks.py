@@ -16,7 +16,7 @@ HERE_DOCUMENT = re.compile(r"<<-?'?(\w+)'?\n(.*?)\n\1(?=\n|$)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Block:
-    """language: of a fence, "" of an indented block. line: of the page, from 1."""
+    """A block of code. language: of a fence, "" of an indented block. line: of the page, from 1."""
 
     page: Path
     line: int
@@ -30,13 +30,13 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """Each command of a shell's block in one line, without comments and here-documents."""
+        """Return each command of a shell's block in one line, without comments and here-documents."""
         text = HERE_DOCUMENT.sub("", self.text).replace("\\\n", " ")
         return [command for line in text.split("\n") if (command := _uncommented(line))]
 
     @property
     def is_shell(self) -> bool:
-        """Indented blocks are commands; what is none stands in a fence that says so."""
+        """Return whether a block is a shell's, as every indented one is: others stand in a fence that names them."""
         return self.language in ("", "sh", "bash")
 
 
@@ -82,7 +82,7 @@ def spans(page: Path) -> list[Span]:
 
 
 def links(page: Path) -> list[Span]:
-    """Where links and pictures lead, but other sites and headings of the same page."""
+    """Return the targets of links and pictures, but for other sites and headings of the same page."""
     found, line = [], 0
     for token in MarkdownIt("commonmark").enable("table").parse(page.read_text()):
         line = token.map[0] + 1 if token.map else line

@@ -1,4 +1,4 @@
-"""A mover whose device is the CPU: it counts what is there, and who reads weights too early or too late gets NaN."""
+"""A mover whose device is the CPU: it counts what is there, and weights read too early or too late are NaN."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def spoilt_like(tensor: Tensor) -> Tensor:
-    """What memory holds that nobody has filled."""
+    """Return memory that nobody has filled: NaN, or zeros for integers."""
     return torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else torch.zeros_like(tensor)
 
 
 @dataclass(eq=False)
 class CountedCopy:
-    """Spoilt until it arrives."""
+    """A copy that is spoilt until it arrives."""
 
     tensors: list[Tensor]
     sources: list[Tensor]
@@ -32,7 +32,7 @@ class CountedCopy:
 
 @dataclass
 class CountingMover:
-    """hides: whether weights that lie on the host are spoilt to who reads them there, as if it were another device."""
+    """Counts moves. hides: weights that lie on the host are spoilt for readers there, as if it were another device."""
 
     hides: bool = True
     num_copies: int = 0

@@ -1,4 +1,4 @@
-"""Lines of a document as calls of our own programs, and how they are parsed or run within this process."""
+"""Read lines of a document as calls of our own programs, and parse or run them within this process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Call:
     variables: tuple[tuple[str, str], ...] = ()
 
     def run(self) -> int:
-        """Its exit status; what it writes goes where this process's output goes."""
+        """Run it, and return its exit status; its output goes where this process's goes."""
         with pytest.MonkeyPatch.context() as patch:
             for name, value in self.variables:
                 patch.setenv(name, value)
@@ -45,7 +45,7 @@ class Call:
             return 0
 
     def parse(self) -> str | None:
-        """Read the options and do nothing; what is wrong with them, in one line."""
+        """Read the options and do nothing else; returns what is wrong with them, in one line."""
         said: list[str] = []
 
         def parse(parser: argparse.ArgumentParser, words: object = None, namespace: object = None) -> object:
@@ -77,7 +77,7 @@ class Parsed(BaseException):
 
 
 def calls(command: str) -> Iterator[Call]:
-    """Those of one line, whatever other programs stand in it."""
+    """Yield the calls of one line, whatever other programs stand in it."""
     reader = shlex.shlex(command, posix=True, punctuation_chars="|&;<>")
     reader.whitespace_split = True
     words: list[str] = []
@@ -90,7 +90,7 @@ def calls(command: str) -> Iterator[Call]:
 
 
 def _call(words: list[str]) -> Iterator[Call]:
-    """Of one program: ours by itself, in a container, or behind the `--` of another one."""
+    """Yield the call of one program: ours by itself, in a container, or behind the `--` of another one."""
     first = next((at for at, word in enumerate(words) if not VARIABLE.match(word)), len(words))
     for at, word in enumerate(words):
         found = PROGRAM.fullmatch(word)

@@ -10,7 +10,7 @@ def line(slope: float, offset: float = 0.0) -> Curve:
 
 
 def coding(slopes: dict[int, float], state: float = 0.0, output: float = 0.0) -> Coding:
-    """slopes: latent frames at a time -> bytes a pixel."""
+    """Return made-up peaks of coding. slopes: latent frames at a time -> bytes a pixel."""
     return Coding({chunk: line(slope) for chunk, slope in slopes.items()}, state, output)
 
 

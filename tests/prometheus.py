@@ -30,7 +30,7 @@ class Prometheus:
         return answer["data"]
 
     def query(self, query: str) -> list[dict[str, Any]]:
-        """Of each series its labels, `metric`, and (time, value), `value`."""
+        """Return each series: its labels as `metric`, and (time, value) as `value`."""
         found: list[dict[str, Any]] = self.get("query", query=query)["result"]
         return found
 
@@ -39,7 +39,7 @@ class Prometheus:
         return found
 
     def wait(self, query: str, at_most_s: float = START_S) -> list[dict[str, Any]]:
-        """The first answer that is not empty."""
+        """Wait for the first answer that is not empty."""
         until_s = time.monotonic() + at_most_s
         while not (found := self.query(query)):
             assert time.monotonic() < until_s, (query, self.targets())
@@ -49,7 +49,7 @@ class Prometheus:
 
 @contextmanager
 def prometheus(folder: Path, url: str) -> Iterator[Prometheus]:
-    """It scrapes `url` every second; the test skips where it is not installed."""
+    """Run Prometheus, which scrapes `url` every second; the test skips where it is not installed."""
     program = shutil.which("prometheus")
     if program is None:
         pytest.skip("prometheus is not installed (Debian's package of that name)")

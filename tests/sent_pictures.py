@@ -23,7 +23,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class Sent:
-    """A file, and what it must be read as: a size and four corners; or the reason why it is refused."""
+    """A file, and the size and four corners that it must be read with, or the reason why it is refused."""
 
     make: Callable[[], bytes]
     size: tuple[int, int] = (64, 48)
@@ -34,7 +34,7 @@ class Sent:
 
 
 def card(width: int = 64, height: int = 48) -> Bytes:
-    """[height, width, 3]: a quarter of each colour."""
+    """Return a card [height, width, 3], a quarter of it in each colour."""
     pixels = np.empty((height, width, 3), np.uint8)
     for index, colour in enumerate(CORNERS):
         y, x = divmod(index, 2)
@@ -56,14 +56,14 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 
 def rows_of(rows: Bytes) -> bytes:
-    """[height, bytes of a row] without a filter."""
+    """Return rows [height, bytes of a row] as bytes, without a filter."""
     return b"".join(b"\0" + row.tobytes() for row in rows)
 
 
 def png(
     rows: bytes, colour: int, bits: int = 8, *chunks: bytes, after: bytes = b"", size: Any = (64, 48), laced: int = 0
 ) -> bytes:
-    """colour: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA."""
+    """Return a PNG. colour: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, laced))
     return PNG + header + b"".join(chunks) + chunk(b"IDAT", zlib.compress(rows)) + after + chunk(b"IEND", b"")
 
@@ -73,12 +73,12 @@ def rgb_png(*chunks: bytes, after: bytes = b"") -> bytes:
 
 
 def deep(values: Bytes) -> Bytes:
-    """Bytes of big-endian 16-bit values that are the same share of the whole."""
+    """Return the bytes of big-endian 16-bit values that are the same share of the whole."""
     return (values.astype(np.uint16) * 257).astype(">u2").view(np.uint8).reshape(len(values), -1)
 
 
 def grey_card() -> Bytes:
-    """[48, 64]: shades that two bits can hold, 0, 85, 170 and 255."""
+    """Return a card [48, 64] of the shades that two bits can hold, 0, 85, 170 and 255."""
     shades: Bytes = np.array([[0, 85], [170, 255]], np.uint8)
     return shades.repeat(24, 0).repeat(32, 1)
 
@@ -87,20 +87,23 @@ GREYS = tuple((shade,) * 3 for shade in (0, 85, 170, 255))
 
 
 def packed(values: Bytes, bits: int) -> Bytes:
-    """Values of 2 or 4 bits, side by side in bytes."""
+    """Pack values of 2 or 4 bits side by side in bytes."""
     places = np.arange(8 // bits)[::-1] * bits
     return np.asarray((values.reshape(len(values), -1, 8 // bits) << places.astype(np.uint8)).sum(-1), np.uint8)
 
 
 def interlaced() -> bytes:
-    """Adam7 (PNG, section 8.2)."""
+    """Return the card interlaced by Adam7 (PNG, section 8.2)."""
     passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
     parts = (card()[y::down, x::across] for y, x, down, across in passes)
     return png(b"".join(rows_of(part.reshape(len(part), -1)) for part in parts), 2, laced=1)
 
 
 def matrix_profile(padding: int = 0, gamma: float = 2.2) -> bytes:
-    """An ICC profile of Display P3's primaries (adapted to D50) and a gamma, with a private tag of so many bytes."""
+    """Return an ICC profile of Display P3's primaries (adapted to D50) and a gamma.
+
+    It has a private tag of so many bytes.
+    """
     xyz = {b"rXYZ": (0.5151, 0.2412, -0.0011), b"gXYZ": (0.2919, 0.6922, 0.0419), b"bXYZ": (0.1572, 0.0666, 0.7841)}
     tags = {
         b"desc": b"desc\0\0\0\0\0\0\0\3P3\0" + bytes(78),
@@ -163,7 +166,7 @@ def exif(orientation: int) -> bytes:
 
 
 def adobe_rgb() -> bytes:
-    """The mark of cameras: interoperability index R03 (DCF 2.0)."""
+    """Return a JPEG with the mark of cameras for Adobe RGB: interoperability index R03 (DCF 2.0)."""
     tags = Image.Exif()
     tags[0x8769] = {0xA001: 65535, 0xA005: {1: "R03"}}
     return saved("JPEG", quality=100, subsampling=0, exif=tags.tobytes())
@@ -174,12 +177,12 @@ def jpeg(**options: Any) -> bytes:
 
 
 def cmyk(pixels: Bytes) -> Image.Image:
-    """Ink without black."""
+    """Return a card as CMYK, of inks without black."""
     return Image.fromarray(np.concatenate([255 - pixels, np.zeros((*pixels.shape[:2], 1), np.uint8)], -1), "CMYK")
 
 
 def ycck() -> bytes:
-    """Adobe's CMYK as luma and chroma of the light that is left: the third transform of its marker (APP14)."""
+    """Return a JPEG of Adobe's CMYK as luma and chroma of the light that is left: the third transform of APP14."""
     luma = np.asarray(Image.fromarray(255 - card()).convert("YCbCr"))
     inks = np.concatenate([255 - luma, np.zeros((48, 64, 1), np.uint8)], -1)  # Pillow writes inks inverted
     data = saved("JPEG", Image.fromarray(inks, "CMYK"), quality=100, subsampling=0)
@@ -194,7 +197,7 @@ def density(unit: int, across: int, down: int) -> bytes:
 
 
 def turned(orientation: int) -> tuple[tuple[int, int], tuple[tuple[int, int, int], ...]]:
-    """What a card of that orientation is shown as (Exif 2.32, tag 0x0112)."""
+    """Return the size and corners that a card of that orientation is shown with (Exif 2.32, tag 0x0112)."""
     a, b, c, d = CORNERS
     corners = {1: (a, b, c, d), 2: (b, a, d, c), 3: (d, c, b, a), 4: (c, d, a, b)}
     corners |= {5: (a, c, b, d), 6: (c, a, d, b), 7: (d, b, c, a), 8: (b, d, a, c)}
@@ -202,7 +205,7 @@ def turned(orientation: int) -> tuple[tuple[int, int], tuple[tuple[int, int, int
 
 
 def clear_left(mode: str) -> Image.Image:
-    """The card, its left half clear."""
+    """Return the card with its left half clear."""
     image = Image.fromarray(card()).convert("RGBA")
     image.putalpha(Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 32, 1).repeat(48, 0)))
     return image.convert(mode)

@@ -1,4 +1,4 @@
-"""Who may import whom, and other rules that a reader of the tree relies on; read from the syntax, nothing is run."""
+"""Rules of imports between parts, and others that a reader of the tree relies on; read from the syntax alone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MAX_LINES = 400
 
 
 def python_files(*folders: str) -> list[Path]:
-    """Files of the package (and of `tests`, when asked for), relative to the root."""
+    """Return the files of the package (and of `tests`, when asked for), relative to the root."""
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     return sorted(path.relative_to(ROOT) for path in [*files, *ROOT.glob("*.py")])
 
@@ -51,12 +51,12 @@ PACKAGE = python_files(*FOLDERS)
 
 
 def part(path: Path) -> str:
-    """The top folder of a file, or the name of a file in the root."""
+    """Return the top folder of a file, or the name of a file in the root."""
     return path.parts[0]
 
 
 def imports(path: Path) -> Iterator[tuple[str, int, bool]]:
-    """(absolute name, line, inside a function) of everything that a file imports; our own begin with `skylapse`."""
+    """Yield (absolute name, line, inside a function) of everything that a file imports; ours begin with `skylapse`."""
     tree = ast.parse((ROOT / path).read_text())
     lazy = {
         id(node)
@@ -76,7 +76,7 @@ def imports(path: Path) -> Iterator[tuple[str, int, bool]]:
 
 
 def ours(name: str) -> str | None:
-    """The part of the package that an imported name belongs to; None where the name is not a part's."""
+    """Return the part of the package that an imported name belongs to; None where the name is not a part's."""
     words = name.split(".")
     if words[0] != "skylapse" or len(words) == 1:
         return None

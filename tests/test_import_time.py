@@ -1,4 +1,4 @@
-"""What `import skylapse` and `skylapse --help` cost, in CPU seconds: a busy machine must not fail a test."""
+"""`import skylapse` and `skylapse --help` are quick, in CPU seconds: a busy machine must not fail a test."""
 
 import resource
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 
 def cpu_seconds(*arguments: str) -> float:
-    """Of one Python process, interpreter included."""
+    """Return the CPU seconds of one Python process, interpreter included."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -40,7 +40,7 @@ def test_public_names_are_listed() -> None:
 
 
 def test_a_models_configs_are_read_and_checked_without_torch() -> None:
-    """As every ingress does, which has no use for torch's memory, and the command line before it loads an engine."""
+    """An ingress does so, having no use for torch's memory, and so does the command line before it loads an engine."""
     code = (
         "import sys; from skylapse.runtime.models.registry import describe; assert describe('demo').tasks;"
         "assert not {'torch', 'transformers'} & {*sys.modules}"

@@ -1,4 +1,4 @@
-"""What the denoiser is trained on: encoded clips of several sizes, which frames are given, and captions.
+"""Draw the denoiser's training data: encoded clips of several sizes, the frames that are given, and captions.
 
 Shape letters: B clips, C latent channels, T latent frames, F frames.
 """
@@ -23,7 +23,7 @@ from .text import FILLERS
 
 @dataclass(frozen=True)
 class Bucket:
-    """Clips of one size: how many a step, and how often."""
+    """Clips of one size, with their number a step and their share of the steps."""
 
     num_frames: int
     height: int
@@ -79,7 +79,7 @@ class Stock:
 
 
 def encode(vae: WanVAE, frames: Tensor) -> Tensor:
-    """Posterior means [B, C, T, H, W] of frames [B, 3, F, H, W]; a lone frame is a clip of one."""
+    """Return posterior means [B, C, T, H, W] of frames [B, 3, F, H, W]; a lone frame is a clip of one."""
     moments, states = vae.encode_chunk(frames[:, :, :1])
     if frames.shape[2] > 1:
         moments = torch.cat((moments, vae.encode_chunk(frames[:, :, 1:], states)[0]), dim=2)
@@ -87,7 +87,7 @@ def encode(vae: WanVAE, frames: Tensor) -> Tensor:
 
 
 def draw_given(batch: int, frames: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(given [B, T] bool, lone_last [B] bool): half of the clips give nothing, the others some of their frames."""
+    """Draw (given [B, T] bool, lone_last [B] bool): half of the clips give nothing, the others some of their frames."""
     given = torch.zeros(batch, frames, dtype=torch.bool)
     if frames == 1:
         return given, given[:, 0]
@@ -103,7 +103,7 @@ def draw_given(batch: int, frames: int, generator: torch.Generator) -> tuple[Ten
 
 
 def draw_caption(labels: dict[str, str], generator: torch.Generator) -> str:
-    """A caption; a tenth are empty (for guidance), some carry words that mean nothing."""
+    """Draw a caption; a tenth are empty (for guidance), some carry words that mean nothing."""
     chance = torch.rand(3, generator=generator).tolist()
     if chance[0] < 0.1:
         return ""
@@ -118,7 +118,7 @@ Scale = tuple[Tensor, Tensor]  # the latents' mean and standard deviation per ch
 
 
 def load_frozen_vae(folder: Path, device: torch.device) -> tuple[WanVAE, Scale]:
-    """The VAE of a training run (its averaged weights) or of a diffusers `vae` folder, and its latents' statistics."""
+    """Load the VAE of a training run (its averaged weights) or of a diffusers folder, and its latents' statistics."""
     shape = (-1, 1, 1, 1)
     if not (folder / "state.safetensors").exists():
         config = parse_config(WanVAEConfig, read_json(folder / "config.json"), "vae")

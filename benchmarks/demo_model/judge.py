@@ -30,7 +30,7 @@ _LEAST_OVERLAP = 0.7  # of shape and best template, averaged over the frames, be
 
 
 def judge(frames: np.ndarray[Any, Any] | Tensor) -> Reading:
-    """Labels of `scenes.Scenes.labels` for uint8 frames [T, H, W, 3], T >= 2, None where nothing can be read."""
+    """Return labels as `scenes.Scenes.labels` for uint8 frames [T, H, W, 3], T >= 2, None where nothing can be read."""
     clip = torch.as_tensor(frames)
     if clip.ndim != 4 or clip.shape[-1] != 3 or clip.shape[0] < 2 or clip.dtype != torch.uint8:
         raise ValueError(f"frames must be uint8 [T >= 2, H, W, 3], got {clip.dtype} {list(clip.shape)}")
@@ -57,7 +57,7 @@ def judge(frames: np.ndarray[Any, Any] | Tensor) -> Reading:
 
 
 def score(clips: Sequence[np.ndarray[Any, Any] | Tensor], labels: Sequence[Mapping[str, str]]) -> dict[str, float]:
-    """Share of clips read as labelled, per attribute; an attribute that a label leaves out is not asked."""
+    """Return the share of clips read as labelled, per attribute; an attribute that a label leaves out is not asked."""
     if len(clips) != len(labels):
         raise ValueError(f"clips and labels must be as many, got {len(clips)} and {len(labels)}")
     right: dict[str, list[bool]] = {attribute: [] for attribute in ATTRIBUTES}
@@ -100,7 +100,7 @@ def _read_background(clip: Tensor) -> tuple[str | None, Tensor | None]:
 
 
 def _aligned(backdrop: Tensor, middle: Tensor) -> Tensor:
-    """The backdrop [3, H, W], moved up or down by at most 3 rows where that brings it much nearer to the picture."""
+    """Return the backdrop [3, H, W], moved up or down by at most 3 rows if that brings it much nearer the picture."""
     height = backdrop.shape[-2]
     rows = torch.stack([(torch.arange(height) - by).clamp(0, height - 1) for by in (0, -1, 1, -2, 2, -3, 3)])
     moved = backdrop[:, rows].transpose(0, 1)  # [7, 3, H, W]
@@ -113,7 +113,7 @@ def _aligned(backdrop: Tensor, middle: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _backdrops(height: int, width: int) -> Tensor:
-    """[5, 3, H, W], 0 to 255."""
+    """Return the backdrops [5, 3, H, W], 0 to 255."""
     return torch.stack([(background(name, height, width) + 1) * 127.5 for name in BACKGROUNDS])
 
 
@@ -121,7 +121,7 @@ def _backdrops(height: int, width: int) -> Tensor:
 
 
 def _find_shape(clip: Tensor, behind: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The shape's colour [3] and its coverage [T, H, W] in [0, 1], or None."""
+    """Return the shape's colour [3] and its coverage [T, H, W] in [0, 1], or None."""
     difference = clip - behind
     foreground = _boxed(difference).square().sum(1) > _CONTRAST**2  # [T, H, W]; noise of 6 has become 2
     core = ~_grown(~foreground, 1)  # specks, and lines of two pixels along a misplaced horizon, vanish
@@ -131,14 +131,14 @@ def _find_shape(clip: Tensor, behind: Tensor) -> tuple[Tensor, Tensor] | None:
     near = _grown(core, 2)
     colour = pixels[:, :: max(1, pixels.shape[1] // 2000)].median(1).values
 
-    # How far each pixel lies on the way from the backdrop to the colour.
+    # The share of the way from the backdrop to the colour that each pixel has gone.
     contrast = colour[:, None, None] - behind  # [T, 3, H, W]
     coverage = (difference * contrast).sum(1) / contrast.square().sum(1).clamp(min=_CONTRAST**2)
     return colour, _alone(coverage.clamp(0, 1) * near)
 
 
 def _boxed(picture: Tensor) -> Tensor:
-    """Mean over 3x3 pixels of [..., H, W], zeros beyond the edges. By slices 5x faster than avg_pool2d."""
+    """Return the mean over 3x3 pixels of [..., H, W], zeros beyond the edges; by slices, 5x faster than avg_pool2d."""
     across = picture.clone()
     across[..., 1:] += picture[..., :-1]
     across[..., :-1] += picture[..., 1:]
@@ -149,7 +149,7 @@ def _boxed(picture: Tensor) -> Tensor:
 
 
 def _grown(mask: Tensor, by: int) -> Tensor:
-    """The mask [..., H, W] grown by so many pixels, corners included."""
+    """Return the mask [..., H, W] grown by so many pixels, corners included."""
     for dim in (-1, -2):
         size, source = mask.shape[dim], mask
         mask = mask.clone()
@@ -173,7 +173,7 @@ def _alone(coverage: Tensor) -> Tensor:
 
 
 def _moments(coverage: Tensor) -> tuple[Tensor, Tensor]:
-    """Area [T] in pixels and centroid [T, 2] (x, y)."""
+    """Return the area [T] in pixels and the centroid [T, 2] (x, y)."""
     height, width = coverage.shape[-2:]
     area = coverage.sum((1, 2))
     x = (coverage.sum(1) * (torch.arange(width) + 0.5)).sum(1)
@@ -189,7 +189,7 @@ def _least_area(height: int, width: int) -> float:
 
 
 def nearest_colour(colour: Tensor) -> str:
-    """The name of the nearest colour to an RGB triple [3], 0 to 255.
+    """Return the name of the nearest colour to an RGB triple [3], 0 to 255.
 
     In RGB, where a generator's errors are even: of clips shifted by 20 at contrast 0.85 CIE Lab misreads 2 % (blue as
     purple), Oklab 3 % (yellow as orange), RGB under 0.5 %.
@@ -202,7 +202,7 @@ def nearest_colour(colour: Tensor) -> str:
 
 
 def _read_direction(times: Tensor, centre: Tensor, area: Tensor, num_frames: int) -> str | None:
-    """From the straight line fitted to the centroids [T, 2] at the frame numbers `times` [T]."""
+    """Read the direction from the straight line fitted to the centroids [T, 2] at the frame numbers `times` [T]."""
     since = times - times.mean()
     slope = (since[:, None] * (centre - centre.mean(0))).sum(0) / since.square().sum().clamp(min=1e-6)
     travel = slope * (num_frames - 1)  # [2] pixels
@@ -266,7 +266,7 @@ def _read_size(shape: str | None, area: Tensor, side: int) -> str:
 
 
 def _area_of(kind: int) -> float:
-    """Area of a shape of radius 1, counted on a fine grid."""
+    """Return the area of a shape of radius 1, counted on a fine grid."""
     at = (torch.arange(400) + 0.5) / 100 - 2
     distance = shape_distance(torch.tensor([kind]), at[None, None, None, :], at[None, None, :, None], torch.ones(1))
     return float((distance < 0).float().sum()) / 100**2

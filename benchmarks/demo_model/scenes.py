@@ -175,7 +175,7 @@ def _star(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
 
 
 def background(name: str, height: int, width: int) -> Tensor:
-    """[3, H, W] in [-1, 1]."""
+    """Return a background [3, H, W] in [-1, 1]."""
     y = ((torch.arange(height) + 0.5) / height)[:, None].expand(height, width)
     x = ((torch.arange(width) + 0.5) / width)[None, :].expand(height, width)
     if name == "on gray":
@@ -197,7 +197,7 @@ def background(name: str, height: int, width: int) -> Tensor:
 
 
 def _blend(at: Tensor, *stops: tuple[float, tuple[int, int, int]]) -> Tensor:
-    """[3, H, W] colours interpolated between stops at the heights `at` [H, W]."""
+    """Return colours [3, H, W] interpolated between stops at the heights `at` [H, W]."""
     image = torch.tensor(stops[0][1], dtype=torch.float32)[:, None, None].expand(3, *at.shape)
     for (y0, _), (y1, colour) in itertools.pairwise(stops):
         share = ((at - y0) / (y1 - y0)).clamp(0, 1)

@@ -76,7 +76,7 @@ class DemoModel(nn.Module):
         return torch.stack(self.denoiser.head(x, embedding, pack)).float()
 
     def _text(self, tokens: Tensor) -> Context:
-        """As `WanDenoiser.encode_text` folds it, at one length: rows past the first padding row count nothing."""
+        """Fold text as `WanDenoiser.encode_text`, at one length: rows past the first padding row count nothing."""
         batch, length = tokens.shape
         real = tokens != 0
         rows = self.text_encoder(tokens, real.long()).last_hidden_state * real[..., None]

@@ -135,7 +135,7 @@ def widen(vae: WanVAE, state: dict[str, Tensor]) -> None:
 
 
 def reconstruct(vae: WanVAE, frames: Tensor, lone_last: bool = False) -> tuple[Tensor, Tensor]:
-    """(frames as decoded from a sampled latent, posterior moments).
+    """Return (frames as decoded from a sampled latent, posterior moments).
 
     `lone_last`: the last latent is that of the last frame alone, as it is when a request gives only that frame.
     """

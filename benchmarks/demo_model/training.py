@@ -1,4 +1,4 @@
-"""What the two trainings share: a norm with a fast backward, averaged weights, resumable state."""
+"""Parts that both trainings use: a norm with a fast backward, averaged weights, resumable state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def trainable_rms_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """F.rms_norm from operations whose CPU backward is fast in bf16 (F.rms_norm's took 40 % of a step, this 10 %)."""
+    """Compute F.rms_norm by operations whose CPU backward is fast in bf16 (its own took 40 % of a step, these 10 %)."""
     dim = x.shape[-1]
     mean_square = (x * x) @ x.new_full((dim, 1), 1 / dim)
     scale = (mean_square.float() + max(eps, 1e-12)).rsqrt().to(x.dtype) @ x.new_ones(1, dim)
@@ -29,7 +29,7 @@ def trainable_attention(
     cu_seqlens_k: tuple[int, ...] | None = None,
     key_bias: Tensor | None = None,
 ) -> Tensor:
-    """kernels.attention for sequences of one length: plain products, 4x faster backward than flash on a CPU."""
+    """Compute attention of sequences of one length by plain products, with a 4x faster backward than flash on a CPU."""
     batch = len(cu_seqlens_q) - 1
     queries, keys, values = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))
     logits = (queries @ keys.transpose(-1, -2)) * q.shape[-1] ** -0.5
@@ -53,7 +53,7 @@ class Average:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The module carries the averaged weights, in evaluation mode, inside the block."""
+        """Put the averaged weights into the module, in evaluation mode, inside the block."""
         current = {name: p.detach().clone() for name, p in self.module.named_parameters()}
         self.module.load_state_dict(self.tensors, strict=False)
         self.module.eval()
@@ -82,7 +82,7 @@ class MatrixViews:
 def save_state(
     path: Path, module: nn.Module, average: Average, optimizers: list[torch.optim.Optimizer], **counts: float
 ) -> None:
-    """Weights, their average, the optimizers' state and the counts, replaced at once."""
+    """Save weights, their average, the optimizers' state and the counts; the file is replaced at once."""
     tensors = {f"model.{name}": value for name, value in module.state_dict().items()}
     tensors |= {f"average.{name}": value for name, value in average.tensors.items()}
     for which, optimizer in enumerate(optimizers):
@@ -97,7 +97,7 @@ def save_state(
 def restore_state(
     path: Path, module: nn.Module, average: Average, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, float]:
-    """Undo `save_state`; the counts, or {} where there is no such file."""
+    """Restore what `save_state` saved, and return the counts, or {} where there is no such file."""
     if not path.exists():
         return {}
     with safe_open(path, "pt") as file:

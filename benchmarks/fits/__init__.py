@@ -1,1 +1,1 @@
-"""Which published models fit on which cards: the committed table, how it is made, and how two of them differ."""
+"""The committed table of the published models that fit on each card: make it, check it, and compare two of them."""

@@ -45,7 +45,7 @@ def fits(arguments: Sequence[str]) -> int:
 
 
 def differences(folder: Path, made: Sequence[ModelTable]) -> Iterator[Change]:
-    """Of the tables in a folder from those that were made now."""
+    """Yield the differences of the tables in a folder from those that were made now."""
     for table in made:
         path = folder / table.file_name
         if not path.exists():
@@ -57,6 +57,6 @@ def differences(folder: Path, made: Sequence[ModelTable]) -> Iterator[Change]:
 
 
 def stale_files(folder: Path, made: Sequence[ModelTable]) -> list[Path]:
-    """Tables of models that are published no more."""
+    """Return the tables of models that are published no more."""
     known = {table.file_name for table in made}
     return [path for path in sorted(folder.glob("*.json")) if path.name not in known]

@@ -1,4 +1,4 @@
-"""How a table that was made now differs from the committed one."""
+"""Compare a table that was made now with the committed one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DECIDED = ("resident", "moved", "guidance", "decode_chunk", "tiles", "blocked_by
 
 @dataclass(frozen=True)
 class Change:
-    """worse: more memory is taken, or something fits no more; else the table says less than is true."""
+    """A difference. worse: more memory is taken, or something fits no more; else the table is only out of date."""
 
     words: str
     worse: bool
@@ -27,7 +27,7 @@ class Change:
 
 
 def changes(old: ModelTable, new: ModelTable) -> Iterator[Change]:
-    """Those that matter: nothing of peaks that moved by no more than the tolerance."""
+    """Yield the changes that matter; a peak may move by the tolerance."""
     if _but_torch(old.assumptions) != _but_torch(new.assumptions):
         yield Change(f"{new.model}: the assumptions are {new.assumptions}, not {old.assumptions}", worse=False)
     for part, names in NAMES.items():
@@ -68,7 +68,7 @@ def _keyed(records: list[Record], names: tuple[str, ...]) -> dict[tuple[Any, ...
 
 
 def _words(key: tuple[Any, ...]) -> str:
-    """(None, 1280, 720, 81, 80) -> bf16 1280x720x81 on 80 GB."""
+    """Name a key: (None, 1280, 720, 81, 80) -> bf16 1280x720x81 on 80 GB."""
     quantize, *size = key
     words = [quantize or "bf16"]
     if size:
@@ -79,7 +79,7 @@ def _words(key: tuple[Any, ...]) -> str:
 
 
 def _numbers(record: Record, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Every figure of a record, with a name such as "step together"; not those that name it."""
+    """Yield every figure of a record, with a name such as "step together", without those of the record's key."""
     for name, value in record.items():
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{name} ")

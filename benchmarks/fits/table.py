@@ -31,7 +31,7 @@ Record = dict[str, Any]  # one line of a file
 
 @dataclass(frozen=True)
 class ModelTable:
-    """Of one published checkpoint.
+    """The table of one published checkpoint.
 
     parts: one record a precision, bytes of weights. peaks: one a precision and size, bytes beside the weights.
     rows: one a precision, size and card; docs/memory.md explains their keys.
@@ -48,7 +48,7 @@ class ModelTable:
         return f"{self.model.partition('/')[2].lower().removesuffix('-diffusers')}.json"
 
     def to_json(self) -> str:
-        """A record a line."""
+        """Return the table as JSON, one record a line."""
         head = {"schema": SCHEMA, "model": self.model, "assumptions": self.assumptions}
         lines = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]
         for key in ("parts", "peaks", "rows"):
@@ -58,7 +58,7 @@ class ModelTable:
 
 
 def tables() -> Iterator[ModelTable]:
-    """Of all published checkpoints, as this code predicts them."""
+    """Yield the tables of all published checkpoints, as this code predicts them."""
     for name in published():
         yield table_of(name)
 
@@ -78,7 +78,7 @@ def table_of(name: str) -> ModelTable:
 
 
 def read(path: Path) -> ModelTable:
-    """ValueError where it is something else."""
+    """Read a table; ValueError where the file is something else."""
     try:
         found = json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -93,7 +93,7 @@ def is_table(content: object) -> bool:
 
 
 def write(table: ModelTable, folder: Path) -> Path:
-    """Replaces the file in one move."""
+    """Write a table, replacing the file in one move."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / table.file_name
     with replaced_when_complete(path) as unfinished:

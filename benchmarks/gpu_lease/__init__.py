@@ -1,1 +1,1 @@
-"""What a lent GPU is asked in its half hour: one script a call, each ending in order, all of them resumable."""
+"""Measure on a GPU that is lent for half an hour: one script a call, each ending in order, all of them resumable."""

@@ -1,4 +1,4 @@
-"""Call 2: attention at Wan's shapes by everyone who can be had; `bench pick` reads the result."""
+"""Call 2: attention at Wan's shapes by every backend that can be had; `bench pick` reads the result."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cases(context: Context) -> Iterator[Case]:
 
 
 def shapes(context: Context) -> Iterator[kernels_case.Case]:
-    """What decides first, first: the call may be cut."""
+    """Yield the cases, those that decide the most first, since the call may be cut."""
     suite, dry = context.suite, context.dry
     if dry:
         yield case_of(suite, "attention", f"{TINY} tokens", (TINY,), 2, 64)
@@ -58,7 +58,7 @@ def shapes(context: Context) -> Iterator[kernels_case.Case]:
 
 
 def _biased(suite: Suite, length: int, sequences: int, heads: int, size: int) -> kernels_case.Case:
-    """Cross-attention to a prompt: ours with a bias, others over the rows that the bias stands for, and a mask."""
+    """Compare cross-attention to a prompt: ours with a bias, others over the rows that it stands for, and a mask."""
     cu_q = tuple(accumulate(repeat(length, sequences), initial=0))
     cost = roofline.attention([length] * sequences, [TEXT_ROWS] * sequences, heads, size, suite.dtype.itemsize)
 

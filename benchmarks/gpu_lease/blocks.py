@@ -37,7 +37,7 @@ TINY_GRIDS: dict[str, Grid] = {"tiny": (2, 4, 6)}
 
 @dataclass(frozen=True)
 class Setting:
-    """A pack that one request's step makes."""
+    """The pack of a step of one request."""
 
     size: str
     grid: Grid
@@ -45,7 +45,7 @@ class Setting:
 
     @property
     def num_tokens(self) -> int:
-        """Of a branch."""
+        """Return the tokens of a branch."""
         return self.grid[0] * self.grid[1] * self.grid[2]
 
     @property
@@ -67,7 +67,7 @@ def settings_of(grids: Mapping[str, Grid]) -> list[Setting]:
 
 
 def _times(context: Context, config: WanConfig, setting: Setting) -> Iterator[Line]:
-    """Seconds of a block in each kind of weights, and the share of its operations in what the device multiplies."""
+    """Measure the seconds of a block in each kind of weights, and its rate as a share of the product's."""
     runs: dict[str, Run] = {}
     for kind in WEIGHTS:
         model = denoiser(config, context.device, context.suite.dtype, kind)
@@ -90,7 +90,7 @@ def _times(context: Context, config: WanConfig, setting: Setting) -> Iterator[Li
 
 
 def _peaks(context: Context, config: WanConfig, setting: Setting) -> Iterator[Line]:
-    """Most bytes of a step above the weights, the latents and the text, which are there all the while."""
+    """Measure the most bytes of a step above the weights, the latents and the text, which are there all the while."""
     for kind in WEIGHTS:
         model = denoiser(config, context.device, context.suite.dtype, kind)
         given = inputs(context, model, setting)
@@ -108,7 +108,7 @@ def peak_name(setting: Setting, kind: str | None) -> str:
 
 @torch.inference_mode()
 def step(model: WanDenoiser, given: Inputs) -> None:
-    """As the engine's step has it: nobody keeps the tokens that the blocks have been given."""
+    """Take a step as the engine does: nothing keeps the tokens that the blocks have been given."""
     tokens = [model.embed(given.latents)]
     embedding, modulation = model.condition_embedder.embed_time(given.timesteps, model.dtype)
     tokens.append(model.trunk(tokens.pop(), modulation, given.pack))
@@ -123,7 +123,7 @@ class Inputs:
 
 
 def inputs(context: Context, model: WanDenoiser, setting: Setting) -> Inputs:
-    """Of a step of one request: its branches see the same latents and other texts."""
+    """Return the inputs of a step of one request: its branches see the same latents and other texts."""
     config, suite = model.config, context.suite
     with torch.inference_mode():
         texts = [model.encode_text(suite.draw(PROMPT_ROWS, config.text_dim)) for _ in range(BRANCHES[setting.branches])]
@@ -135,7 +135,7 @@ def inputs(context: Context, model: WanDenoiser, setting: Setting) -> Inputs:
 
 
 def cost(config: WanConfig, setting: Setting, itemsize: int) -> roofline.Cost:
-    """Of a block: weights are read once, whatever the number of branches."""
+    """Return the cost of a block: weights are read once, whatever the number of branches."""
     one, branches = cost_of(config, setting.num_tokens, itemsize), BRANCHES[setting.branches]
     return roofline.Cost(one.num_bytes, branches * one.operations)
 

@@ -39,10 +39,10 @@ def call_named(name: str) -> Call:
 
 
 def device_command(call: Call) -> str:
-    """Of the checkout's root there: the root is made the package, and nothing of the folder itself is importable.
+    """Return the command for the checkout's root there: it makes the root the package, and imports nothing else of it.
 
     Python puts the working directory on its path unless told not to, and this root has folders called `kernels`,
-    `compile` and `runtime`, which other packages look for under these names.
+    `compile` and `runtime`, names under which other packages look for their own.
     """
     words = [
         f'mkdir -p /tmp/pkg && ln -sfn "$PWD" /tmp/pkg/skylapse && mkdir -p {HELD}',
@@ -55,7 +55,7 @@ def device_command(call: Call) -> str:
 
 
 def listing() -> str:
-    """The calls for people: what to run, with what, and what to keep."""
+    """Return the calls for people: what to run, with what, and what to keep."""
     parts = [
         f"Each call: timeout_s {TIMEOUT_S}, carry {HELD} (journals of earlier calls; it may be empty), and "
         f"{WHEELS} if wheels of peers lie there: none is needed. Behind each "
@@ -70,7 +70,7 @@ def listing() -> str:
 
 
 def _commit() -> str:
-    """The option that tells the machine what it runs: its copy may come without git. Nothing where files differ."""
+    """Return the option that names the commit, since the machine's copy may lack git; "" where files differ from it."""
     done = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode or done.stdout.strip():
         return ""

@@ -1,4 +1,4 @@
-"""A case of a lease, and what all of them use: the device, the clock, its measured limits, and who is left out."""
+"""A case of a lease, and the context that all cases share: device, clock, measured limits, contestants left out."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ CASE_S = 240.0  # behind which a case hangs: compiling its kernels included
 
 @dataclass(frozen=True)
 class Case:
-    """A name that is its call's alone, and what gives its lines; an exception is the case's failure and no other's.
+    """A case: its name, unique in its call, and the function that gives its lines; an exception fails this case alone.
 
-    light: it holds so little that nothing need be given back behind it, which takes a third of a second.
+    light: it holds so little memory that none need be given back behind it, which takes a third of a second.
     """
 
     name: str
@@ -37,10 +37,10 @@ class Case:
 
 @dataclass
 class Context:
-    """Of one worker process. dry: on a CPU with tiny shapes, to see that every line runs.
+    """The context of one worker process. dry: on a CPU with tiny shapes, to see that every line runs.
 
-    at: tells the process that waits who is about to run for the first time; avoid: (operation, case, contestant) of who
-    has lost the device or hung.
+    at: tells the waiting process which contestant is about to run for the first time; avoid: (operation, case,
+    contestant) of those that lost the device or hung.
     """
 
     suite: Suite
@@ -62,7 +62,7 @@ class Context:
 
     @cached_property
     def limits(self) -> dict[str, Spread]:
-        """Bytes copied and operations of a product a second, as this device reaches them now."""
+        """Return the bytes copied and the operations of a product a second, as this device reaches them now."""
         return measure_limits(self.suite, self.clock)
 
     def limits_case(self) -> Case:
@@ -70,17 +70,17 @@ class Context:
 
     @property
     def budget(self) -> Budget:
-        """Of a comparison; one round where nothing is to be learnt."""
+        """Return the budget of a comparison: one round in a dry run."""
         return Budget(seconds=0.0, least=1, most=1) if self.dry else Budget(seconds=2.5, width=0.01)
 
     def reading(self) -> dict[str, float]:
-        """The device's clocks, power and temperature."""
+        """Read the device's clocks, power and temperature."""
         if not self._reading:
             self._reading.append(watch(self.device)[1])
         return self._reading[0]()
 
     def compare(self, case: kernels_case.Case, without: Sequence[str] = ()) -> Row:
-        """A case of `bench kernels`, but for who is left out or has to be avoided."""
+        """Run a case of `bench kernels`, without the contestants that are left out or to be avoided."""
         out = {*without, *self.without}
 
         def build() -> Mapping[str, Make]:
@@ -90,7 +90,7 @@ class Context:
         return measure(replace(case, build=build), self.suite, self.clock, self.budget, self.limits, self.reading)
 
     def turns(self, group: str, runs: Mapping[str, Run]) -> Turns:
-        """As `take_turns`, in inference mode, of everyone who is not to be avoided."""
+        """Do as `take_turns`, in inference mode, with every contestant that is not to be avoided."""
         contests = {name: (group, "", name) for name in runs}
         watched = {name: self._told(contests[name], run) for name, run in runs.items() if self._may(contests[name])}
         with torch.inference_mode():
@@ -99,7 +99,7 @@ class Context:
         return turns
 
     def _may(self, contest: Contest) -> bool:
-        """Whether a contestant did no harm in this case before, and in no two cases of the operation."""
+        """Return whether a contestant did no harm in this case before, and in at most one case of the operation."""
         op, case, name = contest
         harmed = [other for other in self.avoid if (other[0], other[2]) == (op, name)]
         return len(harmed) < 2 and all(other[1] != case for other in harmed)

@@ -53,7 +53,7 @@ def more_claims(suite: Suite, seed: int) -> Iterator[Claim]:
 
 
 def replayed(claim: Claim, device: torch.device) -> Claim:
-    """The launch captured, and replayed on new numbers: to the bit what a plain call makes of them."""
+    """Return the claim that a captured launch, replayed on new numbers, gives to the bit what a plain call does."""
     given = (claim.run.args, claim.run.keywords) if isinstance(claim.run, partial) else ()
     numbers = [x for x in tree_leaves(given) if isinstance(x, Tensor) and x.is_floating_point() and x.itemsize > 1]
 
@@ -73,7 +73,7 @@ def replayed(claim: Claim, device: torch.device) -> Claim:
 
 
 def capture(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], list[Tensor]]:
-    """(what replays it, the tensors that it writes); where there are no graphs a second call stands for the replay."""
+    """Capture a call: (its replay, the tensors that it writes). Without graphs a second call stands for the replay."""
     if device.type == "cuda":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -90,7 +90,7 @@ def capture(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], 
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether convolutions in fp32 may round their operands to TF32, as torch lets them by default."""
+    """Allow or forbid inside that fp32 convolutions round their operands to TF32; torch allows it by default."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = allowed
     try:
@@ -130,7 +130,7 @@ def _sparse(suite: Suite, size: int, skewed: bool, seed: int) -> Claim:
     layout = build_layout(cu_q, cu_k, lists, size, q.dtype, suite.device)
 
     def formula() -> tuple[Tensor, Tensor]:
-        """On the CPU: it reads what each query sees, one by one."""
+        """Compute on the CPU: it reads the keys that each query sees, one by one."""
         query, key, value = (x.cpu() for x in (q, k, v))
         return reference.sparse_attention(query, key, value, cu_q, cu_k, [_seen(own) for own in lists], bias.cpu())
 
@@ -140,12 +140,12 @@ def _sparse(suite: Suite, size: int, skewed: bool, seed: int) -> Claim:
 
 
 def _rows(suite: Suite, num_tokens: int, size: int, skewed: bool) -> Tensor:
-    """[N, H, D] in bf16; skewed: of starts and strides that the copy engine does not take."""
+    """Draw rows [N, H, D] in bf16; skewed: with starts and strides that the copy engine does not take."""
     return suite.draw(num_tokens, HEADS, size + skewed, dtype=torch.bfloat16)[..., int(skewed) :]
 
 
 def _lists(q_sizes: Sequence[int], k_sizes: Sequence[int], rng: random.Random) -> BlockLists:
-    """Each block of keys in each list by a coin's toss; the first always: a query that sees none has -inf."""
+    """Put each block of keys in each list at random, the first one always: a query that sees no key has -inf."""
     q_bounds, k_bounds = (tuple(accumulate(sizes, initial=0)) for sizes in (q_sizes, k_sizes))
     blocks = range(len(k_sizes))
     lists = tuple(
@@ -156,7 +156,7 @@ def _lists(q_sizes: Sequence[int], k_sizes: Sequence[int], rng: random.Random) -
 
 
 def _seen(own: BlockLists) -> Tensor:
-    """[H, queries, keys] bool: what the lists say, written out."""
+    """Return the lists as a mask [H, queries, keys] bool."""
     mask = torch.zeros(HEADS, own.q_bounds[-1], own.k_bounds[-1], dtype=torch.bool)
     for head, of_head in enumerate(own.lists):
         for (start, stop), blocks in zip(pairwise(own.q_bounds), of_head, strict=True):
@@ -166,7 +166,7 @@ def _seen(own: BlockLists) -> Tensor:
 
 
 def _convolutions(suite: Suite, dtype: torch.dtype) -> Iterator[Claim]:
-    """In true fp32: what TF32 costs is measured at real width, with the whole VAE."""
+    """Claim convolutions in true fp32: TF32's error is measured at real width, with the whole VAE."""
     x, weight, bias = (suite.draw(*shape, dtype=dtype) for shape in ((2, 32, 10, 14), (48, 32, 3, 3), (48,)))
     clip, kernel = suite.draw(1, 32, 5, 10, 14, dtype=dtype), suite.draw(48, 32, 3, 3, 3, dtype=dtype)
     x, clip = x.contiguous(memory_format=torch.channels_last), clip.contiguous(memory_format=torch.channels_last_3d)

@@ -1,4 +1,4 @@
-"""Runs calls of a lease: a worker measures, this process keeps the journal, the time and whoever breaks something."""
+"""Run calls of a lease: a worker measures; this process keeps the journal, the time, and a list of what to avoid."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WORKER = (sys.executable, "-m", f"{PACKAGE}.worker")
 
 
 def main(name: str, arguments: Sequence[str] | None = None) -> int:
-    """One call: `python -m skylapse.benchmarks.gpu_lease.NAME`."""
+    """Run one call: `python -m skylapse.benchmarks.gpu_lease.NAME`."""
     call = call_named(name)
     try:
         return run([name], parser(f"python -m {PACKAGE}.{name}", f"{call.what}.").parse_args(arguments))
@@ -55,7 +55,7 @@ def parser(program: str, what: str) -> Parser:
 
 
 def run(names: Sequence[str], options: argparse.Namespace, worker: Sequence[str] = WORKER) -> int:
-    """0 where every case came to a good end; 1 where one failed or time was short; 130 after Ctrl-C."""
+    """Return 0 where every case came to a good end; 1 where one failed or time was short; 130 after Ctrl-C."""
     if options.out is None:
         raise ValueError("--out must be given: the folder of the journals and of the result")
     code = fingerprint()
@@ -76,7 +76,7 @@ def run(names: Sequence[str], options: argparse.Namespace, worker: Sequence[str]
 
 @dataclass
 class Lease:
-    """Workers, one behind the other, until all cases are through or the time is up."""
+    """Runs workers, one after the other, until all cases are through or the time is up."""
 
     journals: dict[str, Journal]
     options: argparse.Namespace
@@ -88,7 +88,7 @@ class Lease:
     num_failed: int = 0
     tried: list[list[str]] = field(default_factory=list)
     avoid: list[list[str]] = field(default_factory=list)  # operation, case and contestant
-    # Of the case under way: its call and name, when it hangs, and who was about to run for the first time.
+    # The case under way: its call and name, the time when it hangs, and the contestant about to run for the first time.
     at: tuple[str, str] | None = None
     hangs_at: float = 0.0
     runner: list[str] | None = None
@@ -123,7 +123,7 @@ class Lease:
         }
 
     def _listen(self, found: SimpleQueue[dict[str, Any] | None]) -> bool:
-        """True when the worker has come to its end; False where it died, hangs, or the time is up."""
+        """Return True when the worker has come to its end; False where it died, hangs, or the time is up."""
         while True:
             now = time.monotonic()
             if now > self.deadline:
@@ -145,7 +145,7 @@ class Lease:
             self._take(message)
 
     def _ended(self, process: subprocess.Popen[str]) -> int:
-        """The exit status of who has said its last word, or is made to."""
+        """Return the exit status of a worker that has ended, or kill it."""
         try:
             return process.wait(timeout=5.0 if self.cut is None else 0.0)
         except subprocess.TimeoutExpired:
@@ -186,7 +186,7 @@ class Lease:
         self.at = None
 
     def _died(self, status: int) -> None:
-        """The case under way has failed; or its contestant, who is left out when the case is run again."""
+        """Fail the case under way, or only its contestant, which is left out when the case is run again."""
         if self.at is None:  # between cases: nothing would come of another try
             self.cut = f"the worker ended with status {status} outside of a case"
             return
@@ -213,7 +213,7 @@ class Lease:
 def messages(
     command: Sequence[str], order: str
 ) -> Iterator[tuple[subprocess.Popen[str], SimpleQueue[dict[str, Any] | None]]]:
-    """A worker and what it tells, None at its end; it does not outlive the block. What else it prints is passed on."""
+    """Start a worker: (process, its messages, None at its end). It ends with the block; other output is passed on."""
     found: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
 
     def read(stdout: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
 """Call 6: the engine with Wan2.1-T2V-1.3B's shapes and random weights: admission, peaks, and decoding beside steps.
 
 The checkpoint is a folder in the published format, written where the machine has room. Its text encoder has UMT5-XXL's
-width and a few of its layers: it works once a prompt, and its weights are not what is asked here.
+width and a few of its layers: it works once a prompt, and its memory is not measured here.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def cases(context: Context) -> Iterator[Case]:
 
 @dataclass
 class Bench:
-    """One engine for all cases; it is loaded when the first one needs it."""
+    """One engine for all cases; it is loaded when the first case needs it."""
 
     context: Context
     seconds: dict[str, float] = field(default_factory=dict)  # of making it
@@ -107,13 +107,13 @@ class Bench:
         return TINY_TEXT if self.context.dry else TEXT
 
     def first(self, size: Size) -> Iterator[Line]:
-        """What a cold engine's first request waits for beside its work: kernels are compiled."""
+        """Measure the first request of a cold engine, which also waits for kernels to be compiled."""
         began = time.perf_counter()
         self._finish(clip_request(size, FEW, 0))
         yield measured("engine/first request", "s", [time.perf_counter() - began])
 
     def one(self, size: Size) -> Iterator[Line]:
-        """Ticks, each waited for; then the same request as it is served, with its peak beside the prediction."""
+        """Measure ticks, each waited for; then the same request as it is served, its peak beside the prediction."""
         request = clip_request(size, STEPS, 1)
         ticks = self._ticks([request], waits=True)
         steps = [seconds for seconds, events in ticks if any(isinstance(e, Progress) for e in events)][1:]
@@ -125,21 +125,21 @@ class Bench:
         yield from self._peak(f"peaks/1.3B {words_of(size)}, one job/request", [request])
 
     def large(self, size: Size) -> Iterator[Line]:
-        """What does not fit is refused, and the words say what is missing."""
+        """Measure a request that may be too large; if it is refused, note the words that say what is missing."""
         try:
             yield from self._peak(f"peaks/1.3B {words_of(size)}, one job/request", [clip_request(size, FEW, 2)])
         except RequestTooLarge as refusal:
             yield Note(name=f"refused {words_of(size)}", value=str(refusal))
 
     def several(self, size: Size) -> Iterator[Line]:
-        """Jobs that arrive at once: seconds of a step of each, and the peak of all."""
+        """Measure jobs that arrive at once: the seconds of them together, and their peak."""
         requests = [clip_request(size, FEW + n, 10 + n) for n in range(JOBS)]
         began = time.perf_counter()
         yield from self._peak(f"peaks/1.3B {words_of(size)}, {JOBS} jobs/request", requests)
         yield measured(f"engine/{words_of(size)}/{JOBS} jobs", "s", [time.perf_counter() - began])
 
     def beside(self, size: Size) -> Iterator[Line]:
-        """One job decodes while another steps. gained: of the shorter of the two, the share that went on beside."""
+        """Decode one job while another steps. gained: the share of the shorter of the two that ran beside the other."""
         engine = self.engine
         soon, later = (engine.submit(clip_request(size, steps, 20)) for steps in (FEW, MANY))
         began, steps, walls, shares = None, 0, list[float](), list[float]()
@@ -160,7 +160,7 @@ class Bench:
             yield measured(f"engine/{words_of(size)}/gained", "of the shorter", shares, "higher")
 
     def streams(self, size: Size) -> Iterator[Line]:
-        """The same by a trace: how long kernels of two streams ran at once, of what the less busy one ran."""
+        """Trace the same: the time that kernels of two streams ran at once, and its share of the less busy one's."""
         requests = [clip_request(size, steps, 30) for steps in (1, 4)]
         if self.context.device.type != "cuda":
             self._ticks(requests, waits=False)
@@ -176,7 +176,7 @@ class Bench:
     # --- what they use ------------------------------------------------------------------------------------------------
 
     def _peak(self, name: str, requests: list[VideoRequest]) -> Iterator[Line]:
-        """Most bytes above what the idle engine holds, beside what admission reckons with."""
+        """Measure the most bytes above the idle engine's, beside those that admission predicts."""
         engine = self.engine
         needs = [engine.prepare(request).needs for request in requests]
         fits = [engine.memory.fit(own) for own in needs]
@@ -194,7 +194,7 @@ class Bench:
             yield Note(name=f"reserved, {name}", value=torch.cuda.max_memory_reserved(engine.device))
 
     def _ticks(self, requests: list[VideoRequest], waits: bool) -> list[tuple[float, list[Event]]]:
-        """Seconds and events of each tick until all are through; waits: for the device, behind each of them."""
+        """Return the seconds and events of each tick until all requests end; waits: for the device after each tick."""
         engine = self.engine
         for request in requests:
             engine.submit(request)

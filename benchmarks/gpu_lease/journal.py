@@ -1,7 +1,7 @@
-"""What a lease has found so far, line by line, so that a cut costs the case that was under way and no more.
+"""Keep a lease's results line by line, so that a cut costs the case that was under way and no more.
 
 A journal is `NAME.jsonl`: facts of the machine, lines of cases, and an end for each case that came to one. A case
-counts as done where its end was written by the same code on the same device.
+counts as done if its end was written by the same code on the same device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CODE = ("kernels", "compile", "runtime", "benchmarks/kernels", "benchmarks/gpu_l
 
 
 def fingerprint(root: Path = ROOT) -> str:
-    """Of the code that a figure depends on: every .py and .json below `CODE`."""
+    """Return a digest of the code that a figure depends on: every .py and .json below `CODE`."""
     found = hashlib.sha256()
     for part in CODE:
         place = root / part
@@ -30,7 +30,7 @@ def fingerprint(root: Path = ROOT) -> str:
 
 @dataclass
 class Cases:
-    """Of one call on one device: case -> its lines and how it ended ("ok", "failed")."""
+    """The cases of one call on one device: case -> its lines, and case -> its end ("ok", "failed")."""
 
     lines: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     ended: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -39,10 +39,10 @@ class Cases:
 
 
 class Journal:
-    """A call's file in $OUT; it begins with what an earlier one had of the same code."""
+    """A call's file in $OUT; it begins with an earlier one's entries of the same code."""
 
     def __init__(self, path: Path, code: str, earlier: Path | None = None, again: bool = False) -> None:
-        """again: what failed is not done."""
+        """again: cases that failed are not done, and run again."""
         self.path, self.code = path, code
         held = [*_entries(earlier), *_entries(path)] if earlier != path else [*_entries(path)]
         entries = [entry for entry in held if entry["code"] == code]
@@ -57,17 +57,17 @@ class Journal:
             self._done.setdefault(device, set()).add(case)
 
     def done(self) -> dict[str, list[str]]:
-        """Device -> the cases that came to an end there."""
+        """Return device -> the cases that came to an end there."""
         return {device: sorted(cases) for device, cases in self._done.items()}
 
     def add(self, device: str, **entry: Any) -> None:
-        """One line, on the disk before the next case begins."""
+        """Add one line, which is on the disk before the next case begins."""
         with self.path.open("a") as file:
             file.write(json.dumps({"code": self.code, "device": device, **entry}) + "\n")
 
 
 def read(path: Path) -> dict[str, Cases]:
-    """Device -> what there is of it; of a case that was run again, the last run."""
+    """Return device -> its cases; of a case that was run again, the last run."""
     found: dict[str, Cases] = {}
     for entry in _entries(path):
         cases = found.setdefault(entry["device"], Cases())
@@ -86,7 +86,7 @@ def read(path: Path) -> dict[str, Cases]:
 
 
 def _entries(path: Path | None) -> Iterator[dict[str, Any]]:
-    """Of a file that may be missing, or cut in the middle of its last line."""
+    """Yield the entries of a file that may be missing, or cut in the middle of its last line."""
     if path is None or not path.is_file():
         return
     for text in path.read_text(errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""What a case of a lease gives: figures, checks, notes, and what failed or is not there; as JSON and back."""
+"""The lines that a case of a lease gives, as JSON and back: figures, checks, notes, failures and absences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..record import Better, Check, Comparison, Contestant, Label, Measurement, 
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """Something that is no figure: the doctor's report, what a run was made of. It stands in the report's settings."""
+    """A fact that is no figure, such as the doctor's report or a run's model. It stands in the report's settings."""
 
     name: str
     value: Any  # of JSON
@@ -27,7 +27,7 @@ class Failed:
 
 @dataclass(frozen=True, kw_only=True)
 class Absent:
-    """What this machine has not got."""
+    """A thing that this machine lacks, and the reason."""
 
     name: str
     reason: str
@@ -53,7 +53,7 @@ def encode(line: Line) -> dict[str, Any]:
 
 
 def decode(content: Mapping[str, Any]) -> Line:
-    """The inverse of `encode`, by hand: the device machine has no pydantic."""
+    """Undo `encode`, by hand: the device machine has no pydantic."""
     given = dict(content)
     kind = given.pop("kind")
     if kind in ("Measurement", "Comparison"):
@@ -76,7 +76,7 @@ def _contestant(content: Mapping[str, Any]) -> Contestant:
 def measured(
     name: str, unit: str, samples: Sequence[float], better: Better = "lower", labels: Labels | None = None
 ) -> Measurement:
-    """Samples in the order in which they were taken."""
+    """Return a measurement of samples, in the order in which they were taken."""
     values = [float(value) for value in samples]
     return Measurement(
         name=name, unit=unit, better=better, spread=spread_of(values), samples=values, labels=dict(labels or {})
@@ -84,7 +84,7 @@ def measured(
 
 
 def of_turns(group: str, turns: Turns, ours: str, labels: Labels | None = None) -> list[Line]:
-    """Everyone's seconds, their ratios to `ours` round by round, and who fell out."""
+    """Return each contestant's seconds, their ratios to `ours` round by round, and the failures."""
     found: list[Line] = [measured(f"{group}/{name}", "s", s, labels=labels) for name, s in turns.samples.items()]
     for name in turns.samples:
         if name != ours and ours in turns.samples:

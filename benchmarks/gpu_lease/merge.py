@@ -1,4 +1,4 @@
-"""Journals of a lease -> one result file a device, in the schema that `bench report`, `pick` and `compare` read."""
+"""Merge journals of a lease into one result file a device, in the schema of `bench report`, `pick` and `compare`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .lines import Absent, Failed, Launch, Line, Note, decode
 
 
 def write_merged(places: Sequence[Path], out: Path, predict: bool = False) -> list[Path]:
-    """Of all journals below these folders, where a later folder's stands for an earlier one's of the same call.
+    """Write a report a device from all journals below these folders; a later folder's replaces an earlier one's call.
 
-    predict: peaks of a GPU get what the shape model says beside them, which takes a minute.
+    predict: put the shape model's prediction beside each peak of a GPU, which takes a minute.
     """
     found: dict[str, dict[str, Cases]] = {}
     for call in CALLS:
@@ -38,7 +38,7 @@ def write_merged(places: Sequence[Path], out: Path, predict: bool = False) -> li
 
 
 def report_of(device: str, calls: dict[str, Cases]) -> LeaseReport:
-    """Everything that one device gave; partial where a call is missing or was cut."""
+    """Return the report of everything that one device gave; partial where a call is missing or was cut."""
     lines = [(name, line) for name, cases in calls.items() for line in lines_of(cases)]
     cut = [f"{name}: {cases.cut}" for name, cases in calls.items() if cases.cut]
     if absent := [call.name for call in CALLS if call.name not in calls]:
@@ -70,12 +70,12 @@ def report_of(device: str, calls: dict[str, Cases]) -> LeaseReport:
 
 
 def lines_of(cases: Cases) -> list[Line]:
-    """Of the cases that came to an end: what a cut one had begun will be measured again."""
+    """Return the lines of the cases that came to an end; a case that was cut will be measured again."""
     return [decode(line) for case, lines in cases.lines.items() if case in cases.ended for line in lines]
 
 
 def launches_of(places: Sequence[Path]) -> list[Launch]:
-    """The rows for `kernels/*.json` that were found."""
+    """Return the rows for `kernels/*.json` that were found."""
     journals = [read(place / "tune.jsonl") for place in places]
     lines = [line for found in journals for cases in found.values() for line in lines_of(cases)]
     return [line for line in lines if isinstance(line, Launch)]

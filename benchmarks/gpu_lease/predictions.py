@@ -1,4 +1,4 @@
-"""What the shape model says of the peaks that a lease measures; at home, since fake tensors need no device."""
+"""Predict the peaks that a lease measures, by the shape model; at home, since fake tensors need no device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CODINGS = (("decode", torch.bfloat16), ("decode", torch.float32), ("encode", tor
 
 
 def predicted_peaks(names: Collection[str], capability: int) -> list[Measurement]:
-    """Beside each of these figures that is a peak of a step or of coding: `NAME/predicted`, in bytes."""
+    """Return `NAME/predicted`, in bytes, for each of these figures that is a peak of a step or of coding."""
     asked: dict[str, Callable[[], int]] = {}
     for setting, kind in product(settings_of(GRIDS), WEIGHTS):
         config, branches = WanConfig(num_layers=LAYERS), BRANCHES[setting.branches]
@@ -42,7 +42,7 @@ def predicted_peaks(names: Collection[str], capability: int) -> list[Measurement
 def predicted_step(
     config: WanConfig, num_sequences: int, num_tokens: int, dtype: torch.dtype, quantize: str | None, capability: int
 ) -> int:
-    """Bytes of a step of S sequences of n tokens, above the weights and the pack."""
+    """Return the peak bytes of a step of S sequences of n tokens, above the weights and the pack."""
     with fake_cuda(capability):
         return step_bytes(fake_denoiser(config, dtype, quantize), num_sequences, num_tokens, "cuda")
 
@@ -50,7 +50,10 @@ def predicted_step(
 def predicted_coding(
     config: WanVAEConfig, part: str, dtype: torch.dtype, chunk: int, height: int, width: int, capability: int
 ) -> int:
-    """Bytes of coding three chunks of frames of height x width pixels, above the weights; part: encode or decode."""
+    """Return the peak bytes of coding three chunks of frames of height x width pixels, above the weights.
+
+    part: encode or decode.
+    """
     factor, decodes = config.scale_factor_spatial, part == "decode"
     shapes = chunk_shapes(config, decodes, height // factor, width // factor, chunk)
     with fake_cuda(capability):

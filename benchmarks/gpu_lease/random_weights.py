@@ -23,7 +23,7 @@ VAE_21, VAE_22 = (parse_config(WanVAEConfig, component(name), "vae") for name in
 
 
 def denoiser(config: WanConfig, device: torch.device, dtype: torch.dtype, quantize: str | None = None) -> WanDenoiser:
-    """As the loader has one: some parameters in fp32, and the blocks' weights in 8 bits where asked."""
+    """Return a denoiser as the loader gives it: some parameters in fp32, the blocks' weights in 8 bits where asked."""
     with torch.device("meta"):
         module = WanDenoiser(config)
     allocate(module, device=device, dtype=dtype, fp32_parameters=WanDenoiser.fp32_parameters)

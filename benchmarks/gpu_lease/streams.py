@@ -1,4 +1,4 @@
-"""How long kernels of several streams of a GPU ran at once, by torch's profiler."""
+"""Measure the time that kernels of several streams of a GPU ran at once, by torch's profiler."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Interval = tuple[int, int]  # ns
 
 @dataclass(frozen=True)
 class Overlap:
-    """busy_s: of each stream; both_s: while the busiest two ran something at the same time."""
+    """Seconds of kernels. busy_s: of each stream; both_s: of the busiest two at the same time."""
 
     busy_s: dict[str, float]
     both_s: float
 
     @property
     def less_busy_s(self) -> float:
-        """Of the second busiest stream."""
+        """Return the seconds of the second busiest stream."""
         ordered = sorted(self.busy_s.values(), reverse=True)
         return ordered[1] if len(ordered) > 1 else 0.0
 
 
 def overlap_of(run: Callable[[], object]) -> Overlap:
-    """Of everything that `run` queues."""
+    """Measure the overlap of everything that `run` queues."""
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
@@ -37,7 +37,7 @@ def overlap_of(run: Callable[[], object]) -> Overlap:
 
 
 def intervals(events: Iterable[Any]) -> dict[int, list[Interval]]:
-    """Stream -> when it was busy, from the profiler's own events."""
+    """Return stream -> the intervals in which it was busy, from the profiler's own events."""
     found: dict[int, list[Interval]] = {}
     for event in events:
         if event.device_type() == DeviceType.CUDA and event.duration_ns() > 0:
@@ -55,7 +55,7 @@ def overlap(found: Mapping[int, list[Interval]]) -> Overlap:
 
 
 def _joined(own: list[Interval]) -> list[Interval]:
-    """Rising, without overlaps."""
+    """Return the intervals in rising order, overlapping ones joined."""
     out: list[Interval] = []
     for start, stop in sorted(own):
         if out and start <= out[-1][1]:
@@ -66,7 +66,7 @@ def _joined(own: list[Interval]) -> list[Interval]:
 
 
 def _common(one: list[Interval], other: list[Interval]) -> int:
-    """ns that lie in both."""
+    """Return the ns that lie in both."""
     total, i, j = 0, 0, 0
     while i < len(one) and j < len(other):
         total += max(0, min(one[i][1], other[j][1]) - max(one[i][0], other[j][0]))

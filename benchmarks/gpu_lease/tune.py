@@ -1,4 +1,4 @@
-"""Call 7: launches of this architecture's kernels, the most used first, as long as the time lasts.
+"""Call 7: search launches of this architecture's kernels, the most used first, as long as the time lasts.
 
 python -m skylapse.benchmarks.gpu_lease --apply-tune FOLDER     # at home: write what was found into kernels/*.json
 """
@@ -26,7 +26,7 @@ from .case import Case, Context
 from .drive import main
 from .lines import Launch, Line, Note, measured
 
-# What takes the most of a step first; what is in fp32 or of another width than Wan's last.
+# The operations that take the most of a step first; those in fp32 or of another width than Wan's come last.
 FIRST = ("attention", "qk_norm_rope", "linear_quantized", "gated_residual_adaln", "gated_residual", "adaln", "rms_norm")
 DRY_ARCH = 90
 COMPILERS = 12  # processes at most that compile beside each other: a candidate takes one some 5 s, and there are dozens
@@ -56,7 +56,7 @@ def _no_triton() -> list[Line]:
 
 
 def _rank(search: Search) -> tuple[int, int, int]:
-    """Wan's head size, bf16 and long calls first, within the order of operations."""
+    """Rank Wan's head size, bf16 and long calls first, within the order of operations."""
     of_op = FIRST.index(search.op) if search.op in FIRST else len(FIRST)
     width, longest = search.row.get("width"), search.row.get("longest")
     unusual = "fp32" in search.row.get("dtypes", []) or (search.op == "attention" and width != 128)
@@ -69,7 +69,7 @@ def words(search: Search) -> str:
 
 
 def _search(context: Context, arch: int, search: Search, prepare: Prepare) -> Iterator[Line]:
-    """The candidates' registers and times, and the row that is to be written."""
+    """Yield the candidates' registers and times, and the row that is to be written."""
     search, current = with_committed(search, arch)
     name = f"{search.op}, {words(search)}"
     results = list(prepare(search, 1 if context.dry else len(search.launches)))
@@ -120,7 +120,7 @@ class Compilers:
 
 
 def prepared(arch: int, op: str, name: str, device: str, number: int) -> Result:
-    """In a process beside: a candidate of a search, compiled for its registers and then by a first run."""
+    """Compile a candidate of a search, for its registers and then by a first run; in a process of its own."""
     search, _ = with_committed(_known(arch)[op, name], arch)
     launch = search.launches[number]
     result = compile_candidates(replace(search, launches=[launch]), arch)[0]

@@ -1,7 +1,7 @@
 """Call 5: Wan's VAEs at real width with random weights: seconds, peak bytes, bf16's error, channels-last, TF32.
 
-A decoder's peak is reached in its third chunk, and an encoder's too, so clips are as long as that takes; seconds are of
-a latent frame behind the first one.
+A decoder and an encoder reach their peaks in the third chunk, so clips are as long as that takes; seconds are of a
+latent frame behind the first one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Size:
     width: int
 
     def latents(self, num_frames: int, context: Context) -> Tensor:
-        """[C, T, H, W] of so many latent frames."""
+        """Draw latents [C, T, H, W] of so many latent frames."""
         factor, suite = self.config.scale_factor_spatial, context.suite
         return suite.draw(
             self.config.z_dim, num_frames, self.height // factor, self.width // factor, dtype=torch.float32
@@ -82,13 +82,13 @@ def cases(context: Context) -> Iterator[Case]:
 
 
 def _codec(context: Context, size: Size, dtype: torch.dtype, chunk: int) -> VideoCodec:
-    """As the engine has one: in fp32, but for a decoder in `dtype`."""
+    """Return a codec as the engine's: in fp32, with its decoder in `dtype`."""
     module = vae(size.config, context.device, torch.float32)
     return VideoCodec(module, device=context.device, chunk=chunk, decoder_dtype=dtype)
 
 
 def _decode(context: Context, size: Size, dtype: torch.dtype, chunk: int) -> Iterator[Line]:
-    """Not beside anything: the lane's stream has a pool of memory of its own."""
+    """Measure decoding in the main stream: the lane's stream has a pool of memory of its own."""
     codec, latents = _codec(context, size, dtype, chunk), size.latents(1 + STEADY * chunk, context)
 
     def run() -> None:
@@ -113,7 +113,7 @@ def _encode(context: Context, size: Size, dtype: torch.dtype, chunk: int) -> Ite
 
 
 def _coded(context: Context, name: str, run: Run) -> Iterator[Line]:
-    """Peak bytes above weights and input; seconds of the run as a whole, which `_decoders` splits up."""
+    """Measure peak bytes above weights and input, and seconds of the whole run, which `_decoders` splits up."""
     run()  # picks algorithms, and makes the libraries' workspaces
     held, peak = held_bytes(context.device), peak_while(run, context.device)
     if held is not None and peak is not None:
@@ -125,7 +125,7 @@ def _coded(context: Context, name: str, run: Run) -> Iterator[Line]:
 
 
 def _decoders(context: Context, size: Size) -> Iterator[Line]:
-    """One later chunk of a latent frame, in turns: fp32 with TF32 and without, bf16, and weights in channels-last."""
+    """Compare decoders in turns: fp32 with TF32 and without, bf16, and weights in channels-last."""
     runs: dict[str, Run] = {}
     for dtype in (torch.float32, torch.bfloat16):
         for last in (False, True):
@@ -143,7 +143,7 @@ def _decoders(context: Context, size: Size) -> Iterator[Line]:
 
 
 def _to_channels_last(module: torch.nn.Module) -> None:
-    """4-D and 5-D weights in the memory order of the activations, so that no call copies them."""
+    """Put 4-D and 5-D weights in the memory order of the activations, so that no call copies them."""
     for parameter in module.parameters():
         if parameter.dim() in (4, 5):
             order = torch.channels_last if parameter.dim() == 4 else torch.channels_last_3d
@@ -156,7 +156,7 @@ def _without_tf32(codec: VideoCodec, latents: Tensor) -> None:
 
 
 def _error(context: Context, size: Size) -> Iterator[Line]:
-    """How far bf16's and TF32's frames are from true fp32's, of weights that are random: of levels of 255."""
+    """Measure the error of bf16's and TF32's frames against true fp32's, with random weights, in levels of 255."""
     latents = size.latents(3, context)
     with tf32(False):
         exact = _clip(_codec(context, size, torch.float32, 1), latents)
@@ -174,7 +174,7 @@ def _error(context: Context, size: Size) -> Iterator[Line]:
 
 
 def _whole(context: Context, size: Size) -> Iterator[Line]:
-    """81 frames to uint8 on the host, as a request has them."""
+    """Measure decoding 81 frames to uint8 on the host, as for a request."""
     codec, latents = _codec(context, size, torch.bfloat16, 1), size.latents(21, context)
 
     def run() -> None:
@@ -185,12 +185,12 @@ def _whole(context: Context, size: Size) -> Iterator[Line]:
 
 
 def _frames(codec: VideoCodec, latents: Tensor) -> None:
-    """Decode and drop: frames [3, n, H, W] a chunk."""
+    """Decode frames [3, n, H, W] a chunk, and drop them."""
     deque(codec.decode_float(latents), maxlen=0)
 
 
 def _clip(codec: VideoCodec, latents: Tensor) -> Tensor:
-    """Frames [3, F, H, W] in fp32, within [-1, 1]."""
+    """Decode frames [3, F, H, W] in fp32, within [-1, 1]."""
     return torch.cat([chunk.float().clamp(-1, 1) for chunk in codec.decode_float(latents)], dim=1)
 
 

@@ -2,8 +2,8 @@
 
     echo '{"calls": ["checks"], ...}' | python -m skylapse.benchmarks.gpu_lease.worker
 
-A case that raises has failed, and the next one follows. A device that is lost takes this process with it; the one that
-waits starts another behind the case, or at it again without the contestant who did it.
+A case that raises has failed, and the next one follows. If the device is lost, this process ends; the one that waits
+starts another with the next case, or with the same case without the contestant that lost the device.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LOST = 70  # the exit status of who has lost the device
 
 @dataclass(frozen=True)
 class Order:
-    """What this process is asked. done: device -> [call, case] that need not be run there; tried: nor these."""
+    """The order to this process. done: device -> [call, case] to skip there; tried: [call, case] to skip as well."""
 
     calls: list[str]
     done: dict[str, list[list[str]]]
@@ -95,7 +95,7 @@ def context_of(order: Order) -> Context:
 
 
 def run(call: str, case: Case) -> bool:
-    """Tell of a case; False where the device was lost in it."""
+    """Run a case and tell of it; False if the device was lost in it."""
     tell(call=call, begin=case.name, limit_s=case.limit_s)
     began, how = time.monotonic(), "ok"
     try:
@@ -118,20 +118,20 @@ def run(call: str, case: Case) -> bool:
 
 
 def is_good(line: Line) -> bool:
-    """Whether a check is right, and ours took part in a comparison."""
+    """Return whether a check is right, or ours has not failed in a comparison."""
     if isinstance(line, Row):
         return line.ours not in line.contestants or line.contestants[line.ours].status != "failed"
     return not isinstance(line, Check) or line.status == "ok"
 
 
 def culprit_of(row: Row) -> str | None:
-    """Who lost the device to everyone in a comparison."""
+    """Return the contestant that lost the device for everyone in a comparison, or None."""
     reasons = [it.reason or "" for it in row.contestants.values()]
     return next((words.removeprefix(LOST_TO) for words in reasons if words.startswith(LOST_TO)), None)
 
 
 def release(light: bool) -> bool:
-    """Give back what the case held, unless that is little; False where the device is lost."""
+    """Give back the memory of the case, unless it is light; False where the device is lost."""
     if not torch.cuda.is_available():
         return True
     try:

@@ -1,6 +1,6 @@
-"""`bench neighbours`: requests on a CPU that others use too, with a fixed number of threads and with the chosen one.
+"""`bench neighbours`: time requests on a CPU that others use too, with a fixed and with a chosen number of threads.
 
-Each contestant has a process of its own a round, since OpenMP reads how it waits once. A neighbour is a process that
+Each contestant has a process of its own a round, since OpenMP reads its settings once. A neighbour is a process that
 keeps a core busy; there is one for each core.
 """
 
@@ -75,7 +75,7 @@ def _case(sheet: Sheet, state: str, number: int, cores: int, rounds: int) -> Non
 
 @contextmanager
 def busy(number: int) -> Iterator[None]:
-    """So many processes that keep a core busy each."""
+    """Run so many processes, each of which keeps a core busy, inside the block."""
     processes = [subprocess.Popen(BUSY) for _ in range(number)]
     try:
         yield
@@ -86,7 +86,7 @@ def busy(number: int) -> Iterator[None]:
 
 
 def seconds_of_requests(model: str, threads: int, chooses: bool, seed: int, requests: int) -> dict[str, float]:
-    """Return what requests take one after another, from prompt to latents, behind one that warms up."""
+    """Return the seconds of requests one after another, from prompt to latents, after one that warms up."""
     from ...runtime.engine import Engine
     from ...runtime.request import VideoRequest
 

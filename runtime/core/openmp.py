@@ -1,4 +1,4 @@
-"""How OpenMP waits and MKL adds up: variables that both read once, when torch is imported."""
+"""Set the variables by which OpenMP waits and MKL adds up; both read them once, when torch is imported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SPINS = 10_000
 
 
 def prepare() -> None:
-    """Set what the operator has not set; of no effect where torch was imported before.
+    """Set those that the operator has not set. This has no effect once torch is imported.
 
     MKL then computes the same bits with any number of threads (Intel oneMKL, "Conditional numerical reproducibility";
     other processors would get its slowest code, and are left alone).

@@ -48,7 +48,7 @@ class _Steps:
 
     @property
     def median(self) -> float:
-        """Seconds a token."""
+        """Return the median of the seconds that a token took."""
         return median_low(self.seconds)
 
 
@@ -63,11 +63,11 @@ class _Trial:
 
 
 class CpuThreads:
-    """Chooses between `most`, half of it, a quarter, ..., and 1, by the seconds that a token takes with each.
+    """Chooses between `most` threads, half of them, a quarter, ..., and 1, by the seconds that a token takes with each.
 
-    most: torch's threads, and no more than the cores that this process may use. changes_midway: whether the number may
-    change while requests are under way. Where results are not the same to the bit with any number (`keep_bits`) it must
-    not: what a request becomes would depend on its neighbours.
+    most: torch's threads, and no more than the cores that this process may use. changes_midway: the number may change
+    while requests are under way. It must not where results are not the same to the bit with any number (`keep_bits`):
+    what a request becomes would depend on its neighbours.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Pictures and clips that people give: read in one way for the command line, the Python API and the service."""
+"""Read the pictures and clips that people give, in one way for the command line, the Python API and the service."""

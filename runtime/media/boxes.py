@@ -1,4 +1,4 @@
-"""What an mp4's boxes say that FFmpeg passes over: the clean aperture, and edits that hold or slow frames."""
+"""Read what FFmpeg passes over in an mp4's boxes: the clean aperture, and edits that hold or slow frames."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAMPLE_ENTRY_BYTES = 86  # of VisualSampleEntry, its own header included
 
 @dataclass
 class TrackFacts:
-    """One track; (width, height, x, y) of what is shown of a stored frame, None: all of it."""
+    """One track. aperture: (width, height, x, y) of the part of a stored frame that is shown; None: all of it."""
 
     aperture: tuple[int, int, int, int] | None = None
     keeps_speed: bool = True
@@ -40,7 +40,7 @@ def tracks_of(file: BinaryIO) -> list[TrackFacts]:
 def _boxes(
     file: BinaryIO, start: int, end: int, path: tuple[bytes, ...]
 ) -> Iterator[tuple[tuple[bytes, ...], int, int]]:
-    """(names from the outermost on, first byte of the content, its end) of every box, in order."""
+    """Yield (names from the outermost on, first byte of the content, its end) of every box, in order."""
     while start + 8 <= end:
         file.seek(start)
         size, name = struct.unpack(">I4s", file.read(8).ljust(8, b"\0"))
@@ -57,7 +57,7 @@ def _boxes(
 
 
 def _keeps_speed(content: bytes) -> bool:
-    """An edit that holds one frame (rate 0) or changes the speed is played by QuickTime alone."""
+    """Return False for an edit that holds one frame (rate 0) or changes the speed: QuickTime alone plays it."""
     if len(content) < 8:
         return True
     form = ">QqI" if content[0] == 1 else ">IiI"  # duration, first time of the medium (-1: nothing is shown), rate
@@ -67,7 +67,10 @@ def _keeps_speed(content: bytes) -> bool:
 
 
 def _aperture(stsd: bytes) -> tuple[int, int, int, int] | None:
-    """The first sample entry's `clap`: a width, height and offset of the middle, each a fraction (ISO/IEC 14496-12)."""
+    """Return the aperture that the first sample entry's `clap` gives, or None.
+
+    A `clap` has a width, a height and the offset of its middle, each a fraction (ISO/IEC 14496-12).
+    """
     entry = stsd[8 : 8 + int.from_bytes(stsd[8:12])]
     if len(entry) < SAMPLE_ENTRY_BYTES:
         return None

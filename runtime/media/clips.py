@@ -48,14 +48,14 @@ class Clip:
         return self.timeline.fps
 
     def picks(self, fps: float | None = None) -> NDArray[np.intp]:
-        """The frames of a clip of `fps` (None: its own rate), as indices for `frames`."""
+        """Return the frames of a clip of `fps` (None: its own rate), as indices for `frames`."""
         picks = self.timeline.picks(fps)
         if len(picks) > self._subject.bounds.max_frames:
             raise self._subject.refused("frames", str(len(picks)))
         return picks
 
     def frames(self, picks: NDArray[np.intp]) -> Iterator[Pixels]:
-        """Uint8 [height, width, 3]: the frames of these rising indices, decoded as they are asked for."""
+        """Yield the frames of these rising indices, uint8 [height, width, 3], each decoded when it is asked for."""
         num_picked, index = 0, -1
         with _opened(self._file, self._subject) as (container, stream, track):
             reader: FrameReader | None = None
@@ -75,13 +75,16 @@ class Clip:
 
 
 def read_video(path: PathLike, max_frames: int, max_pixels: int) -> tuple[Frames, float]:
-    """Frames, uint8 [frames, height, width, 3] as they are shown, and frames per second of a file within the bounds."""
+    """Return a file's frames as they are shown, uint8 [frames, height, width, 3], and its frames per second.
+
+    Raises Refused for a file out of the bounds.
+    """
     with open_clip(path, Bounds(max_pixels=max_pixels, max_frames=max_frames)) as clip:
         return np.stack([*clip.frames(clip.picks())]), clip.fps
 
 
 def read_frames(source: PathLike | Frames, width: int, height: int, max_frames: int) -> Iterator[Pixels]:
-    """Uint8 [height, width, 3]: each frame of a file or an array, fitted as `read_image` fits a picture."""
+    """Yield each frame of a file or an array, uint8 [height, width, 3], fitted as `read_image` fits a picture."""
     if isinstance(source, np.ndarray):
         yield from (fitted(Image.fromarray(frame), width, height) for frame in source)
         return
@@ -91,7 +94,7 @@ def read_frames(source: PathLike | Frames, width: int, height: int, max_frames: 
 
 
 def count_frames(source: PathLike | Frames) -> int:
-    """How many frames `read_frames` gives; the first one alone is decoded. Refuses what could not be read."""
+    """Return the number of frames that `read_frames` gives; decodes the first one alone. Refuses an unreadable clip."""
     if not isinstance(source, np.ndarray):
         with open_clip(source) as clip:
             return len(clip.picks())
@@ -104,7 +107,7 @@ def count_frames(source: PathLike | Frames) -> int:
 
 @contextmanager
 def open_clip(source: PathLike | BinaryIO, bounds: Bounds = CLIP_BOUNDS, label: str = "video") -> Iterator[Clip]:
-    """The clip of a path or of a file that is open; Refused for what is none within the bounds."""
+    """Open the clip of a path or of an open file. Raises Refused for what is no clip within the bounds."""
     if not isinstance(source, str | os.PathLike):
         yield _clip_of(source, Subject(label, "clip", bounds))
         return
@@ -127,7 +130,7 @@ def _clip_of(file: BinaryIO, subject: Subject) -> Clip:
 
 @contextmanager
 def _opened(file: BinaryIO, subject: Subject) -> Iterator[tuple[InputContainer, av.VideoStream, TrackFacts]]:
-    """The container and the stream that is the clip, its header checked.
+    """Open the container and find the stream that is the clip; its header is checked.
 
     FFmpeg is given an open file and one format: it tries no others, and a playlist could not name other files.
     """
@@ -150,7 +153,7 @@ def _opened(file: BinaryIO, subject: Subject) -> Iterator[tuple[InputContainer, 
 
 
 def _stream_of(container: InputContainer, subject: Subject) -> av.VideoStream:
-    """The first track that is switched on, else the first; cover art and thumbnails are no clip."""
+    """Return the first track that is switched on, else the first; cover art and thumbnails are no clip."""
     streams = [
         stream
         for stream in container.streams.video
@@ -174,12 +177,12 @@ def _stream_of(container: InputContainer, subject: Subject) -> av.VideoStream:
 
 
 def _options(subject: Subject) -> dict[str, str]:
-    """Decoders pad and frames may lie, so the codec's own bound of pixels is a loose one."""
+    """Return the codec's own bound of pixels: a loose one, since decoders pad and frames may lie."""
     return {"max_pixels": str(4 * subject.bounds.max_pixels + 2**20)}
 
 
 def _timeline(container: InputContainer, stream: av.VideoStream, subject: Subject) -> Timeline:
-    """By the packets: nothing is decoded. A file that was cut short shows here."""
+    """Return the clip's timeline, by its packets: nothing is decoded. Refuses a file that was cut short."""
     bounds = subject.bounds
     times: list[int] = []
     durations: dict[int, int] = {}
@@ -217,7 +220,7 @@ def _reader(frame: av.VideoFrame, stream: av.VideoStream, track: TrackFacts, sub
 
 
 def _decoded(container: InputContainer, stream: av.VideoStream, subject: Subject) -> Iterator[av.VideoFrame]:
-    """The frames that are shown, in their order."""
+    """Yield the frames that are shown, in their order."""
     import av
 
     context: av.VideoCodecContext = stream.codec_context

@@ -1,4 +1,4 @@
-"""Colours of pictures to sRGB: profiles by LittleCMS, gamma and primaries by their formulas."""
+"""Convert the colours of pictures to sRGB: profiles by LittleCMS, gamma and primaries by their formulas."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def to_srgb(image: Image.Image, facts: PngFacts, subject: Subject) -> Image.Imag
 
 
 def _parts(image: Image.Image, bits: int) -> tuple[Image.Image, Image.Image | None]:
-    """The colours alone (L, RGB or CMYK, 8 bits), and where the picture is not clear.
+    """Return the colours alone (L, RGB or CMYK, 8 bits), and a mask of where the picture is not clear.
 
     The colour that stands for "clear" (tRNS) has as many bits as the file's values, Pillow's pixels have 8 or 16.
     """
@@ -100,7 +100,7 @@ def _by_profile(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
-    """sRGB's own profile would move some values by one: 125 colours tell."""
+    """Return whether a transform moves no value of 125 colours by more than one: then the profile is sRGB's own."""
     steps = np.linspace(0, 255, 5).astype(np.uint8)
     colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
     moved = np.asarray(transform.apply(Image.fromarray(colours))).astype(int) - colours
@@ -116,7 +116,7 @@ def _by_cicp(image: Image.Image, cicp: tuple[int, int, int, int], subject: Subje
 
 
 def by_numbers(image: Image.Image, gamma: float | None, chromaticities: tuple[float, ...]) -> Image.Image:
-    """The colours of RGB pixels in sRGB. gamma: the exponent that light was raised to, None for sRGB's curve."""
+    """Convert RGB pixels to sRGB by numbers. gamma: the exponent that light was raised to, None for sRGB's curve."""
     matrix = to_srgb_matrix(chromaticities)
     is_srgbs = gamma is None or (matrix is None and abs(gamma - 1 / 2.2) < 0.01)  # 45455 stands for sRGB's curve
     has_own_gamma = not is_srgbs and gamma is not None and 0.01 < gamma < 10
@@ -141,7 +141,9 @@ def _srgb_of_light(light: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def to_srgb_matrix(chromaticities: tuple[float, ...]) -> NDArray[np.float32] | None:
-    """Linear RGB of these primaries to sRGB's, white to white; None where they are sRGB's, or nobody's."""
+    """Return the matrix from linear RGB of these primaries to sRGB's, white to white.
+
+    None where they are sRGB's, or impossible."""
     if np.abs(np.subtract(chromaticities, SRGB)).max() < 0.005 or min(chromaticities[1::2]) <= 0:
         return None
     try:
@@ -152,7 +154,7 @@ def to_srgb_matrix(chromaticities: tuple[float, ...]) -> NDArray[np.float32] | N
 
 
 def _to_xyz(chromaticities: tuple[float, ...]) -> NDArray[np.float64]:
-    """SMPTE RP 177: columns are the primaries' XYZ, which add up to white's."""
+    """Return the matrix from linear RGB to XYZ (SMPTE RP 177): its columns are the primaries and add up to white."""
     (wx, wy), *primaries = np.reshape(chromaticities, (4, 2))
     columns = np.array([(x / y, 1, (1 - x - y) / y) for x, y in primaries]).T
     white = np.array([wx / wy, 1, (1 - wx - wy) / wy])
@@ -160,7 +162,7 @@ def _to_xyz(chromaticities: tuple[float, ...]) -> NDArray[np.float64]:
 
 
 def _has_adobe_mark(image: Image.Image) -> bool:
-    """DCF 2.0: the interoperability index R03 says Adobe RGB."""
+    """Return whether Exif's interoperability index is R03, which says Adobe RGB (DCF 2.0)."""
     try:
         return image.getexif().get_ifd(IFD.Interop).get(1) == "R03"
     except Exception:  # Pillow raises many kinds for a broken Exif, which says nothing then

@@ -1,4 +1,4 @@
-"""Decoded frames to the pixels that are shown: colours to SDR RGB, the aperture, turned upright, square, opaque."""
+"""Turn decoded frames into the pixels that are shown: in SDR RGB, cut to the aperture, upright, square, opaque."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HD_WIDTH, HD_HEIGHT = 1280, 577  # from here on a clip that names no matrix is B
 
 
 class FrameReader:
-    """What is to be done to every frame of a clip, found out from its first one; Refused for what cannot be done."""
+    """Makes pixels of a clip's frames, in the way that its first frame asks for; Refused where that cannot be done."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class FrameReader:
         subject.check_size(self.width, self.height)
 
     def pixels(self, frame: av.VideoFrame) -> Pixels:
-        """Uint8 [height, width, 3]; of a frame as long as this call lasts."""
+        """Return a frame's pixels, uint8 [height, width, 3]. The frame is used only while this call lasts."""
         if (frame.width, frame.height) != self.stored_size:  # later frames may be larger than the header says
             raise self._subject.refused("resized", f"{frame.width}x{frame.height}")
         pixels = self._rgb(frame)
@@ -105,7 +105,7 @@ class FrameReader:
         return None
 
     def _aperture_of(self, aperture: tuple[int, int, int, int] | None) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom); one that lies outside of the frame says nothing, as in QuickTime."""
+        """Return (left, top, right, bottom). An aperture that reaches out of the frame is ignored, as in QuickTime."""
         width, height = self.stored_size
         if aperture is not None:
             wide, high, left, top = aperture
@@ -114,7 +114,7 @@ class FrameReader:
         return 0, 0, width, height
 
     def _turn_of(self, frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-        """Whether to swap x and y, then to mirror x, then y: what the display matrix does to a frame."""
+        """Return whether the display matrix swaps x and y, whether it then mirrors x, and whether it mirrors y."""
         found = frame.side_data.get("DISPLAYMATRIX")
         if found is None:
             return False, False, False
@@ -129,21 +129,21 @@ class FrameReader:
         return (True, c < 0, b < 0) if is_swapped else (False, a < 0, d < 0)
 
     def _square_size(self, width: int, height: int, aspect: Fraction) -> tuple[int, int]:
-        """The shorter side of a pixel grows, as HTML has it."""
+        """Return (width, height) with square pixels: the shorter side of a pixel grows, as in HTML."""
         if not 1 / MAX_ASPECT <= aspect <= MAX_ASPECT:
             raise self._subject.refused("aspect", f"{aspect.numerator}:{aspect.denominator}"[:24])
         return (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
 
 
 class Deinterlacer:
-    """Whole frames out of two fields each (bwdif, one frame for one); frames that have no fields pass as they are."""
+    """Makes whole frames out of two fields each (bwdif, one frame for one); frames without fields pass as they are."""
 
     def __init__(self) -> None:
         self._graph: av.filter.Graph | None = None
         self._colours: list[tuple[int, int, int, int]] = []
 
     def push(self, frame: av.VideoFrame, time_base: Fraction) -> Iterator[av.VideoFrame]:
-        """Frames that are ready; one is held back."""
+        """Take a frame and yield those that are ready; one is held back."""
         if self._graph is None:
             if not frame.interlaced_frame:
                 yield frame

@@ -1,6 +1,6 @@
-"""HDR frames to SDR: light by ITU-R BT.2100, rolled off by FFmpeg's `tonemap` filter, in one table for a clip.
+"""Convert HDR frames to SDR: light by ITU-R BT.2100, rolled off by FFmpeg's `tonemap` filter, in one table a clip.
 
-The table is FFmpeg's `haldclut`: 0.12 s a frame of 1080p, where the formulas themselves take 1 s.
+FFmpeg's `haldclut` applies the table: 0.12 s a frame of 1080p, where the formulas themselves take 1 s.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SIDE = LEVEL**3  # of the table as a picture
 
 
 class ToSdr:
-    """Coded BT.2020 RGB to coded BT.709 RGB, frames of one size."""
+    """Converts coded BT.2020 RGB to coded BT.709 RGB, for frames of one size."""
 
     def __init__(self, transfer: Transfer, width: int, height: int) -> None:
         from av import VideoFormat
@@ -50,7 +50,7 @@ class ToSdr:
         self._graph.push(None, 1)
 
     def pixels(self, coded: NDArray[np.uint16]) -> NDArray[np.uint8]:
-        """[height, width, 3]: 16 bits to 8."""
+        """Convert a frame [height, width, 3] of 16 bits to one of 8."""
         self._graph.push(_frame(coded, self._num_frames), 0)
         self._num_frames += 1
         shown = self._graph.vpull().to_ndarray()
@@ -67,7 +67,7 @@ def _frame(pixels: NDArray[np.uint16], time: int) -> av.VideoFrame:
 
 @cache
 def _table(transfer: Transfer) -> NDArray[np.uint16]:
-    """[SIDE, SIDE, 3]: what every node becomes; red runs fastest (a Hald picture)."""
+    """Return the table [SIDE, SIDE, 3] of the values that nodes become; red runs fastest (a Hald picture)."""
     coded = np.linspace(0, 1, LEVEL**2)
     blue, green, red = np.meshgrid(coded, coded, coded, indexing="ij")
     grid = np.stack((red, green, blue), -1).reshape(-1, 3)
@@ -79,14 +79,14 @@ def _table(transfer: Transfer) -> NDArray[np.uint16]:
 
 
 def _light_of_pq(coded: Light) -> Light:
-    """SMPTE ST 2084: absolute luminance."""
+    """Return the light of PQ, which codes absolute luminance (SMPTE ST 2084)."""
     m1, m2, c1, c2, c3 = 0.1593017578125, 78.84375, 0.8359375, 18.8515625, 18.6875
     root = coded ** (1 / m2)
     return (np.maximum(root - c1, 0) / (c2 - c3 * root)) ** (1 / m1) * (10_000 / WHITE)
 
 
 def _light_of_hlg(coded: Light) -> Light:
-    """BT.2100: of the scene, then as a display of PEAK shows it (system gamma 1.2)."""
+    """Return the light of HLG (BT.2100): the scene's, as a display of PEAK shows it (system gamma 1.2)."""
     a, b, c = 0.17883277, 0.28466892, 0.55991073
     scene = np.where(coded <= 0.5, coded**2 / 3, (np.exp((coded - c) / a) + b) / 12)
     luma = scene @ np.array([0.2627, 0.6780, 0.0593])
@@ -94,7 +94,7 @@ def _light_of_hlg(coded: Light) -> Light:
 
 
 def _rolled_off(light: Light) -> Light:
-    """[n, 3] through the filter, as a picture of SIDE pixels a row."""
+    """Put light [n, 3] through the filter, as a picture of SIDE pixels a row."""
     import av
     from av.filter import Graph
 

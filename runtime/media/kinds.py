@@ -1,4 +1,4 @@
-"""Kinds of files by their first bytes: names and media types are the sender's word."""
+"""Tell kinds of files by their first bytes: names and media types are the sender's word."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ OTHERS = {  # what people send besides, so that the refusal can name it
 
 
 def kind_of(file: BinaryIO) -> str:
-    """Return a name in PICTURES or CLIPS, of another kind that is known, or "" for the rest; leaves `file` at 0."""
+    """Return a file's kind: a name in PICTURES or CLIPS, that of another known kind, or ""; leaves `file` at 0."""
     file.seek(0)
     head = file.read(HEAD_BYTES)
     file.seek(0)

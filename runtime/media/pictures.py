@@ -33,9 +33,9 @@ Image.preinit()
 
 
 def read_image(source: PathLike | Image.Image | Pixels, width: int, height: int, name: str = "image") -> Pixels:
-    """Uint8 [height, width, 3]: the picture as it is shown, its aspect kept, cropped at the centre.
+    """Return a picture as it is shown, uint8 [height, width, 3], its aspect kept, cropped at the centre.
 
-    name: the field of the request that errors speak of. ValueError (Refused) for what is no picture within the bounds.
+    name: the field of the request in errors. Raises ValueError (Refused) for what is no picture within the bounds.
     """
     if not isinstance(source, np.ndarray | Image.Image):
         with _opened(source, name) as file:
@@ -54,7 +54,7 @@ def check_image(path: PathLike, name: str = "image") -> None:
 
 
 def picture_of(file: BinaryIO, label: str, bounds: Bounds = PICTURE_BOUNDS) -> Image.Image:
-    """The picture in an open file, as it is shown: an RGB image."""
+    """Return the picture in an open file as it is shown, an RGB image."""
     subject = Subject(label, "picture", bounds)
     image, facts = _header_of(file, subject)
     with subject.decoding():
@@ -67,7 +67,7 @@ def picture_of(file: BinaryIO, label: str, bounds: Bounds = PICTURE_BOUNDS) -> I
 
 
 def fitted(image: Image.Image, width: int, height: int) -> Pixels:
-    """Uint8 [height, width, 3]: scaled (Lanczos) until it covers width x height, and cut at the middle."""
+    """Return pixels, uint8 [height, width, 3], scaled (Lanczos) to cover width x height and cropped at the centre."""
     return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 
 
@@ -78,7 +78,7 @@ def _opened(path: PathLike, name: str) -> BinaryIO:
 
 
 def _header_of(file: BinaryIO, subject: Subject) -> tuple[Image.Image, PngFacts]:
-    """The picture with its header read and checked, and its pixels not."""
+    """Read and check a picture's header; its pixels are not decoded."""
     if (num_bytes := os.fstat(file.fileno()).st_size) > subject.bounds.max_bytes:
         raise subject.refused("bytes", str(num_bytes))
     kind = kind_of(file)
@@ -101,7 +101,7 @@ def _header_of(file: BinaryIO, subject: Subject) -> tuple[Image.Image, PngFacts]
 
 
 def _shown_size(image: Image.Image, facts: PngFacts, subject: Subject) -> tuple[int, int]:
-    """Width and height before it is turned, with pixels made square: the shorter side of a pixel grows."""
+    """Return width and height before the picture is turned, with square pixels: the shorter side of a pixel grows."""
     across, down = facts.density
     if image.format == "JPEG" and "jfif_density" in image.info:
         x, y = image.info["jfif_density"]

@@ -1,4 +1,4 @@
-"""PNG chunks: texts are left out, and what the rest says of colours and pixel shape is read.
+"""Leave texts out of a PNG, and read what its other chunks say of colours and pixel shape.
 
 Pillow unpacks every text and profile up to a bound and refuses the picture beyond it. A workflow in a `zTXt` chunk and
 the profile of a calibrated display are longer than that.
@@ -21,7 +21,7 @@ MAX_XMP_BYTES = 2**20
 
 @dataclass
 class PngFacts:
-    """The last word of each chunk that changes how pixels are shown; None: the chunk is not there."""
+    """The chunks that change how pixels are shown, the last of each kind; None: there is none."""
 
     profile: bytes | None = None  # iCCP, unpacked
     is_srgb: bool = False
@@ -57,7 +57,7 @@ def _may_turn(text: memoryview) -> bool:
 
 
 def _read_chunk(name: bytes, content: bytes, facts: PngFacts, subject: Subject) -> None:
-    """One of the wrong length says nothing, as in browsers."""
+    """Note what a chunk says. A chunk of the wrong length is ignored, as in browsers."""
     size = len(content)
     if name == b"IHDR" and size == 13:
         facts.bits = content[8]
@@ -77,7 +77,7 @@ def _read_chunk(name: bytes, content: bytes, facts: PngFacts, subject: Subject) 
 
 
 def _unpacked(content: bytes, subject: Subject) -> bytes | None:
-    """A profile that cannot be unpacked is none."""
+    """Return an unpacked profile, or None where it cannot be unpacked."""
     unpacker = zlib.decompressobj()
     try:
         profile = unpacker.decompress(content, MAX_PROFILE_BYTES + 1)

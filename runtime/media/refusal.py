@@ -1,4 +1,4 @@
-"""Why a picture or a clip is not taken: one sentence a reason, the same on the command line and over HTTP."""
+"""Refusals of pictures and clips: one sentence a reason, the same on the command line and over HTTP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_FPS = 120.0  # frames that a second is counted for where a bound is one of s
 
 @dataclass(frozen=True)
 class Bounds:
-    """How much of a file is taken."""
+    """The bounds that a file must keep to."""
 
     max_pixels: int = MAX_PIXELS
     max_bytes: int = 512 * 2**20
@@ -71,7 +71,7 @@ class Refused(ValueError):
 
 
 def sentence(word: str, medium: Medium, bounds: Bounds, got: str = "") -> str:
-    """Return "must ...", with what was found at its end."""
+    """Return the sentence of a refusal: "must ...", and at its end what was found."""
     a, file = FILES[medium]
     return SENTENCES[word].format(a=a, file=file, **asdict(bounds)) + (f", got {got}" if got else "")
 
@@ -91,7 +91,7 @@ class Subject:
         return Refused(word, self.label, self.medium, self.bounds, got, detail)
 
     def check_size(self, width: int, height: int) -> None:
-        """Refused for a picture or frame of `width` x `height` that is out of bounds."""
+        """Raise Refused where a picture or frame of `width` x `height` is out of bounds."""
         got = f"{width}x{height}"
         if min(width, height) < MIN_SIDE:
             raise self.refused("small", got)
@@ -102,10 +102,10 @@ class Subject:
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """Make a Refused of what a decoder raises about its file; what it raises about us passes through.
+        """Make a Refused of the errors that a decoder raises about its file; errors of ours pass through.
 
-        Ours: a module that is missing, an error of the system's that has a number, such as EMFILE where no file may be
-        opened any more. FFmpeg's errors have numbers of their own, Pillow's have none.
+        Ours are a missing module and an error of the system that has a number, such as EMFILE where no more files may
+        be opened. FFmpeg's errors have numbers of their own, Pillow's have none.
         """
         try:
             yield

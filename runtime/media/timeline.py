@@ -1,4 +1,4 @@
-"""When each frame of a clip is shown, and which of them a constant frame rate picks."""
+"""The times at which a clip's frames are shown, and the frames that a constant rate picks of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ JITTER = 0.25  # of an interval: within it a rate counts as constant; Matroska's
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """Starts of the frames and the end of the last one, in seconds from the first; the clip's own constant rate."""
+    """The frames' starts and the last one's end, in seconds from the first start, and the clip's own constant rate."""
 
     starts: NDArray[np.float64]
     end: float
@@ -24,7 +24,7 @@ class Timeline:
     is_constant: bool
 
     def picks(self, fps: float | None = None) -> NDArray[np.intp]:
-        """Indices of the frames that a clip of `fps` shows, rising, some more than once; None: its own rate.
+        """Return the indices of the frames that a clip of `fps` shows, rising, some more than once; None: its own rate.
 
         A clip whose frames already come at a constant rate is taken frame by frame at its own rate.
         """
@@ -39,7 +39,10 @@ class Timeline:
 def timeline_of(
     times: Sequence[int], time_base: Fraction, last_duration: int, told: Sequence[Fraction | None]
 ) -> Timeline:
-    """times: of at least one frame, rising, in units of `time_base` seconds; told: rates that the file claims."""
+    """Return the timeline of a clip from its frames' times.
+
+    times: of at least one frame, rising, in units of `time_base` seconds; told: rates that the file claims.
+    """
     unit = float(time_base)
     starts = (np.asarray(times, np.float64) - times[0]) * unit
     gaps = np.sort(np.diff(starts))
@@ -59,5 +62,5 @@ def timeline_of(
 
 
 def _told(fps: float, told: Sequence[Fraction | None]) -> float:
-    """The file's own word where it is within a hundredth: 24000/1001 rather than what milliseconds make of it."""
+    """Return the file's own rate where it is within a hundredth: 24000/1001, not what milliseconds make of it."""
     return next((float(rate) for rate in told if rate and abs(float(rate) / fps - 1) < 0.01), fps)

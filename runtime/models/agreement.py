@@ -1,4 +1,4 @@
-"""Check that the configs of a model's parts belong together: what one of them gives is what another one takes."""
+"""Check that the configs of a model's parts belong together: each part gives what the next one takes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_agreement(
     image_encoder: ImageEncoderConfig | None,
     expand_timesteps: bool,
 ) -> None:
-    """ValueError names the file and the field that does not go with another part's, and what would."""
+    """Raise ValueError naming the file, the field that does not go with another part's, and a value that would."""
     (name, config), *others = experts.items()
     for other, second in others:
         for field in fields(config):

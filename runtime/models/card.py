@@ -1,4 +1,4 @@
-"""skylapse.json: what a folder's author says of a model beside its configs, checked."""
+"""Check skylapse.json, in which a folder's author tells of a model what its configs do not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Any] = {  # what `WanPipeline.__call__` has
 
 @dataclass(frozen=True)
 class Limits:
-    """The "limits" of a card."""
+    """The "limits" of a skylapse.json."""
 
     max_num_frames: int = 1025
     max_pixels: int = 3840 * 2176
@@ -39,7 +39,7 @@ class Limits:
 
 
 def check_fields(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """A card without its nulls; ValueError names a field that is unknown or of another type."""
+    """Return a skylapse.json's fields without nulls; ValueError names a field that is unknown or of another type."""
     given = {name: value for name, value in extra.items() if value is not None}
     try:
         _check_names(given, FIELDS, "")
@@ -64,7 +64,7 @@ def check_fields(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_shapes(folder: ModelFolder) -> None:
-    """ValueError for a default or a native size that the model cannot make."""
+    """Raise ValueError for a default or a native size that the model cannot make."""
     width, height = folder.defaults.width, folder.defaults.height
     defaults = {name: value for name, value in folder.extra.get("defaults", {}).items() if value is not None}
     asked = [("defaults", defaults), ("defaults", {"width": width, "height": height})]

@@ -1,4 +1,4 @@
-"""Safetensors checkpoints in diffusers' folder format -> modules, streamed to their device and dtype.
+"""Load safetensors checkpoints in diffusers' folder format into modules, streamed to their device and dtype.
 
 The module is built on the `meta` device; every file's header is read and every key checked before any weight is. Then
 one tensor at a time goes from the file to its place, so no second copy of the weights ever exists.
@@ -26,7 +26,7 @@ from .linear import Linear
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' stem of weight files
 ENCODER_WEIGHTS = "model"  # transformers'
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-# What weights are found in that nothing here reads: pickles run code, the others need their own arithmetic.
+# Files of weights that nothing here reads: pickles run code, the others need their own arithmetic.
 FOREIGN = {".bin": "a pickle", ".pt": "a pickle", ".pth": "a pickle", ".ckpt": "a pickle", ".gguf": "GGUF"}
 QUANTIZED_ROWS = 1024  # at a time: 56 MB of fp32 of Wan 14B's widest
 
@@ -37,9 +37,9 @@ Header = tuple[tuple[int, ...], str]  # of a tensor: its shape, and its dtype as
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a checkpoint's tensor goes: rows of one parameter.
+    """The place that a checkpoint's tensor goes to: rows of one parameter.
 
-    kernel: its shape in the file where it is a convolution's there, [out, C, p, q, r] for [out, C p q r].
+    kernel: the tensor's shape in the file if it is a convolution's there, [out, C, p, q, r] for [out, C p q r].
     """
 
     parameter: str
@@ -50,7 +50,7 @@ class Slot:
 
 
 def slots(module: nn.Module, rename: Callable[[str], str] = lambda name: name) -> dict[str, Slot]:
-    """Checkpoint name -> slot, for every parameter; a fused `Linear` has one for each of its sources.
+    """Return checkpoint name -> slot, for every parameter; a fused `Linear` has one for each of its sources.
 
     `rename` turns our parameter names into the checkpoint's where they differ.
     """
@@ -136,7 +136,7 @@ def check_keys(
 ) -> None:
     """Raise one ValueError that names every key that is missing, left over, wrongly shaped or no float.
 
-    Those that `unexpected_keys` let pass are logged.
+    Keys that `unexpected_keys` let pass are logged.
     """
     missing = sorted(places.keys() - headers.keys())
     extra = sorted(headers.keys() - places.keys())
@@ -171,9 +171,9 @@ def _some(keys: Sequence[str], limit: int = 5) -> str:
 
 
 def weight_files(folder: Path, stem: str = WEIGHTS) -> list[Path]:
-    """The folder's safetensors files: one, or the shards of its index. Raises ValueError where one is missing.
+    """Return the folder's safetensors files: one, or the shards of its index. Raises ValueError where one is missing.
 
-    Where there is both, diffusers takes the index and transformers the single file; so it is here.
+    Where there is both, diffusers' weights are taken from the index and transformers' from the single file, as they do.
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file() and not (stem == WEIGHTS and index.is_file()):
@@ -195,7 +195,7 @@ def weight_files(folder: Path, stem: str = WEIGHTS) -> list[Path]:
 
 
 def _no_weights(folder: Path, stem: str) -> str:
-    """The refusal of a folder without them, with what to do about what is there instead."""
+    """Return the refusal of a folder without weights, with what to do about what is there instead."""
     wanted = f"{stem}.safetensors"
     there = sorted(path.name for path in folder.glob("*") if path.is_file())
     told = f"{folder.name}: no {wanted} and no {wanted}.index.json"
@@ -216,12 +216,12 @@ def _no_weights(folder: Path, stem: str) -> str:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a part's folder holds weights in any form, or JSON alone."""
+    """Return whether a part's folder holds weights in any form, rather than JSON alone."""
     return any(path.suffix in (".safetensors", *FOREIGN) for path in folder.glob("*"))
 
 
 def tensor_headers(folder: Path, stem: str = WEIGHTS) -> dict[str, Header]:
-    """Name -> (shape, dtype) of every tensor of a folder, from the files' headers alone."""
+    """Return name -> (shape, dtype) of every tensor of a folder, from the files' headers alone."""
     headers: dict[str, Header] = {}
     for path in weight_files(folder, stem):
         with _open(path) as file:
@@ -256,7 +256,7 @@ def _keep_in(layer: Linear, form: WeightFormat, device: torch.device, name: str)
 
 
 def _quantize(tensor: Tensor, layer: Linear, first: int, device: torch.device) -> None:
-    """A checkpoint's tensor into its rows, some megabytes at a time; what is sent to the device is the file's bytes."""
+    """Quantise a tensor into its rows, some megabytes at a time; the file's own bytes are sent to the device."""
     for start in range(0, len(tensor), QUANTIZED_ROWS):
         layer.fill(first + start, tensor[start : start + QUANTIZED_ROWS].to(device).float())
 

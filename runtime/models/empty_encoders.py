@@ -1,4 +1,4 @@
-"""Text and image encoders without memory, from their configs: to be filled, counted, or run for their peaks."""
+"""Build text and image encoders without memory, from their configs: to be filled, counted, or run for their peaks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .registry import ModelFolder
 
 
 def empty_encoder(folder: ModelFolder, part: str) -> Any:
-    """Return transformers' module on `meta`, or None where the checkpoint has none; whoever asks again gets the same.
+    """Return transformers' module on `meta`, or None where the checkpoint has none; the next call gives the same one.
 
     Raises ValueError for a config that transformers cannot build a known encoder from.
     """

@@ -1,4 +1,4 @@
-"""The configs of text and image encoders, as far as they shape what we read of them; no torch, no transformers."""
+"""The configs of text and image encoders, as far as they shape the parts that we read; no torch, no transformers."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class ImageEncoderConfig:
 
     @property
     def num_rows(self) -> int:
-        """Rows that an image becomes: its patches, and the class token."""
+        """Return the number of rows that an image becomes: its patches, and the class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
@@ -92,20 +92,20 @@ def _check_epsilon(name: str, value: float) -> None:
 
 
 def text_encoder_config(fields: Mapping[str, Any]) -> TextEncoderConfig:
-    """Of text_encoder/config.json; ValueError names the field that is wrong."""
+    """Read the fields of text_encoder/config.json; ValueError names the field that is wrong."""
     return typed(TextEncoderConfig, fields, "text_encoder/config.json")
 
 
 def image_encoder_config(fields: Mapping[str, Any]) -> ImageEncoderConfig:
-    """Of image_encoder/config.json; ValueError names the field that is wrong."""
+    """Read the fields of image_encoder/config.json; ValueError names the field that is wrong."""
     return typed(ImageEncoderConfig, fields, "image_encoder/config.json")
 
 
 def encoder_fields(part: str, fields: Mapping[str, Any], class_name: str | None = None) -> dict[str, Any]:
-    """Return a config.json's fields without nulls, those of CLIP's vision tower out of a whole CLIP's.
+    """Return a config.json's fields without nulls; of a whole CLIP's, those of its vision tower.
 
-    They are checked: ValueError names what is wrong. class_name: what model_index.json says that the part is; it
-    counts before the config's own word, as in diffusers. The result's "architectures" names the class alone.
+    They are checked: ValueError names what is wrong. class_name: the part's in model_index.json, which counts before
+    the config's own word, as in diffusers. The result's "architectures" names the class alone.
     """
     file, known = f"{part}/config.json", TEXT_CLASSES if part == "text_encoder" else IMAGE_CLASSES
     named = fields.get("architectures")

@@ -1,4 +1,4 @@
-"""Rows that tell which native sizes of a model fit on a device: of `models inspect`, and of the committed table."""
+"""Tell which native sizes of a model fit on a device, in rows: for `models inspect` and the committed table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPE, DECODER_DTYPE = torch.bfloat16, torch.bfloat16
 
 @dataclass(frozen=True)
 class Precision:
-    """What a model is kept in, and what follows from it."""
+    """A precision that a model is kept in, with the bytes of its parts and its peaks."""
 
     folder: ModelFolder
     quantize: str | None
@@ -48,7 +48,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What a model cannot be kept in, and why."""
+    """A precision that a model cannot be kept in, and the reason."""
 
     folder: ModelFolder
     quantize: str | None
@@ -56,7 +56,7 @@ class Refusal:
 
 
 def precisions(folder: ModelFolder, quantize: tuple[str | None, ...] = (None, "fp8")) -> Iterator[Precision | Refusal]:
-    """The checkpoint in bf16, with the weights of its blocks as they are and in 8 bits, where their sides allow it."""
+    """Yield the checkpoint in bf16, its blocks' weights as they are, and in 8 bits where their sides allow it."""
     for kept_in in quantize:
         if (why := quantize_refusal(folder, kept_in)) is not None:
             yield Refusal(folder, kept_in, why)
@@ -66,22 +66,22 @@ def precisions(folder: ModelFolder, quantize: tuple[str | None, ...] = (None, "f
 
 
 def config_of(folder: ModelFolder) -> WanConfig:
-    """Of the experts."""
+    """Return the experts' config."""
     name, fields = next(iter(folder.transformers.items()))
     return parse_config(WanConfig, fields, name)
 
 
 def sizes_of(folder: ModelFolder) -> list[Size]:
-    """The native ones, at the default length."""
+    """Return the native sizes, at the default length."""
     return [Size(width, height, folder.defaults.num_frames) for width, height in folder.native_sizes]
 
 
 def rows_of(
     precision: Precision | Refusal, device_bytes: float, host_bytes: float | None = None, offload: str = "auto"
 ) -> list[dict[str, Any]]:
-    """One row a native size; the keys are contracts' (docs/memory.md).
+    """Return one row a native size; docs/memory.md promises the keys.
 
-    A precision that there is not is a row as well: it is blocked by "quantize", and its `why` says which weight.
+    A refused precision has its rows as well: they are blocked by "quantize", and `why` names the weight.
     """
     if isinstance(precision, Refusal):
         return [_refused(precision, size, device_bytes) for size in sizes_of(precision.folder)]

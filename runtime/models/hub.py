@@ -1,4 +1,4 @@
-"""Models on a hub: which commit a name means, its configs alone, and all of its files, fetched once a machine."""
+"""Models on a hub: find the commit that a name means, and fetch its configs or all of its files, once a machine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class HubUnreachable(ValueError):
 
 @dataclass(frozen=True)
 class Download:
-    """How far the files of a model have come."""
+    """The progress of a model's download, in bytes."""
 
     model: str
     num_bytes: int
@@ -54,7 +54,7 @@ class Download:
         return self.num_bytes / self.total_bytes if self.total_bytes else 1.0
 
     def __str__(self) -> str:
-        """So many bytes in words, with decimal units as hubs have them."""
+        """Return the bytes in words, with decimal units as hubs have them."""
         unit, name = (1e9, "GB") if self.total_bytes >= 1e9 else (1e6, "MB")
         return f"{self.num_bytes / unit:.1f} of {self.total_bytes / unit:.1f} {name}, {100 * self.share:.0f} %"
 
@@ -63,7 +63,7 @@ Report = Callable[[Download], None]
 
 
 def local_folder(name: str) -> Path | None:
-    """The folder of "demo" or of a local model; None for a hub's id. ValueError for what is neither."""
+    """Return the folder of "demo" or of a local model; None for a hub's id. ValueError for what is neither."""
     if name == "demo":
         return DEMO_FOLDER
     if name and Path(name).is_dir():
@@ -81,11 +81,11 @@ def local_folder(name: str) -> Path | None:
 def resolve_folder(
     name: str, cache_dir: Path | None = None, revision: str | None = None, report: Report | None = None
 ) -> Path:
-    """The folder of "demo", a local diffusers folder, or a hub id, whose files are downloaded where they are not here.
+    """Return the folder of "demo", a local diffusers folder, or a hub id, whose missing files are downloaded.
 
-    revision: a branch, a tag or a commit; default the hub's own. report: told about once a second while files come. One
-    process of a machine downloads, and the others wait for it. A download that breaks is tried again until some tries
-    have brought nothing more. Raises ValueError, and of it UnknownModel and HubUnreachable, with one line.
+    revision: a branch, a tag or a commit; default the hub's own. report: called about once a second while files come.
+    One process of a machine downloads, and the others wait for it. A download that breaks is tried again until some
+    tries have brought nothing more. Raises ValueError, or its UnknownModel or HubUnreachable, with one line.
     """
     if (folder := _local(name, revision)) is not None:
         return folder
@@ -101,7 +101,7 @@ def resolve_folder(
 
 
 def resolve_configs(name: str, cache_dir: Path | None = None, revision: str | None = None) -> Path:
-    """As `resolve_folder`, but of a hub id with its JSON files alone; what is there already is not asked for again."""
+    """Do as `resolve_folder`, but fetch a hub id's JSON files alone; files that are there are not asked for again."""
     if (folder := _local(name, revision)) is not None:
         return folder
     if COMMIT.fullmatch(revision or "") and (folder := cached_folder(name, cache_dir, revision, CONFIGS)) is not None:
@@ -113,9 +113,9 @@ def resolve_configs(name: str, cache_dir: Path | None = None, revision: str | No
 
 
 def pin(name: str, cache_dir: Path | None = None, revision: str | None = None) -> str:
-    """The commit that a revision of a hub id is now.
+    """Return the commit that a revision of a hub id is now.
 
-    Where the hub does not answer, the one that it was when it was asked last. Raises as `resolve_folder`.
+    If the hub does not answer, it is the one that it was when the hub was asked last. Raises as `resolve_folder`.
     """
     from huggingface_hub import HfApi, constants
 
@@ -135,7 +135,7 @@ def pin(name: str, cache_dir: Path | None = None, revision: str | None = None) -
 def cached_folder(
     name: str, cache_dir: Path | None, revision: str | None, patterns: Sequence[str] = DOWNLOADED
 ) -> Path | None:
-    """The folder of a hub id with all files of these patterns, where they are on this machine; no hub is asked."""
+    """Return a hub id's folder if all files of these patterns are on this machine, else None; no hub is asked."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -163,7 +163,7 @@ def _local(name: str, revision: str | None) -> Path | None:
 
 
 def _remember(name: str, cache_dir: Path | None, revision: str | None, commit: str) -> None:
-    """Note which commit a branch or tag was, for days without the hub; what was downloaded by its commit has none."""
+    """Note the commit of a branch or tag, for days without the hub: a download by its commit notes none."""
     branch = revision or "main"
     if COMMIT.fullmatch(branch) or not BRANCH.fullmatch(branch) or ".." in branch:
         return
@@ -209,7 +209,7 @@ def _download(name: str, cache_dir: Path | None, commit: str, patterns: Sequence
 
 @contextmanager
 def _alone(name: str, cache_dir: Path | None, commit: str, report: Report | None) -> Iterator[None]:
-    """While no other process of this machine downloads this model; `report` is told how far whoever does it is."""
+    """Keep this machine's other processes from downloading this model; `report` hears of progress, whoever makes it."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(_cache(cache_dir) / ".locks" / f"skylapse--{name.replace('/', '--')}.lock")
@@ -238,7 +238,7 @@ def _alone(name: str, cache_dir: Path | None, commit: str, report: Report | None
 
 
 def _watch(name: str, cache_dir: Path | None, commit: str, report: Report, done: threading.Event) -> None:
-    """Report what lies in the cache, whoever brings it; a last time when all is there."""
+    """Report how much lies in the cache, whoever brings it; a last time when all is there."""
     told = -1
     while True:
         ended = done.wait(REPORT_S)
@@ -252,7 +252,7 @@ def _watch(name: str, cache_dir: Path | None, commit: str, report: Report, done:
 
 
 def _progress(name: str, cache_dir: Path | None, commit: str) -> Download | None:
-    """None until the list of files is there."""
+    """Return the progress of a download; None until the list of its files is there."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -277,7 +277,7 @@ def _remove_stale(name: str, cache_dir: Path | None) -> None:
 
 
 def _parts(name: str, cache_dir: Path | None) -> list[Path]:
-    """Of files that are not complete."""
+    """Return the files that are not complete."""
     return [*(_repository(name, cache_dir) / "blobs").glob("*.incomplete")]
 
 
@@ -296,7 +296,7 @@ def _cache(cache_dir: Path | None) -> Path:
 
 
 def _refusal(error: Exception, name: str, revision: str | None, cache_dir: Path | None) -> ValueError:
-    """The same in one line that says what to do, since huggingface_hub's are paragraphs; raises an error of ours."""
+    """Return an error as one line that says what to do (huggingface_hub's are paragraphs); raises an error of ours."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,

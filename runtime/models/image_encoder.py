@@ -1,4 +1,4 @@
-"""An image -> CLIP rows, for checkpoints that cross-attend to them (Wan2.1 image-to-video)."""
+"""Turn images into CLIP rows, for checkpoints that cross-attend to them (Wan2.1 image-to-video)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ImageEncoder:
     ) -> ImageEncoder:
         """Read `image_encoder/` and `image_processor/` of a checkpoint folder; ValueError names what does not fit.
 
-        fields, processor: of its config (`encoder_fields`) and by `load_processor`, where they have been read already.
+        fields: the config's, by `encoder_fields`; processor: by `load_processor`; where they have been read already.
         """
         if fields is None:
             fields = encoder_fields("image_encoder", read_json(folder / "image_encoder" / "config.json"))
@@ -45,12 +45,12 @@ class ImageEncoder:
 
     @property
     def rows_per_image(self) -> int:
-        """Its patches, and the class token."""
+        """Return the number of rows of an image: its patches, and the class token."""
         config = self.model.config
         return int(config.image_size // config.patch_size) ** 2 + 1
 
     def encode(self, images: list[np.ndarray]) -> Tensor:
-        """uint8 images [H, W, 3] -> rows [num_images * patches, image_dim] of the last layer but one."""
+        """Return rows [num_images * rows_per_image, image_dim] of uint8 images [H, W, 3], of the last layer but one."""
         pixels = self.processor(images=[Image.fromarray(image) for image in images], return_tensors="pt").pixel_values
         with torch.inference_mode():
             states = self.model(pixels.to(self.model.device, self.model.dtype), output_hidden_states=True).hidden_states
@@ -61,7 +61,7 @@ class ImageEncoder:
 def load_processor(folder: Path, image_size: int) -> Any:
     """Read `image_processor/` of a checkpoint folder, by transformers; ValueError says what is missing or does not fit.
 
-    image_size: side in pixels of what the image encoder takes.
+    image_size: the side in pixels of the images that the image encoder takes.
     """
     from transformers import CLIPImageProcessorPil  # the one that needs no torchvision
 

@@ -15,7 +15,7 @@ from .text_encoder import load_tokenizer
 
 @dataclass(frozen=True)
 class Companions:
-    """The parts without weights."""
+    """The parts that have no weights."""
 
     tokenizer: Any
     processor: Any  # of images; None where the model is shown none

@@ -1,4 +1,4 @@
-"""model_index.json: which parts a folder promises, and which of them a Wan model is made of."""
+"""model_index.json: the parts that a folder promises, and those of them that a Wan model is made of."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ModelIndex:
 
     @property
     def experts(self) -> list[str]:
-        """The transformers that diffusers would denoise with; ValueError where it would miss one."""
+        """Return the transformers that diffusers would denoise with; ValueError where it would miss one."""
         there, ratio = [part for part in EXPERTS if part in self.classes], self.boundary_ratio
         if not there:
             raise ValueError(f"{FILE}: there is no transformer")
@@ -80,7 +80,7 @@ def read_index(folder: Path, name: str) -> ModelIndex:
 
 
 def _class_of(part: str, entry: Any) -> str | None:
-    """The class of a part's entry, [library, class]; None for one that is switched off, or is no part."""
+    """Return the class of an entry, [library, class]; None for a part that is switched off, and for what is no part."""
     known = part in (*CLASSES, *ALWAYS, *FOR_IMAGES)
     pair = isinstance(entry, list) and len(entry) == 2 and all(one is None or isinstance(one, str) for one in entry)
     if not pair:
@@ -94,7 +94,7 @@ def _class_of(part: str, entry: Any) -> str | None:
 
 
 def _no_index(folder: Path, name: str) -> str:
-    """The refusal of a folder without one, with where one is if it is near."""
+    """Return the refusal of a folder without a model_index.json, naming the place of one that is near."""
     told = f"{name}/{FILE} is missing: a model is a folder in diffusers' format"
     if (folder.absolute().parent / FILE).is_file():
         return f"{told}, and this is one of its parts; the model is {folder.absolute().parent}"
@@ -103,7 +103,7 @@ def _no_index(folder: Path, name: str) -> str:
 
 
 def ignored_parts(folder: Path, index: ModelIndex, used: list[str]) -> dict[str, str]:
-    """Return parts that are promised or there and that nothing uses, with the reason; each is logged once."""
+    """Return the parts, promised or there, that nothing uses, each with the reason; each is logged once."""
     ignored = {}
     there = sorted(path.parent.name for path in {*folder.glob("*/config.json"), *folder.glob("*/*.safetensors")})
     for part in dict.fromkeys((*index.classes, *there)):
@@ -124,5 +124,5 @@ def ignored_parts(folder: Path, index: ModelIndex, used: list[str]) -> dict[str,
 
 @cache
 def _tell(folder: Path, what: str) -> None:
-    """Log it once a process, however often the folder is read."""
+    """Log this about a folder once a process, however often the folder is read."""
     logger.warning("%s: %s", folder.name, what)

@@ -1,4 +1,4 @@
-"""The parts of a model as they are loaded: modules without memory, and what the folder's files call their weights."""
+"""The parts of a model as they are loaded: modules without memory, and their weights' names in the folder's files."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ Rename = Callable[[str], str]  # our name of a parameter -> the checkpoint's
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A part's module, on `meta`, and where its weights are.
+    """A part's module, on `meta`, and the place of its weights.
 
-    rename_for: the names in the file -> how it calls our parameters.
+    rename_for: takes the names in the file, and returns what turns our names of parameters into them.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Part:
 
 
 def expert_part(name: str, fields: Mapping[str, Any]) -> Part:
-    """A denoiser of these config fields."""
+    """Return a denoiser of these config fields."""
     with torch.device("meta"):
         module = WanDenoiser(parse_config(WanConfig, fields, name))
     return Part(
@@ -58,14 +58,14 @@ def expert_part(name: str, fields: Mapping[str, Any]) -> Part:
 
 
 def vae_part(fields: Mapping[str, Any]) -> Part:
-    """A VAE of these config fields."""
+    """Return a VAE of these config fields."""
     with torch.device("meta"):
         module = WanVAE(parse_config(WanVAEConfig, fields, "vae"))
     return Part(name="vae", module=module, rename_for=lambda names: checkpoint_name)
 
 
 def text_encoder_part(fields: Mapping[str, Any]) -> Part:
-    """A text encoder of these config fields, which `encoder_fields` has checked."""
+    """Return a text encoder of these config fields, which `encoder_fields` has checked."""
     model = build_encoder("text_encoder", fields)
     model.set_input_embeddings(model.shared)  # its two names are of one module
     return Part(
@@ -78,7 +78,7 @@ def text_encoder_part(fields: Mapping[str, Any]) -> Part:
 
 
 def image_encoder_part(fields: Mapping[str, Any]) -> Part:
-    """An image encoder of these config fields: the vision tower, whatever else its files hold."""
+    """Return an image encoder of these config fields: the vision tower, whatever else its files hold."""
 
     def rename_for(names: Collection[str]) -> Rename:
         prefix = TOWER if any(name.startswith(TOWER) for name in names) else ""
@@ -94,7 +94,7 @@ def image_encoder_part(fields: Mapping[str, Any]) -> Part:
 
 
 def parts_of(folder: ModelFolder) -> Iterator[Part]:
-    """Every part that has weights, one after the other."""
+    """Yield every part that has weights, one after the other."""
     for name, fields in folder.transformers.items():
         yield expert_part(name, fields)
     yield vae_part(folder.vae)
@@ -105,7 +105,7 @@ def parts_of(folder: ModelFolder) -> Iterator[Part]:
 
 
 def check_weights(folder: ModelFolder) -> None:
-    """ValueError names a part whose files are missing or do not fit its config; their headers alone are read."""
+    """Raise ValueError naming a part whose files are missing or do not fit its config; only their headers are read."""
     for part in parts_of(folder):
         path = folder.path / part.name
         headers = tensor_headers(path, part.stem)
@@ -114,7 +114,7 @@ def check_weights(folder: ModelFolder) -> None:
 
 
 def holds_weights(folder: ModelFolder) -> bool:
-    """Whether the folder was meant to be loaded from: one of JSON files alone tells what a model is."""
+    """Return whether the folder was meant to be loaded from: one of JSON files alone only describes a model."""
     return any(has_weights(folder.path / part) for part in (*folder.transformers, "vae", *folder.encoders))
 
 

@@ -51,7 +51,7 @@ CPU_SIDES = ((2, 2), (4, 4))  # and measured: on a CPU they are in proportion fr
 
 @dataclass(frozen=True)
 class Curve:
-    """Bytes by a count, between and beyond the points that were measured as straight lines."""
+    """Bytes by a count: straight lines between the points that were measured, and beyond them."""
 
     points: tuple[tuple[float, float], ...]
 
@@ -60,7 +60,7 @@ class Curve:
         return max(0, round(y0 + (y1 - y0) * (count - x0) / (x1 - x0)))
 
     def most(self, num_bytes: float) -> int:
-        """The greatest count that takes no more than so many bytes; 0 where none does."""
+        """Return the greatest count that takes no more than so many bytes; 0 where none does."""
         if num_bytes < self.at(0):
             return 0
         (x0, y0), (x1, y1) = self._segment([y for _, y in self.points], num_bytes)
@@ -80,7 +80,7 @@ class Coding:
     output_bytes: float  # a pixel and latent frame, of the fp32 buffer that tiles are blended in
 
     def at(self, height: int, width: int, chunk: int, tiling: Tiling, factor: int) -> int:
-        """Of a frame of height x width pixels, whole or in tiles, whose states all live at once."""
+        """Return the peak of a frame of height x width pixels, whole or in tiles, whose states all live at once."""
         h, w = height // factor, width // factor
         tile_h, tile_w = tiling.size(h, w, factor)
         tile = tile_h * tile_w * factor**2
@@ -91,7 +91,7 @@ class Coding:
         return round(peak + others + 2 * self.output_bytes * chunk * height * width)
 
     def kept(self, height: int, width: int, tiling: Tiling, factor: int) -> int:
-        """From one chunk to the next: every tile's states."""
+        """Return the bytes that are kept from one chunk to the next: every tile's states."""
         h, w = height // factor, width // factor
         tile_h, tile_w = tiling.size(h, w, factor)
         whole = (tile_h, tile_w) == (h, w)
@@ -104,7 +104,7 @@ class Coding:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Of one checkpoint in one precision."""
+    """Peak bytes of one checkpoint in one precision."""
 
     step: Curve  # N tokens of a pack, all branches
     apart: Curve  # the same where the sequences of a guided pair go through the blocks one after the other
@@ -119,7 +119,7 @@ class Peaks:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Peaks:
-        """The inverse of `to_json`; KeyError, TypeError or ValueError where it is something else."""
+        """Read what `to_json` gives; KeyError, TypeError or ValueError for anything else."""
         curves = {name: _curve(found[name]) for name in ("step", "apart")}
         codings = {name: _coding(found[name]) for name in ("encode", "decode")}
         numbers = {name: int(found[name]) for name in ("text", "image", "workspace")}
@@ -139,7 +139,7 @@ def _coding(found: dict[str, Any]) -> Coding:
 
 
 def step_bytes(denoiser: WanDenoiser, num_sequences: int, num_tokens: int, device: str, apart: bool = False) -> int:
-    """Peak of a step of S sequences of n tokens each: embedding, two blocks, head."""
+    """Return the peak bytes of a step of S sequences of n tokens each: embedding, two blocks, head."""
     run = step_of(denoiser, num_sequences, num_tokens, device, apart)
     with torch.no_grad(), LiveBytes() as live:
         run()
@@ -149,7 +149,7 @@ def step_bytes(denoiser: WanDenoiser, num_sequences: int, num_tokens: int, devic
 def step_of(
     denoiser: WanDenoiser, num_sequences: int, num_tokens: int, device: str, apart: bool = False
 ) -> Callable[[], None]:
-    """That step, with all that it is given made already."""
+    """Return the step that `step_bytes` measures, with its inputs made already."""
     config, dtype = denoiser.config, denoiser.dtype
     total, rows = num_sequences * num_tokens, num_sequences * TEXT_ROWS
     p, q, r = config.patch_size
@@ -185,14 +185,14 @@ def step_of(
 def coding_bytes(
     run: Callable[[Tensor, Any], tuple[Tensor, Any]], shapes: Iterable[tuple[int, ...]], like: Tensor
 ) -> int:
-    """Peak of `code`."""
+    """Return the peak bytes of `code`."""
     with torch.no_grad(), LiveBytes() as live:
         code(run, shapes, like)
     return live.peak_bytes
 
 
 def code(run: Callable[[Tensor, Any], tuple[Tensor, Any]], shapes: Iterable[tuple[int, ...]], like: Tensor) -> None:
-    """A clip chunk by chunk, with what is made of each chunk given away before the next one."""
+    """Code a clip chunk by chunk, giving each chunk's result away before the next one."""
     states = None
     for shape in shapes:
         made, states = run(like.new_zeros(shape), states)
@@ -201,14 +201,14 @@ def code(run: Callable[[Tensor, Any], tuple[Tensor, Any]], shapes: Iterable[tupl
 
 
 def chunk_shapes(config: WanVAEConfig, decodes: bool, h: int, w: int, chunk: int) -> list[tuple[int, ...]]:
-    """Of the first chunk, which is one latent frame or frame, and two that have a past."""
+    """Return the shapes of three chunks: the first, which is one latent frame or frame, and two that have a past."""
     factor, frames = config.scale_factor_spatial, config.scale_factor_temporal
     channels, scale, per_latent = (config.z_dim, 1, 1) if decodes else (3, factor, frames)
     return [(1, channels, n, scale * h, scale * w) for n in (1, chunk * per_latent, chunk * per_latent)]
 
 
 def _kept_bytes(module: WanEncoder | WanDecoder, x: Tensor) -> int:
-    """Of what the first chunk of all leaves behind for good: upsampling kernels, beside the weights."""
+    """Return the bytes that the very first chunk leaves behind for good: upsampling kernels, beside the weights."""
     with torch.no_grad(), LiveBytes() as live:
         module(x, None)
     return live.live_bytes
@@ -217,7 +217,7 @@ def _kept_bytes(module: WanEncoder | WanDecoder, x: Tensor) -> int:
 def _coding_of(
     module: WanEncoder | WanDecoder, device: str, sides: Sequence[tuple[int, int]], counts: Sequence[int]
 ) -> Coding:
-    """Of three chunks (the first, and two that have a past), at two sizes."""
+    """Measure the coding of three chunks (the first, and two that have a past), at two sizes."""
     config, decodes = module.config, isinstance(module, WanDecoder)
     factor, frames = config.scale_factor_spatial, config.scale_factor_temporal
     like = torch.zeros(1, dtype=next(module.parameters()).dtype, device=device)
@@ -249,7 +249,7 @@ def predict_peaks(
     capability: int = 90,
     chunks: Sequence[int] = CHUNKS,
 ) -> Peaks:
-    """On a CUDA device of this capability, from the checkpoint's configs alone."""
+    """Predict the peaks on a CUDA device of this capability, from the checkpoint's configs alone."""
     name, fields = next(iter(folder.transformers.items()))
     step, apart = _step_curves(parse_config(WanConfig, fields, name), dtype, quantize, capability)
     config = parse_config(WanVAEConfig, folder.vae, "vae")
@@ -259,7 +259,7 @@ def predict_peaks(
 
 @cache
 def _step_curves(config: WanConfig, dtype: torch.dtype, quantize: str | None, capability: int) -> tuple[Curve, Curve]:
-    """Of sequences together, and apart."""
+    """Return the curves of a step with its sequences together, and apart."""
     with fake_cuda(capability):
         denoiser = fake_denoiser(config, dtype, quantize)
         pairs = [(2 * (tokens // 2), tokens // 2) for tokens in STEP_TOKENS]
@@ -274,14 +274,14 @@ def _step_curves(config: WanConfig, dtype: torch.dtype, quantize: str | None, ca
 def _coding_curves(
     config: WanVAEConfig, decoder_dtype: torch.dtype, capability: int, chunks: Sequence[int]
 ) -> tuple[Coding, Coding]:
-    """Of encoding, and of decoding."""
+    """Return the peaks of encoding, and of decoding."""
     with fake_cuda(capability):
         encoder, decoder = fake_coder(config, WanEncoder, torch.float32), fake_coder(config, WanDecoder, decoder_dtype)
         return _coding_of(encoder, "cuda", SIDES, chunks), _coding_of(decoder, "cuda", SIDES, chunks)
 
 
 def fake_denoiser(config: WanConfig, dtype: torch.dtype, quantize: str | None = None) -> WanDenoiser:
-    """The blocks that `step_of` runs, and all around them, on the fake CUDA device that is in force."""
+    """Return a denoiser of the blocks that `step_of` runs, on the fake CUDA device that is in force."""
     with torch.device("meta"):
         denoiser = WanDenoiser(replace(config, num_layers=BLOCKS.stop))
     allocate(
@@ -295,7 +295,7 @@ def fake_denoiser(config: WanConfig, dtype: torch.dtype, quantize: str | None = 
 
 
 def fake_coder(config: WanVAEConfig, half: type[Half], dtype: torch.dtype) -> Half:
-    """Half of a VAE on the fake CUDA device that is in force."""
+    """Return half of a VAE on the fake CUDA device that is in force."""
     with torch.device("meta"):
         module = half(WanVAE(config))
     allocate(module, device=torch.device("cuda"), dtype=dtype)
@@ -305,7 +305,7 @@ def fake_coder(config: WanVAEConfig, half: type[Half], dtype: torch.dtype) -> Ha
 def measure_peaks(
     folder: ModelFolder, denoiser: WanDenoiser, codec: VideoCodec, chunks: Sequence[int] = CHUNKS
 ) -> Peaks:
-    """On a CPU, with the model's own weights and its kernels for CPUs, at sizes that take a moment."""
+    """Measure the peaks on a CPU, with the model's own weights and its CPU kernels, at sizes that take a moment."""
     totals = (128, 512)
     step, apart = (
         Curve(tuple((float(total), float(step_bytes(denoiser, 2, total // 2, "cpu", how))) for total in totals))
@@ -316,7 +316,7 @@ def measure_peaks(
 
 
 def measure_workspace(denoiser: WanDenoiser, codec: VideoCodec, peaks: Peaks) -> int:
-    """What libraries allocate beside the tensors of a small step and a small chunk, on a CUDA device."""
+    """Return the bytes that libraries allocate on a CUDA device beside the tensors of a small step or a small chunk."""
     num_tokens, (h, w) = STEP_TOKENS[0] // 2, SIDES[0]
     chunk, curve = min(peaks.decode.chunks.items())
     device, z = codec.device, torch.zeros(1, dtype=codec.decoder_dtype, device=codec.device)
@@ -337,9 +337,9 @@ def measure_workspace(denoiser: WanDenoiser, codec: VideoCodec, peaks: Peaks) ->
 
 
 def stored_peaks(folder: Path, name: str, compute: Callable[[], Peaks]) -> Peaks:
-    """The peaks that an earlier start has stored under this name, or computed now and stored for the next one.
+    """Return the peaks that an earlier start has stored under this name, or compute and store them for the next one.
 
-    A file of other code is another file, since its name ends with a digest of what decides about memory.
+    A file's name ends with a digest of the code that decides about memory, so other code has another file.
     """
     path = folder / f"{name}-{torch.__version__}-{_code_digest()}.json".replace(" ", "_").replace("/", "_")
     try:
@@ -366,7 +366,7 @@ def _code_digest() -> str:
 
 
 def _encoders(folder: ModelFolder, dtype: torch.dtype) -> dict[str, int]:
-    """Peaks of the longest prompt and of two images."""
+    """Return the peaks of the longest prompt and of two images."""
     text, image = (empty_encoder(folder, part) for part in ("text_encoder", "image_encoder"))
     return {
         "text": 0 if text is None else _text_bytes(text, folder.limits.max_prompt_tokens, dtype),

@@ -1,4 +1,4 @@
-"""Which parts of a model may leave its device, decided from its configs before a weight is read."""
+"""Decide which parts of a model leave its device, from its configs, before a weight is read."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def place(
     decoder_dtype: torch.dtype,
     settings: Settings,
 ) -> tuple[str, ...]:
-    """The parts that move, so that the largest native size fits that can, at the least price.
+    """Return the parts that move, so that the largest native size that can fit does, at the least price.
 
-    Where none fits, all that may move do: smaller clips are then taken by admission.
+    Where none fits, all parts that may move do: admission then takes smaller clips.
     """
     fitter = Fitter(
         peaks=_predicted(folder, device, dtype, quantize, decoder_dtype, settings),
@@ -64,18 +64,18 @@ def place(
 
 
 def chunks_of(settings: Settings) -> tuple[int, ...]:
-    """Latent frames that may be coded at a time."""
+    """Return the numbers of latent frames that may be coded at a time."""
     return CHUNKS if settings.decode_chunk is None else (settings.decode_chunk,)
 
 
 def tilings_of(settings: Settings) -> tuple[Tiling, ...]:
-    """How frames may be cut into tiles: as configured, or only the largest and, at a price, all."""
+    """Return the tilings to choose from: as configured; for "auto", tiles for large frames or, at a price, for all."""
     chosen = Tiling.of(settings.tile)
     return (chosen, replace(chosen, threshold=0)) if settings.tile == "auto" else (chosen,)
 
 
 def peaks_of(model: Model, settings: Settings) -> Peaks:
-    """Of a loaded model: predicted for CUDA, with the workspaces that are measured there, and measured on a CPU."""
+    """Return a loaded model's peaks: for CUDA predicted, plus the workspaces measured there; for a CPU measured."""
     device, codec, chunks = model.device, model.codec, chunks_of(settings)
     kept_in = "-".join(map(str, (model.fingerprint[:16], model.precision, codec.decoder_dtype, *chunks)))
     if device.type != "cuda":

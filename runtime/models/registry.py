@@ -1,4 +1,4 @@
-"""Which models there are, where they lie, and what their folders say of them."""
+"""List models, find and read their configs, and tell what a model is made of and can do."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ModelReport:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """What a diffusers folder's JSON files say; no weight is read."""
+    """A diffusers folder's JSON files, read and checked; no weight is read."""
 
     path: Path
     index: dict[str, Any]
@@ -79,19 +79,19 @@ class ModelFolder:
 
     @property
     def boundary_timestep(self) -> float | None:
-        """At or above it the first expert works, below it the second."""
+        """Return the timestep from which up the first expert works, and below it the second; None for one expert."""
         ratio = self.index.get("boundary_ratio")
         return None if ratio is None else ratio * self.scheduler.get("num_train_timesteps", 1000)
 
     @property
     def concatenates_image(self) -> bool:
-        """Image-to-video through extra input channels (mask and encoded video), as Wan2.1 and Wan2.2-A14B do it."""
+        """Return whether images go into extra input channels (mask and encoded video), as in Wan2.1 and Wan2.2-A14B."""
         z_dim: int = self.vae.get("z_dim", 16)
         return bool(self.transformer.get("in_channels", 16) != z_dim)
 
     @property
     def gives_frames(self) -> bool:
-        """Image-to-video through clean latent frames at timestep 0, as Wan2.2-TI2V and the demo model do it."""
+        """Return whether images become clean latent frames at timestep 0, as in Wan2.2-TI2V and the demo model."""
         return bool(self.index.get("expand_timesteps"))
 
     @property
@@ -102,7 +102,7 @@ class ModelFolder:
 
     @property
     def requires_last_image(self) -> bool:
-        """Wan2.1-FLF2V's position embedding is of two images' rows, and fits no other number."""
+        """Return whether it takes two images alone: Wan2.1-FLF2V's position embedding is of two images' rows."""
         return self.concatenates_image and bool(self.transformer.get("pos_embed_seq_len"))
 
     @property
@@ -117,7 +117,7 @@ class ModelFolder:
 
     @property
     def cache_presets(self) -> dict[str, str]:
-        """What skylapse.json says of the presets: preset -> policy."""
+        """Return the presets of skylapse.json: preset -> policy."""
         given: dict[str, str] = self.extra.get("cache", {})
         return given
 
@@ -129,7 +129,7 @@ class ModelFolder:
 
     @property
     def defaults(self) -> ModelDefaults:
-        """What skylapse.json says, else what `WanPipeline.__call__` has, as near as the model makes it."""
+        """Return skylapse.json's defaults, else those of `WanPipeline.__call__`, as near as the model makes them."""
         given = {name: value for name, value in self.extra.get("defaults", {}).items() if value is not None}
         limits, nearest = self.limits, dict(DEFAULTS)
         for side in ("width", "height"):
@@ -153,8 +153,8 @@ class ModelFolder:
 def read_folder(path: Path, name: str = "") -> ModelFolder:
     """Read and check a folder's JSON files; ValueError names the model, the file, the field and what is allowed.
 
-    name: the model's, as it was asked for: a published one has native sizes and defaults without a skylapse.json too.
-    No weight is looked at; `check_loadable` does.
+    name: the model's, as it was asked for; a published model has native sizes and defaults without a skylapse.json.
+    No weight is looked at; `check_loadable` does that.
     """
     try:
         folder = _read(path, name)
@@ -203,7 +203,7 @@ def _read(path: Path, name: str) -> ModelFolder:
 
 
 def _component(path: Path, part: str) -> dict[str, Any]:
-    """The fields of a denoiser's or a VAE's config.json; null means the default, as a field that is not there."""
+    """Return the fields of a denoiser's or a VAE's config.json; null means the default, as does a missing field."""
     given = {name: value for name, value in read_json(path / part / "config.json").items() if value is not None}
     if (found := given.get("_class_name")) not in (None, *CLASSES[part]):
         raise ValueError(f"{part}/config.json: _class_name must be {CLASSES[part][0]}, got {found}")
@@ -223,7 +223,7 @@ def _scheduler(path: Path, index: ModelIndex) -> dict[str, Any]:
 
 
 def published_folder(name: str) -> ModelFolder | None:
-    """A published checkpoint as its configs in this package describe it; None for one that they do not know."""
+    """Return a published checkpoint as its configs in this package describe it; None for one that they do not know."""
     found = published().get(name)
     if found is None:
         return None
@@ -231,7 +231,7 @@ def published_folder(name: str) -> ModelFolder | None:
 
 
 def list_models(cache_dir: Path | None = None) -> list[ModelEntry]:
-    """The model inside the package, and the complete diffusers folders among the downloaded ones."""
+    """Return the model inside the package, and the complete diffusers folders among the downloaded ones."""
     return [
         ModelEntry(
             "demo", "small Wan model for moving shapes, ships inside the package", "package", _size(DEMO_FOLDER)
@@ -259,21 +259,21 @@ def _cached_models(cache_dir: Path | None) -> Iterator[ModelEntry]:
 
 
 def describe(name: str, cache_dir: Path | None = None) -> ModelFolder:
-    """A model's configs, from the disk where it is there, from this package where it is published, else downloaded."""
+    """Return a model's configs: from the disk, else from this package if it is published, else downloaded."""
     return known_folder(name, cache_dir) or read_folder(resolve_folder(name, cache_dir), name)
 
 
 def known_folder(name: str, cache_dir: Path | None = None) -> ModelFolder | None:
-    """A model's configs where they are on this machine: local, downloaded or published; None where a hub has them."""
+    """Return a model's configs if they are on this machine: local, downloaded or published; None if a hub has them."""
     path = local_folder(name) or cached_folder(name, cache_dir, None)
     return published_folder(name) if path is None else read_folder(path, name)
 
 
 def inspect_model(name: str, cache_dir: Path | None = None) -> ModelReport:
-    """Tell what a model consists of, takes and can do, from its JSON files and its safetensors files' headers.
+    """Tell a model's components, limits and tasks, from its JSON files and its safetensors files' headers.
 
-    Of a published checkpoint that is not there, from its configs in this package; of a folder without weights, from its
-    JSON files alone. What could not be loaded is refused, with the ValueError that loading would raise.
+    A published checkpoint that is not there is told from its configs in this package, and a folder without weights from
+    its JSON files alone. A model that could not be loaded is refused, with the ValueError that loading would raise.
     """
     from .parts import holds_weights  # these import torch, which a service that reads JSON alone does without
     from .sizes import loaded_bytes, reports_of

@@ -1,4 +1,4 @@
-"""What a model's weights take once they are loaded, from its configs and its files' headers alone."""
+"""Count the bytes of a model's weights once they are loaded, from its configs and its files' headers alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FP32_COMPONENTS = ("vae", "image_encoder")  # whatever the engine's dtype is
 
 
 def loaded_bytes(folder: ModelFolder, components: Sequence[ComponentReport]) -> dict[str, int]:
-    """Of all components together on the engine's device, by precision: "bf16", "bf16+fp8", ...
+    """Return the bytes of all components together on the engine's device, by precision: "bf16", "bf16+fp8", ...
 
     Formats that the model's sides cannot be quantised to are left out.
     """
@@ -32,12 +32,12 @@ def loaded_bytes(folder: ModelFolder, components: Sequence[ComponentReport]) -> 
 
 
 def quantize_refusal(folder: ModelFolder, quantize: str | None) -> str | None:
-    """Return why the experts' weights cannot be kept in a format, or None; they are all of one config."""
+    """Return the reason why the experts' weights cannot be kept in a format, or None; they are all of one config."""
     return refusal_of(empty_denoiser(folder.transformer), quantize)
 
 
 def empty_denoiser(fields: Mapping[str, Any]) -> WanDenoiser:
-    """An expert on `meta`."""
+    """Return an expert on `meta`."""
     with torch.device("meta"):
         return WanDenoiser(parse_config(WanConfig, fields, "transformer"))
 
@@ -45,7 +45,7 @@ def empty_denoiser(fields: Mapping[str, Any]) -> WanDenoiser:
 def part_bytes(
     folder: ModelFolder, dtype: torch.dtype, quantize: str | None, decoder_dtype: torch.dtype
 ) -> dict[str, int]:
-    """On a device, of each part that can be there by itself: encoders, experts, and the halves of the VAE."""
+    """Return the bytes on a device of each part that can be there by itself: encoders, experts, halves of the VAE."""
     parts = _encoder_parameters(folder)
     found = {name: num * (torch.float32 if name in FP32_COMPONENTS else dtype).itemsize for name, num in parts.items()}
     found |= {name: _expert_bytes(config, dtype, quantize) for name, config in folder.transformers.items()}
@@ -59,7 +59,7 @@ def part_bytes(
 
 
 def reports_of(folder: ModelFolder) -> list[ComponentReport]:
-    """The components of a checkpoint whose weights are not here."""
+    """Return reports of the components of a checkpoint whose weights are not here."""
     with torch.device("meta"):
         modules = [
             (name, WanDenoiser(parse_config(WanConfig, config, name))) for name, config in folder.transformers.items()
@@ -73,7 +73,7 @@ def reports_of(folder: ModelFolder) -> list[ComponentReport]:
 
 
 def _encoder_parameters(folder: ModelFolder) -> dict[str, int]:
-    """Encoder -> number of its parameters."""
+    """Return the number of each encoder's parameters."""
     modules = {part: empty_encoder(folder, part) for part in folder.encoders}
     return {part: sum(p.numel() for p in module.parameters()) for part, module in modules.items()}
 
@@ -86,7 +86,7 @@ def _bytes(folder: ModelFolder, components: Sequence[ComponentReport], dtype: to
 
 
 def _expert_bytes(config: Mapping[str, Any], dtype: torch.dtype, quantize: str | None) -> int:
-    """By the rule that the loader follows, on a module without memory."""
+    """Return the bytes of an expert by the loader's rule, on a module without memory."""
     denoiser = empty_denoiser(config)
     quantized = quantized_weights(denoiser, quantize)
     total = 0

@@ -1,4 +1,4 @@
-"""Prompts -> text rows, exactly as Wan does it."""
+"""Turn prompts into text rows, exactly as Wan does it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class TextEncoder:
     ) -> TextEncoder:
         """Read `text_encoder/` and `tokenizer/` of a checkpoint folder; ValueError names what does not fit.
 
-        fields, tokenizer: of its config (`encoder_fields`) and by `load_tokenizer`, where they have been read already.
+        fields: the config's, by `encoder_fields`; tokenizer: by `load_tokenizer`; where they have been read already.
         """
         if fields is None:
             fields = encoder_fields("text_encoder", read_json(folder / "text_encoder" / "config.json"))
@@ -56,11 +56,11 @@ class TextEncoder:
         return cls(model, tokenizer or load_tokenizer(folder, model.config.vocab_size), max_tokens)
 
     def count_cut(self, prompt: str) -> int:
-        """How many of a prompt's tokens lie beyond `max_tokens`, which `encode` leaves out as the reference does."""
+        """Return the number of a prompt's tokens beyond `max_tokens`, which `encode` drops as the reference does."""
         return max(0, len(self.tokenizer(clean_prompt(prompt), verbose=False).input_ids) - self.max_tokens)
 
     def encode(self, prompt: str) -> Tensor:
-        """Rows [n, text_dim] of a prompt's n <= `max_tokens` tokens, without padding, on the encoder's device.
+        """Return rows [n, text_dim] of a prompt's n <= `max_tokens` tokens, without padding, on the encoder's device.
 
         The reference runs the encoder on 512 masked positions and then zeroes the padding; the real rows do not see
         it, so the padding is left out here (relative position biases make this exact) and folded by the denoiser.
@@ -80,7 +80,7 @@ class TextEncoder:
 def load_tokenizer(folder: Path, vocab_size: int) -> Any:
     """Read `tokenizer/` of a checkpoint folder, by transformers; ValueError says what is missing or does not fit.
 
-    vocab_size: of the text encoder, which has a row for each token.
+    vocab_size: the text encoder's, which has a row for each token.
     """
     import transformers
 
@@ -103,7 +103,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Any:
 
 
 def _check_pieces(part: Path) -> None:
-    """ValueError unless there is a SentencePiece model and what reads it: transformers names another package."""
+    """Raise ValueError unless a SentencePiece model and its reader are there; transformers names another package."""
     pieces = next((path.name for path in sorted(part.glob("*.model"))), None)
     if pieces is None:
         raise ValueError("tokenizer has neither tokenizer.json nor spiece.model")
@@ -122,5 +122,5 @@ def _is_missing(package: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line that is never empty."""
+    """Return an error's message in one line that is never empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -29,7 +29,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def result(**changes: Any) -> KernelReport:
-    """Of a device that there is not: cuDNN is fastest, xformers is missing at one length, int8 is faster but lossy."""
+    """Return results of a made-up device: cuDNN is fastest, xformers missing at one length, int8 faster but lossy."""
 
     def row(op: str, case: str, **ratios: float | None) -> dict[str, Any]:
         contestants: dict[str, Any] = {"triton": {"status": "ok", "seconds": spread_of([1e-3] * 6)}}

@@ -22,7 +22,7 @@ GROUP = "denoise/profile/64x64x17"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `--profile` has written of the demo model's default request."""
+    """Return the folder that `--profile` has written of the demo model's default request."""
     path = tmp_path_factory.mktemp("profile") / "new"
     assert denoise(["--quick", "--steps", "4", "--profile", str(path)]) == 0
     return path
@@ -34,7 +34,7 @@ def seconds(folder: Path, name: str) -> float:
 
 
 def test_our_nouns_are_nine_tenths_of_a_step_and_more(folder: Path) -> None:
-    """The demo model's; the block's own lines, between its norms and products, are named too."""
+    """The step is the demo model's; the block's own lines, between its norms and products, are named too."""
     step_s = seconds(folder, "profiled")
     named = [noun for noun in {n.name for n in NOUNS} - {"text encoder", "text keys and values", "decode"}]
     parts_s = sum(seconds(folder, name.replace(", ", "-").replace(" ", "-")) for name in named)

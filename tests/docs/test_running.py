@@ -1,7 +1,7 @@
 """Commands and Python of README and docs/ run as they stand: in this process, each page in a folder of its own.
 
-What takes minutes, a GPU, a cluster or the network is named below with the reason. README's own lines are run once more
-as a stranger types them, with nothing left out that this machine has: tests/walk.
+Commands that take minutes, a GPU, a cluster or the network are named below with the reason. tests/walk runs README's
+lines once more as a stranger types them, with nothing left out that this machine has.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def runs(page: Path) -> bool:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What a reader of the pages has lying there: a store, two results, and the repository's folders."""
+    """Make the folder that a reader of the pages has: a store, two results, and files of settings."""
     from skylapse.serve.config import ServeConfig
     from skylapse.serve.context import open_context
 

@@ -57,7 +57,7 @@ def test_our_programs_take_the_options_of_a_block(block: Block) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_our_programs_take_the_options_in_a_sentence(page: Path) -> None:
-    """Where a sentence names a command without what it needs, it means the command."""
+    """A sentence may name a command alone, without the options that it needs."""
     said = {
         f"{span.place} {span.text}": wrong
         for span in SPANS
@@ -80,7 +80,7 @@ def test_links_lead_to_files_and_headings_that_there_are(page: Path) -> None:
 
 
 def headings(page: Path) -> set[str]:
-    """As a link names them."""
+    """Return the headings of a page as links name them."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 

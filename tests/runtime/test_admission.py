@@ -1,4 +1,4 @@
-"""What an engine takes, what it refuses with a reason, deadlines, previews, and bytes that come back."""
+"""An engine takes requests that fit and refuses others with a reason; deadlines, previews, bytes that come back."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_live_bytes_counts_what_is_held_at_once() -> None:
 
 
 def test_peaks_foretell_a_larger_step_and_a_larger_frame(folder: Path) -> None:
-    """Measured on packs of 128 and 512 tokens and frames of 4 x 4 and 8 x 8 latents; 2,048 and 16 x 16 are foretold."""
+    """Measures packs of 128 and 512 tokens and frames of 4 x 4 and 8 x 8 latents; foretells 2,048 and 16 x 16."""
     engine = engine_of(folder)
     peaks, codec = engine.memory.fitter.peaks, engine.model.codec
     for apart, curve in ((False, peaks.step), (True, peaks.apart)):

@@ -19,7 +19,7 @@ PROMPTS = ["a star", "a box"]
 
 
 class Calls:
-    """What the text encoder is given, and what the experts make of it, inside steps and before them."""
+    """Counts the prompts that are encoded and the keys that experts make of them, inside steps and before them."""
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.encoded: list[str] = []

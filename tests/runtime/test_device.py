@@ -1,4 +1,4 @@
-"""How a CUDA engine's memory is allocated; torch's settings are there on a CPU build too."""
+"""A CUDA engine's settings of torch's memory allocator, which are there on a CPU build too."""
 
 from __future__ import annotations
 

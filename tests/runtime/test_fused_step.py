@@ -48,7 +48,7 @@ def run(folder: Path, requests: list[VideoRequest], **terms: Any) -> tuple[dict[
 def both(
     monkeypatch: pytest.MonkeyPatch, *arguments: Any, **terms: Any
 ) -> list[tuple[dict[int, Tensor], list[Preview]]]:
-    """By torch's lines, then by the kernel."""
+    """Return the results of torch's lines, then of the kernel."""
     results = [run(*arguments, **terms)]
     with monkeypatch.context() as patch:
         patch.setattr(fused, "launches", lambda latents: True)

@@ -1,4 +1,4 @@
-"""Who fails, fails alone: poison, out of memory, errors of a request's own and of the engine's."""
+"""A request that fails, fails alone: poison, out of memory, errors of a request's own and of the engine's."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_a_video_tells_the_most_memory_held_where_the_device_counts(
 
 
 def budget(available_bytes: int, parallel: bool = False, **peaks: float) -> MemoryBudget:
-    """Of made-up peaks, with room for so much beside a model that takes nothing."""
+    """Return a budget of made-up peaks, with room for so many bytes beside a model that takes none."""
     fitter = Fitter(peaks=made_up(**peaks), parts={}, budget_bytes=available_bytes, factor=8)  # type: ignore[arg-type]
     return MemoryBudget(fitter, parallel)
 
@@ -238,7 +238,7 @@ def test_a_refusal_names_the_stage_and_sizes_that_are_taken(stage: str, fields: 
 
 
 def resized(needs: Needs, size: Size) -> Needs:
-    """Held bytes and tokens in proportion."""
+    """Return the needs of another size, with held bytes and tokens in proportion."""
     share = size.volume / needs.size.volume
     held, tokens = round(needs.held_bytes * share), round(needs.num_tokens * share)
     return dataclasses.replace(needs, size=size, held_bytes=held, num_tokens=tokens)

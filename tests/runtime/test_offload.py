@@ -48,12 +48,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 @pytest.fixture(autouse=True)
 def unpredicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prediction takes seconds, and whatever it says, all parts move here; what moves by itself is test_fit.py's."""
+    """Replace the prediction, which takes seconds: all parts move here anyway, and test_fit.py tests the choice."""
     monkeypatch.setattr(placement, "_predicted", lambda *_: made_up())
 
 
 def engine_of(folder: Path, mover: CountingMover | None = None, clips: int = 3, **settings: object) -> Engine:
-    """Everything moves where there is a mover, and there is room for the largest part and for so many requests."""
+    """Return an engine whose parts all move if it has a mover, with room for the largest part and so many requests."""
     offload = "none" if mover is None else "all"
     chosen = dataclasses.replace(load_settings(), **({"offload": offload} | settings))  # type: ignore[arg-type]
     where = dict(device=torch.device("cpu"), dtype=torch.float32, settings=chosen)
@@ -72,7 +72,7 @@ def engine_of(folder: Path, mover: CountingMover | None = None, clips: int = 3, 
 
 
 def of(folder: Path, **fields: object) -> VideoRequest:
-    """A small request that its model can do."""
+    """Return a small request that the folder's model can do."""
     image = dict(image=PICTURE) if "i2v" in folder.name else {}
     return VideoRequest(
         **(SMALL | dict(prompt="a red star", negative_prompt="dark", guidance_scale=3.0) | image | fields)
@@ -87,7 +87,9 @@ def run(engine: Engine) -> list[Event]:
 
 
 def close(frames: np.ndarray, expected: np.ndarray) -> bool:
-    """In a pack of another size products are summed in another order, which may round a level to its neighbour."""
+    """Return whether frames differ by at most one level.
+
+    In a pack of another size products are summed in another order, which may round a level to its neighbour."""
     return bool(np.abs(frames.astype(int) - expected.astype(int)).max() <= 1)
 
 
@@ -97,7 +99,7 @@ def without_repeats(names: list[str]) -> list[str]:
 
 @pytest.fixture
 def required(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The parts that are required, in order; after each of them the budget is kept."""
+    """Record the parts that are required, in order, and assert after each that the budget is kept."""
     names: list[str] = []
     require = Residency.require
 
@@ -203,7 +205,7 @@ def test_coders_are_there_when_it_is_chosen_who_codes(folders: Folders) -> None:
 
 
 def test_latents_outside_the_queue_find_room(folders: Folders) -> None:
-    """What they take nobody has counted: no part stays beside the ones that they need."""
+    """Nobody has counted the memory that they take: no part stays beside the ones that they need."""
     folder = folders("wan2.1-t2v")
     engine = engine_of(folder, CountingMover())
     engine.memory = with_room(engine.memory, 10 * engine.memory.available_bytes)

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def reference(head_dim: int, grid: Grid) -> torch.Tensor:
-    """Each token's angles in float64, as Wan has them."""
+    """Return each token's angles in float64, as Wan has them."""
     side = 2 * (head_dim // 6)
     places = torch.cartesian_prod(*(torch.arange(length, dtype=torch.float64) for length in grid)).view(-1, 3)
     angles = []

@@ -1,4 +1,4 @@
-"""How often a step makes the device wait: one read for all the decisions of a stage, none for static masks."""
+"""A step seldom waits for the device: one read for all the decisions of a stage, none for static masks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STATIC = [cache for cache in CACHES if not cache.startswith(("easy", "first_bloc
 
 
 class Scalars(TorchDispatchMode):
-    """Refuses what `item`, `float` and `bool` read from a tensor, for each of which a device would be waited for."""
+    """Refuses `item`, `float` and `bool` of a tensor, for each of which a step would wait for the device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func is not torch.ops.aten._local_scalar_dense.default, "a step reads a scalar"

@@ -35,7 +35,7 @@ def engine_of(folder: Path) -> Engine:
 
 
 def run(engine: Engine, until: int | None = None) -> tuple[np.ndarray | None, list[int]]:
-    """Frames (None if stopped after checkpoint `until`) and the steps at which checkpoints were written."""
+    """Return frames (None if stopped after checkpoint `until`) and the steps at which checkpoints were written."""
     saved: list[int] = []
     while engine.has_work():
         for event in engine.step():
@@ -259,7 +259,7 @@ def test_files_that_a_record_names_are_not_read(folder: Path, tmp_path: Path) ->
 
 
 def test_no_mutation_of_a_record_breaks_an_engine(folder: Path, tmp_path: Path) -> None:
-    """Each is refused with a ValueError that names the checkpoint, or still describes a request."""
+    """Each record is refused with a ValueError that names the checkpoint, or still describes a request."""
     rng = random.Random(7)
     state = saved_state(folder, tmp_path)
     original = (state / "state.json").read_text()
@@ -278,7 +278,7 @@ def test_no_mutation_of_a_record_breaks_an_engine(folder: Path, tmp_path: Path) 
 
 
 def mutate(record: Any, rng: random.Random) -> None:
-    """Drop, replace or add something somewhere in it."""
+    """Drop, replace or add something somewhere in a record."""
     at = record
     while True:
         keys = list(at) if isinstance(at, dict) else list(range(len(at)))
@@ -357,7 +357,7 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(
 
 
 def test_tensors_of_a_checkpoint_are_few(folder: Path, tmp_path: Path) -> None:
-    """What caches hold is not stored."""
+    """The contents of caches are not stored."""
     state = saved_state(folder, tmp_path, cache="first_block:threshold=1.2,order=1,warmup=1")
     assert set(load_file(state / "state-3.safetensors")) == {
         "latents",

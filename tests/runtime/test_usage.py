@@ -1,4 +1,4 @@
-"""What requests are charged with is what their engine has worked, whoever shares it, skips, leaves or fails."""
+"""Requests are charged with the time that their engine has worked, whoever shares it, skips, leaves or fails."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def a_request(seed: int = 0, **fields: object) -> VideoRequest:
 
 @contextmanager
 def timed(engine: Engine) -> Iterator[list[float]]:
-    """Seconds of each tick by a clock of the test's own."""
+    """Give the seconds of each tick inside the block, by a clock of the test's own."""
     ticks: list[float] = []
     batch, tick = engine._batch, engine._batch.tick
 
@@ -185,7 +185,7 @@ class HostTimes:
 
 
 class Behind(HostTimes):
-    """A device that the host runs ahead of, as CUDA: what is done by `reached` is told."""
+    """A device that the host runs ahead of, as CUDA: it tells the times of work that is done by `reached`."""
 
     reached = 0.0
 

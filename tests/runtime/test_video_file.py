@@ -22,7 +22,7 @@ Frames = NDArray[np.uint8]
 
 @pytest.fixture
 def frames() -> Frames:
-    """[17, 48, 64, 3]: flat stripes of strong colours under a square that moves right."""
+    """Return frames [17, 48, 64, 3]: flat stripes of strong colours under a square that moves right."""
     stripes = np.array([(220, 40, 40), (40, 200, 60), (40, 60, 230), (240, 240, 240)], np.uint8)
     clip = np.tile(stripes.repeat(16, axis=0), (17, 48, 1, 1))
     for index, pixels in enumerate(clip):

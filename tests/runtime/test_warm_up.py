@@ -65,7 +65,7 @@ OPERATIONS: dict[Any, dict[str, Callable[..., Any]]] = {
 
 
 class Noted:
-    """In a kernel's place: notes under which key Triton would look for what it has compiled."""
+    """Stands in for a kernel, and notes the key under which Triton would look for its compiled code."""
 
     def __init__(self, kernel: Any, keys: set[Key], arch: int) -> None:
         from triton.backends.compiler import GPUTarget
@@ -202,7 +202,7 @@ def operation_of(key: Key) -> str:
 
 
 def nearest(key: Key, warm: set[Key]) -> tuple[str, list[tuple[int, str, str]]]:
-    """In which arguments a key differs from the one that is most like it."""
+    """Return the arguments in which a key differs from the one that is most like it."""
 
     def differences(other: Key) -> list[tuple[int, str, str]]:
         pairs = enumerate(zip(other[1].split("), ("), key[1].split("), ("), strict=False))

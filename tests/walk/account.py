@@ -53,7 +53,7 @@ class Account:
                 os.chown(each, self.uid, self.gid, follow_symlinks=False)
 
     def processes(self) -> dict[int, str]:
-        """What runs as the stranger: id -> command line."""
+        """Return the processes that run as the stranger: id -> command line."""
         found = {}
         for entry in Path("/proc").iterdir():
             with suppress(OSError):
@@ -66,7 +66,7 @@ class Account:
 
 @contextmanager
 def stranger() -> Iterator[Account]:
-    """An account that is gone afterwards, with what it left."""
+    """Make an account, and remove it afterwards with everything it left."""
     name = f"walk-{secrets.token_hex(4)}"
     subprocess.run(
         ["useradd", "--no-create-home", "--home-dir", "/nonexistent", "--shell", "/bin/bash", name], check=True
@@ -99,7 +99,7 @@ def stranger() -> Iterator[Account]:
 
 
 def _pip_settings() -> str:
-    """This account's own pip settings, which another account cannot read, as one file."""
+    """Return this account's own pip settings, which another account cannot read, as one file's text."""
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
     lines = ["[global]"]
     for name, value in re.findall(r"^(?:global|install|user)\.([\w-]+)='(.*)'$", listed.stdout, re.MULTILINE):
@@ -108,7 +108,7 @@ def _pip_settings() -> str:
 
 
 class Terminal:
-    """A shell in which commands are typed one after the other. What it says is read at once, whoever looks at it."""
+    """A shell in which commands are typed one after the other. Its output is read at once, whoever looks at it."""
 
     def __init__(self, account: Account, cwd: Path, until_s: float) -> None:
         self.until_s, self.said = until_s, ""
@@ -118,7 +118,7 @@ class Terminal:
         self._listener.start()
 
     def run(self, command: str) -> str:
-        """Type a command and wait for its end; its output. AssertionError where it failed, or took too long."""
+        """Type a command, wait for its end and return its output. AssertionError where it failed, or took too long."""
         mark = secrets.token_hex(8)
         began_s, before = time.monotonic(), len(self.said)
         self._type(f"{command}\nprintf '\\n{mark} %s\\n' $?\n")
@@ -129,7 +129,7 @@ class Terminal:
         return told
 
     def start(self, command: str, ready: str) -> str:
-        """Type a command that stays, and wait until it says `ready`; the pattern's group."""
+        """Type a command that stays, wait until it says `ready`, and return the pattern's group."""
         began_s, before = time.monotonic(), len(self.said)
         self._type(f"exec {command}\n")
         found = self._wait_for(ready, command, before)
@@ -137,7 +137,7 @@ class Terminal:
         return found
 
     def interrupt(self) -> int:
-        """Ctrl-C; the exit status."""
+        """Press Ctrl-C and return the exit status."""
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(max(1.0, self.until_s - time.monotonic()))
 
@@ -145,7 +145,7 @@ class Terminal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close it; what still runs in it is killed."""
+        """Close the shell; commands that still run in it are killed."""
         pipes = self.process.stdin, self.process.stdout
         assert pipes[0] is not None and pipes[1] is not None
         with suppress(BrokenPipeError):

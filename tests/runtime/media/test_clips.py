@@ -14,7 +14,7 @@ from skylapse.runtime.media.refusal import SENTENCES, Bounds, Refused, sentence
 
 
 def corners_of(pixels: np.ndarray) -> np.ndarray:
-    """The middles of the four quarters."""
+    """Return the pixels in the middles of the four quarters."""
     height, width = pixels.shape[:2]
     y, x = [height // 4, height // 4, -height // 4, -height // 4], [width // 4, -width // 4, width // 4, -width // 4]
     return pixels[y, x].astype(int)
@@ -58,7 +58,7 @@ def test_fields_become_whole_frames(tmp_path: Path) -> None:
     woven, _ = read_video(plain, 10, 10**6)
 
     def combs(clip_frames: np.ndarray) -> float:
-        """How far lines differ from the mean of their neighbours."""
+        """Return the mean difference of lines from the mean of their neighbours."""
         lines = clip_frames[..., 0].astype(float)
         return float(np.abs(lines[:, 1:-1] - (lines[:, :-2] + lines[:, 2:]) / 2).mean())
 

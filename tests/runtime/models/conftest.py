@@ -1,4 +1,4 @@
-"""Whole folders of two kinds of checkpoint, and what both commands say of one that they refuse."""
+"""Whole folders of two kinds of checkpoint, and the refusal of a folder by both commands."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from skylapse.cli import main
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Wan2.1 image-to-video checkpoint, which has every part that there is."""
+    """Save a Wan2.1 image-to-video checkpoint, which has every part that there is."""
     return save_checkpoint("wan2.1-i2v", tmp_path_factory.mktemp("i2v") / "model")
 
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One of two experts."""
+    """Save a Wan2.2 checkpoint, which has two experts."""
     return save_checkpoint("wan2.2-t2v-a14b", tmp_path_factory.mktemp("a14b") / "model")
 
 
@@ -36,7 +36,9 @@ def two(pair: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[[Path], str]:
-    """What both commands say of a folder, after the model's name: one line, the same, with exit code 2."""
+    """Give a function that returns both commands' refusal of a folder, after the model's name.
+
+    It asserts that both write the same single line and exit with code 2."""
 
     def refusal_of(folder: Path) -> str:
         lines = []

@@ -1,4 +1,4 @@
-"""Which clips fit, with what moved, and at which price: by hand on made-up peaks."""
+"""The fitter chooses the cheapest way that fits, and names what moves: checked by hand on made-up peaks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_parts_that_are_needed_least_leave_first() -> None:
 
 
 def test_each_budget_gets_the_cheapest_way_that_fits_it() -> None:
-    """From most room to least: all together, branches apart, the text encoder out, then more of it."""
+    """Ways from most room to least: all together, branches apart, the text encoder out, then more parts."""
     least: dict[tuple[tuple[str, ...], str], int] = {}
     one = fitter()
     for way in sorted(one._ways, key=lambda way: one._price(needs(), way)):

@@ -1,4 +1,4 @@
-"""`skylapse models inspect --device-memory`: what fits, from configs alone, and what is said of bad numbers."""
+"""`skylapse models inspect --device-memory` tells the sizes that fit, from configs alone, and refuses bad numbers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_size_that_does_not_fit_says_which_gpu_it_needs(capsys: pytest.Capture
 def test_weights_that_cannot_be_quantised_are_told_in_their_row(
     demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of heads of 10: their sides are no multiples of 16, and all else is told as ever."""
+    """Heads of 10 have sides that are no multiples of 16; all else is told as ever."""
     folder = tmp_path / "model"
     shutil.copytree(demo_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "cache.json"))
     config = folder / "transformer" / "config.json"

@@ -1,4 +1,4 @@
-"""Quantised loading: which weights, from which numbers, in how much memory, and what knows that they are quantised."""
+"""Quantised loading: the right weights, from the file's numbers, in little memory, told wherever a precision is."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_fused_rows_are_quantised_from_the_files_own_numbers(kind: str, folder: 
 
 @pytest.mark.parametrize(("kind", "error"), [("int8", 0.1), ("fp8", 0.3)])
 def test_results_are_near_the_exact_ones(kind: str, error: float, folder: Path, exact: Engine) -> None:
-    """Of random weights, which forgive nothing; benchmarks/results has what a trained model makes of it."""
+    """The weights are random, which is the hardest case; benchmarks/results has the errors of a trained model."""
     noise = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     off = relative_l2(
         engine_of(folder, kind).generate_latents(REQUEST, noise.clone()), exact.generate_latents(REQUEST, noise.clone())
@@ -230,7 +230,7 @@ BLOCK = 16
 
 
 def int4_tensors(num_outputs: int, num_inputs: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Two values a byte, and an fp16 scale for each block of 16, as NVFP4 has an fp8 one."""
+    """Return the tensors' shapes: two values a byte, and an fp16 scale a block of 16, as NVFP4 has an fp8 one."""
     blocks = num_outputs, num_inputs // BLOCK
     return {"weight": ((num_outputs, num_inputs // 2), "uint8"), "block_scale": (blocks, "float16")}
 
@@ -254,7 +254,7 @@ def load_int4() -> Functions:
 def test_another_format_is_one_entry(
     folder: Path, exact: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Asked for by its name, loaded, predicted, kept apart and run, though no file knows of it."""
+    """A format is asked for by its name, loaded, predicted, kept apart and run, though no file knows of it."""
     form = WeightFormat("int4", int4_tensors, load_int4, multiple_of=BLOCK, needs=100)
     monkeypatch.setitem(FORMATS, "int4", form)
     engine = engine_of(folder, "int4")
@@ -277,7 +277,7 @@ def test_another_format_is_one_entry(
 
 
 def test_the_device_gets_the_files_own_bytes(tmp_path: Path) -> None:
-    """Numbers are converted there: fp32 made on the host would be twice the traffic of a file in bf16."""
+    """Numbers are converted on the device: fp32 made on the host would be twice the traffic of a file in bf16."""
     weight = torch.randn(32, 64).bfloat16()
     save_file(
         {"blocks.0.up.weight": weight, "blocks.0.up.bias": torch.ones(32)},

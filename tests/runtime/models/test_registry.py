@@ -1,4 +1,4 @@
-"""Which models are listed: the one in the package, and those that were downloaded to where they are looked for."""
+"""The listed models are the one in the package, and those in the folder of downloads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from skylapse.runtime.models.registry import TRANSFORMER_CLASS, list_models
 
 
 def download(cache_dir: Path, name: str, index: dict[str, object], has_weights: bool = True) -> None:
-    """What `snapshot_download` leaves of a repository, as far as a scan looks."""
+    """Make the files that `snapshot_download` leaves of a repository, as far as a scan looks."""
     snapshot = cache_dir / f"models--{name.replace('/', '--')}" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (snapshot / "model_index.json").write_text(json.dumps(index))

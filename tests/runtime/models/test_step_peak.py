@@ -1,4 +1,4 @@
-"""What a step of the published models holds at its peak on CUDA, by fake tensors: what lives too long is seen here."""
+"""The peak bytes of a step of the published models on CUDA, by fake tensors: one that lives too long is seen here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONFIGS = {"14B": "wan-14b", "5B": "wan-5b", "1.3B": "wan-1.3b"}
 
 
 def peak_of(model: str, grid: Grid, quantize: str | None = None) -> float:
-    """KB (1000 bytes) a token of a step of a guided pair, beside weights, the pack and its latents."""
+    """Return the peak KB (1000 bytes) a token of a step of a guided pair, beside weights, the pack and its latents."""
     config = parse_config(WanConfig, component(CONFIGS[model]), model)
     with fake_cuda(90):
         denoiser = fake_denoiser(config, torch.bfloat16, quantize)

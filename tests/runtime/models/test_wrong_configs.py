@@ -117,7 +117,7 @@ def test_a_wrong_field_is_named_with_its_file_its_value_and_what_is_allowed(
 
 @pytest.mark.parametrize("file", [TRANSFORMER, VAE, SCHEDULER, TEXT, IMAGE])
 def test_null_means_the_default(file: str, folder: Path) -> None:
-    """Of every field that has its default's value; some writers spell all of them out so."""
+    """Every field with its default's value may be null: some writers spell all of them out so."""
     given = json.loads((folder / file).read_text())
     before, changed = read_folder(folder), 0
     for name in given:
@@ -142,7 +142,7 @@ def test_nulls_of_a_scheduler_are_its_defaults(folder: Path) -> None:
     ("ours", "theirs"), [(WanConfig, WanTransformer3DModel), (WanVAEConfig, AutoencoderKLWan)], ids=["denoiser", "VAE"]
 )
 def test_defaults_are_those_of_diffusers(ours: type[Any], theirs: type[Any]) -> None:
-    """A config.json without a field means what it means there."""
+    """A config.json without a field means the same as in diffusers."""
     defaults = {field.name: getattr(ours(), field.name) for field in dataclasses.fields(ours)}
     known = {name: parameter.default for name, parameter in inspect.signature(theirs.__init__).parameters.items()}
     for name, value in defaults.items():

@@ -213,7 +213,7 @@ def test_clip_that_fails_twice_or_otherwise_fails() -> None:
 
 
 def difference(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
-    """(greatest in levels of 255, PSNR in dB) of frames in [-1, 1]."""
+    """Return (greatest difference in levels of 255, PSNR in dB) of frames in [-1, 1]."""
     error = ours.float().clamp(-1, 1) - theirs.float().clamp(-1, 1)
     return error.abs().max().item() * 127.5, 10 * math.log10(4 / error.square().mean().item())
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 # Turns of a loop in which a thread waits for the others of its operation before it sleeps: 0.5 ms at 140 cycles a turn.
-# libgomp's own 300,000 are 14 ms, for which a thread burns a core that the one it waits for may need. None at all
-# (OMP_WAIT_POLICY=passive) cost the demo model 87 % on a quiet machine, 10,000 cost nothing.
+# libgomp's own 300,000 are 14 ms, for which a thread burns a core that the one it waits for may need
+# (benchmarks/results/cpu/neighbours.json). None at all, as OMP_WAIT_POLICY=passive has it, costs much on some hosts.
 SPINS = 10_000
 
 

@@ -14,12 +14,16 @@ from running import Running, wait_for
 TWO_GPUS = {"RAY_OVERRIDE_RESOURCES": json.dumps({"GPU": 2})}
 
 
+def ready(service: Running) -> list[dict[str, Any]]:
+    return [engine for engine in service.engines() if engine["state"] == "ready"]
+
+
 def test_engines_have_a_gpu_each(tmp_path: Path) -> None:
     service = Running(tmp_path / "service", {"engines": 2, "threads": 1}, TWO_GPUS)
     try:
         service.start()
         engines: list[dict[str, Any]] = wait_for(
-            lambda: found if len(found := service.engines()) == 2 else None, 60.0, "two engines"
+            lambda: found if len(found := ready(service)) == 2 else None, 60.0, "two engines that take work"
         )
         assert sorted(engine["gpus"] for engine in engines) == [[0], [1]]
         assert all(engine["ready_s"] >= engine["load_s"] > 0 for engine in engines)

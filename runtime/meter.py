@@ -71,7 +71,8 @@ class Meter:
         self._lock = threading.Lock()
         self._since: Any = None
         self._pieces: deque[_Piece] = deque()  # that the device has not told yet
-        self._step_times: deque[float] = deque(maxlen=100_000)  # of steps that nobody has taken notice of
+        self.num_steps = 0  # denoising steps since the start
+        self._step_times: deque[float] = deque(maxlen=100_000)  # seconds of the last ones
 
     def begin(self) -> None:
         """Begin a tick; the time before it is charged to nobody."""
@@ -104,6 +105,7 @@ class Meter:
                 self.busy_s += seconds
                 if piece.is_step:
                     self._step_times.append(seconds)
+                    self.num_steps += 1
                 for account, share in piece.shares:
                     account.add(Usage(share * seconds))
                     account.awaits(-1)
@@ -114,6 +116,8 @@ class Meter:
         with self._lock:
             self.busy_s += seconds
 
-    def step_times(self) -> list[float]:
-        """Return the seconds of each denoising step since the last call; for one caller."""
-        return [self._step_times.popleft() for _ in range(len(self._step_times))]
+    def step_times(self, since: int) -> list[float]:
+        """Return the seconds of each denoising step after the first `since` ones, as far as they are kept."""
+        with self._lock:
+            num_new = min(self.num_steps - since, len(self._step_times))
+            return list(self._step_times)[len(self._step_times) - num_new :]

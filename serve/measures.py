@@ -23,7 +23,7 @@ class Measures:
     def __init__(self, meter: Meter, model: str) -> None:
         self.meter, self.model = meter, model
         self._told_s = meter.busy_s  # of the busy time; a warm-up is nobody's
-        meter.step_times()
+        self._told_steps = meter.num_steps
         self._untold = Tally()
         self._speeds: deque[float] = deque(maxlen=32)  # tokens x steps a second of the last jobs
         self.facts: dict[str, Any] = {"jobs": 0}
@@ -53,7 +53,9 @@ class Measures:
         busy_s = self.meter.busy_s
         self._untold.add(BUSY_SECONDS, self.model, by=busy_s - self._told_s)
         self._told_s = busy_s
-        for seconds in self.meter.step_times():
+        step_times = self.meter.step_times(self._told_steps)
+        self._told_steps += len(step_times)
+        for seconds in step_times:
             self._untold.observe(STEP_SECONDS, self.model, seconds=seconds)
         if self._untold:
             with database.write() as connection:

@@ -170,7 +170,7 @@ def test_a_shared_step_is_split_by_tokens_times_evaluations() -> None:
     meter.charge([(large, 300.0), (small, 100.0), (skipping, 0.0)], is_step=True)
     meter.charge([(small, 0.0), (skipping, 0.0)])  # nobody evaluated: equally
     assert [a.usage.engine_seconds for a in (large, small, skipping)] == [6.0, 2.5, 0.5]
-    assert meter.busy_s == 9.0 and meter.step_times() == [8.0] and meter.step_times() == []
+    assert meter.busy_s == 9.0 and meter.step_times(0) == [8.0] and meter.step_times(1) == []
 
 
 class HostTimes:

@@ -74,7 +74,7 @@ def test_each_job_has_its_own_models_frames_under_load(
     for (name, seed), (video, frames) in zip(asked, made, strict=True):
         model = {"sora-2": "a", "other": "b"}.get(name, name)
         distance = np.abs(frames.astype(int) - wanted[model, seed].astype(int))
-        assert distance.mean() < 0.5, "in a pack one value in 1,000 is rounded otherwise, which H.264 spreads"
+        assert distance.mean() < 1, "in a pack one value in 1,000 is rounded otherwise, which H.264 spreads"
         assert (video["model"], video["model_fingerprint"]) == (name, two_engines[model].model.fingerprint)
     differences = [np.abs(wanted["a", s].astype(int) - wanted["b", s].astype(int)).mean() for s in range(4)]
     assert min(differences) > 5, "the two models look alike, so nothing is shown"

@@ -9,18 +9,18 @@ __version__ = "0.1.0"
 __all__ = ["Engine", "Video", "VideoRequest", "__version__"]
 
 if TYPE_CHECKING:
-    from .runtime.engine import Engine
-    from .runtime.request import Video, VideoRequest
+    from .runtime.core.request import Video, VideoRequest
+    from .runtime.engine.engine import Engine
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use (PEP 562): `import skylapse` takes milliseconds, torch takes seconds."""
     if name == "Engine":
-        from .runtime.engine import Engine
+        from .runtime.engine.engine import Engine
 
         return Engine
     if name in ("Video", "VideoRequest"):
-        from .runtime import request
+        from .runtime.core import request
 
         return getattr(request, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,17 +17,17 @@ from math import ceil, isfinite
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import __version__
-from .runtime.config import Settings, load_settings, misspelt, settle_home
-from .runtime.models.command import add_models
-from .runtime.options import Parser, add_device, add_sampling, sampling
-from .runtime.request import MAX_SIDE, MIN_SIDE, VideoRequest, check_shape, frames_for, longest_seconds
+from .runtime.commands.models import add_models
+from .runtime.commands.options import Parser, add_device, add_sampling, sampling
+from .runtime.core.config import Settings, load_settings, misspelt, settle_home
+from .runtime.core.request import MAX_SIDE, MIN_SIDE, VideoRequest, check_shape, frames_for, longest_seconds
 
 if TYPE_CHECKING:  # whatever is heavy is imported by the command that needs it: --help takes a tenth of a second
     from rich.progress import Progress as RichProgress
 
-    from .runtime.engine import Engine
-    from .runtime.models.registry import ModelFolder
-    from .runtime.request import ModelDefaults, ModelLimits, Video
+    from .runtime.checkpoints.registry import ModelFolder
+    from .runtime.core.request import ModelDefaults, ModelLimits, Video
+    from .runtime.engine.engine import Engine
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,10 +103,10 @@ def _resolved(
 
 
 def _generate(options: argparse.Namespace, settings: Settings) -> int:
+    from .runtime.checkpoints.registry import known_folder
     from .runtime.media.clips import count_frames
     from .runtime.media.pictures import check_image
-    from .runtime.models.registry import known_folder
-    from .runtime.video_file import SHEET_SUFFIXES, check_writable, save_sheet
+    from .runtime.media.writer import SHEET_SUFFIXES, check_writable, save_sheet
 
     request = _request(options, known_folder(options.model, settings.cache_dir))
     output = check_writable(options.output)
@@ -152,7 +152,7 @@ def _generate(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _run(engine: Engine, request: VideoRequest, display: Display) -> Video:
-    from .runtime.events import Failed, Finished, Progress
+    from .runtime.core.events import Failed, Finished, Progress
 
     display.stage("reading the prompt")
     engine.submit(request)
@@ -267,13 +267,13 @@ class _Lines:
 # Commands with options of their own: name -> (the module whose function of this name runs them, the extra that they
 # need, what they do).
 ELSEWHERE = {
-    "serve": ("serve.command", "serve", "serve the OpenAI Videos API on this machine"),
+    "serve": ("serve.commands.serve", "serve", "serve the OpenAI Videos API on this machine"),
     "keys": ("serve.commands.keys", "serve", "make, list, rotate and revoke the service's API keys"),
     "jobs": ("serve.commands.jobs", "serve", "list, cancel and retry the service's jobs"),
     "usage": ("serve.commands.usage", "serve", "what tenants have used, and what it costs"),
     "store": ("serve.commands.store", "serve", "back up, restore and check the service's store"),
-    "compile": ("runtime.compile_command", "compile", "build a faster decoder for this machine"),
-    "kernels": ("runtime.doctor", "gpu", "which kernels run on this machine, and why"),
+    "compile": ("runtime.commands.compile", "compile", "build a faster decoder for this machine"),
+    "kernels": ("runtime.commands.kernels", "gpu", "which kernels run on this machine, and why"),
     "bench": ("benchmarks.command", "dev", "measure kernels beside their peers"),
 }
 

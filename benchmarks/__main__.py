@@ -2,7 +2,7 @@
 
 import sys
 
-from ..runtime.config import load_settings
+from ..runtime.core.config import load_settings
 from .command import bench
 
 if __name__ == "__main__":

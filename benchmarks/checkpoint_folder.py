@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..runtime.models.checkpoint import slots
-from ..runtime.models.wan import WanDenoiser
+from ..runtime.checkpoints.weights import slots
+from ..runtime.families.wan.denoiser import WanDenoiser
 from ..runtime.vae.wan import WanVAE, checkpoint_name
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 
-from ..runtime.config import Settings
-from ..runtime.options import Parser
+from ..runtime.commands.options import Parser
+from ..runtime.core.config import Settings
 
 # Name -> (the file whose function of this name runs it, what it does). Each has options of its own.
 BENCHMARKS = {

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from ..runtime.events import is_device_lost
+from ..runtime.core.events import is_device_lost
 from .record import Spread
 
 Run = Callable[[], object]

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from ..runtime.video_file import replaced_when_complete
+from ..runtime.media.writer import replaced_when_complete
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..runtime.options import Parser
+from ..runtime.commands.options import Parser
 from .ending import ended_by_signals
 from .gpu import watch
 from .harness import Turns, spread_of

@@ -24,7 +24,7 @@ from .launches import DTYPES, arch_of, find, points
 from .toolchain import Shipped, check_floats, jit, launches, next_power_of_2, tl
 
 MAX_EARLIER = 3  # clean predictions that UniPC's corrector of order 3 reads
-SCALE = 4  # pixels a side for each latent; runtime/preview.py fits maps of this size
+SCALE = 4  # pixels a side for each latent; runtime/vae/preview.py fits maps of this size
 
 
 class SolverStep(NamedTuple):
@@ -76,7 +76,7 @@ def _cpu(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operations of runtime/sampler and runtime/preview.py, in their order: equal to the bit."""
+    """The operations of runtime/sampler and runtime/vae/preview.py, in their order: equal to the bit."""
     velocity = cond.float()
     if uncond is not None:
         velocity = torch.add(uncond.float(), velocity - uncond.float(), alpha=guidance_scale)

@@ -9,18 +9,18 @@ from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp
 
-from ..runtime.config import load_settings
-from .api import create_app
-from .autoscaling import BacklogPolicy
-from .catalog import pin_revisions
-from .config import ServeConfig
-from .context import open_context
-from .dispatcher import Dispatcher
-from .logs import log_as_json
-from .loopback import stay_on_loopback
-from .model_entry import EngineGroup
-from .placement import check_gpus, cluster_gpus, gpus_per_engine
-from .replica import EngineReplica
+from ..runtime.core.config import load_settings
+from .core.config import ServeConfig
+from .core.logs import log_as_json
+from .core.model_entry import EngineGroup
+from .core.placement import check_gpus, cluster_gpus, gpus_per_engine
+from .deployment.autoscaling import BacklogPolicy
+from .deployment.dispatcher import Dispatcher
+from .deployment.loopback import stay_on_loopback
+from .deployment.replica import EngineReplica
+from .http.app import create_app
+from .jobs.served_models import pin_revisions
+from .jobs.services import open_context
 
 logger = logging.getLogger(__name__)
 POLICY = f"{BacklogPolicy.__module__}:{BacklogPolicy.__name__}"

@@ -11,8 +11,8 @@ import torch
 from compare import relative_l2
 
 from skylapse import Engine, VideoRequest
-from skylapse.runtime.events import Event
-from skylapse.runtime.trajectory import Trajectory
+from skylapse.runtime.core.events import Event
+from skylapse.runtime.engine.trajectory import Trajectory
 
 SIZES = [(64, 64, 5), (64, 64, 1), (32, 64, 9), (96, 64, 5), (64, 32, 13)]
 # Thresholds under which a random network's steps are skipped and computed in turns.

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from skylapse.cli import main
-from skylapse.runtime.events import Failed, Finished, Progress
-from skylapse.runtime.models import registry
-from skylapse.runtime.request import ModelDefaults, ModelLimits, Video, VideoMetadata, VideoRequest
+from skylapse.runtime.checkpoints import registry
+from skylapse.runtime.core.events import Failed, Finished, Progress
+from skylapse.runtime.core.request import ModelDefaults, ModelLimits, Video, VideoMetadata, VideoRequest
 
 
 class FakeEngine:
@@ -89,7 +89,7 @@ def command_in(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     engine = type("Engine", (FakeEngine,), {"loaded": [], "requests": []})
     known = SimpleNamespace(defaults=FakeEngine.defaults, limits=FakeEngine.limits)  # of "demo" alone
     monkeypatch.setattr(registry, "known_folder", lambda name, cache_dir: known if name == "demo" else None)
-    module = ModuleType("skylapse.runtime.engine")
+    module = ModuleType("skylapse.runtime.engine.engine")
     module.__dict__.update(Engine=engine)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.delenv("SKYLAPSE_DEBUG", raising=False)

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from skylapse.kernels.fake_cuda import fake_cuda
+from skylapse.runtime.families.wan.denoiser import WanDenoiser
 from skylapse.runtime.models.model import Model
-from skylapse.runtime.models.wan import WanDenoiser
 from skylapse.runtime.vae.codec import VideoCodec
 from skylapse.runtime.vae.overlap import CudaLane, Fetch
 from skylapse.runtime.vae.wan import WanVAE

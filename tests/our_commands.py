@@ -61,7 +61,7 @@ class Call:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(argparse.ArgumentParser, "parse_args", parse)
-            patch.setattr("skylapse.runtime.options.Parser.error", error)
+            patch.setattr("skylapse.runtime.commands.options.Parser.error", error)
             patch.setattr(argparse.ArgumentParser, "error", error)
             try:
                 self.run()

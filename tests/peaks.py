@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from skylapse.runtime.models.peaks import Coding, Curve, Peaks
+from skylapse.runtime.memory.peaks import Coding, Curve, Peaks
 
 
 def line(slope: float, offset: float = 0.0) -> Curve:

@@ -37,7 +37,7 @@ NEVER = {
     "cli.py": {"diffusers"},
 }
 # runtime/core/openmp.py is run before torch is imported, and so before the settings are read.
-READS_ENVIRONMENT = {Path("runtime/config.py"), Path("runtime/core/openmp.py")}
+READS_ENVIRONMENT = {Path("runtime/core/config.py"), Path("runtime/core/openmp.py")}
 MAX_LINES = 400
 
 

@@ -13,8 +13,8 @@ from command import Command, FakeEngine, command_in
 from PIL import Image
 
 import skylapse
-from skylapse.runtime.request import ModelDefaults, ModelLimits, VideoRequest
-from skylapse.runtime.video_file import write_video
+from skylapse.runtime.core.request import ModelDefaults, ModelLimits, VideoRequest
+from skylapse.runtime.media.writer import write_video
 
 
 @pytest.fixture
@@ -315,14 +315,14 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     can_do = ["text-to-video"], [(64, 64)], FakeEngine.defaults, FakeEngine.limits
     report = ModelReport("demo", Path("/demo"), [component], *can_do, loaded, {})
     entries = [ModelEntry("demo", "coloured shapes", "inside the package", 24 * 2**20), ModelEntry("x", "y", "z", None)]
-    module = ModuleType("skylapse.runtime.models.registry")
+    module = ModuleType("skylapse.runtime.checkpoints.registry")
     module.__dict__.update(list_models=lambda cache_dir: entries, inspect_model=lambda name, cache_dir: report)
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
 def test_models_are_calibrated_with_what_is_asked(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[VideoRequest, Any]] = []
-    module = ModuleType("skylapse.runtime.cache.calibrate")
+    module = ModuleType("skylapse.runtime.commands.calibrate")
 
     def calibrate(engine: FakeEngine, request: VideoRequest, prompts: Any, report: Any) -> Path:
         asked.append((request, prompts))

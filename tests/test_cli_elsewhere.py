@@ -12,7 +12,7 @@ import pytest
 from command import Command, command_in
 
 from skylapse.cli import ELSEWHERE
-from skylapse.runtime.config import Settings
+from skylapse.runtime.core.config import Settings
 
 
 @pytest.fixture
@@ -51,9 +51,9 @@ def test_its_own_help_is_reached(name: str, command: Command) -> None:
         ("ray", 2, "skylapse: error: serve needs ray: pip install 'skylapse[serve]'"),
         ("ray.serve", 2, "skylapse: error: serve needs ray.serve: pip install 'skylapse[serve]'"),
         (
-            "skylapse.serve.context",
+            "skylapse.serve.jobs.services",
             1,
-            "skylapse: failed: ModuleNotFoundError: No module named 'skylapse.serve.context'",
+            "skylapse: failed: ModuleNotFoundError: No module named 'skylapse.serve.jobs.services'",
         ),
     ],
     ids=["dependency", "part of it", "our own"],
@@ -64,7 +64,7 @@ def test_a_missing_module_is_one_line(
     def serve(arguments: Sequence[str], settings: Settings) -> int:
         raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
 
-    module = ModuleType("skylapse.serve.command")
+    module = ModuleType("skylapse.serve.commands.serve")
     module.__dict__["serve"] = serve
     monkeypatch.setitem(sys.modules, module.__name__, module)
     result = command("serve")

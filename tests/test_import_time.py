@@ -42,7 +42,7 @@ def test_public_names_are_listed() -> None:
 def test_a_models_configs_are_read_and_checked_without_torch() -> None:
     """An ingress does so, having no use for torch's memory, and so does the command line before it loads an engine."""
     code = (
-        "import sys; from skylapse.runtime.models.registry import describe; assert describe('demo').tasks;"
+        "import sys; from skylapse.runtime.checkpoints.registry import describe; assert describe('demo').tasks;"
         "assert not {'torch', 'transformers'} & {*sys.modules}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

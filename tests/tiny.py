@@ -18,7 +18,7 @@ from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from skylapse.benchmarks.demo_model.text import TEXT_DIM, build_text_encoder, build_tokenizer
-from skylapse.runtime.memory import MemoryBudget
+from skylapse.runtime.engine.memory import MemoryBudget
 
 BASE = dict(
     num_attention_heads=2,

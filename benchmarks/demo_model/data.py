@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ...runtime.json_file import read_json
-from ...runtime.models.checkpoint import load_weights
-from ...runtime.models.configs import parse_config
+from ...runtime.checkpoints.configs import parse_config
+from ...runtime.checkpoints.weights import load_weights
+from ...runtime.core.json_file import read_json
 from ...runtime.vae.wan import WanVAE, WanVAEConfig, checkpoint_name
 from .scenes import Scenes, caption, draw_scenes, render
 from .text import FILLERS

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...runtime.engine import Engine
-from ...runtime.options import size_of
-from ...runtime.request import VideoRequest
-from ...runtime.video_file import contact_sheet
+from ...runtime.commands.options import size_of
+from ...runtime.core.request import VideoRequest
+from ...runtime.engine.engine import Engine
+from ...runtime.media.writer import contact_sheet
 from ..sheet import Sheet, suite_parser
 from .judge import score
 from .scenes import caption, draw_scenes, render

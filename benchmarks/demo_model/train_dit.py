@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
-from ...runtime.models import wan
-from ...runtime.models.checkpoint import load_weights
-from ...runtime.models.wan import TEXT_ROWS, WanConfig, WanDenoiser
-from ...runtime.pack import Context, Pack, build_rotation
+from ...runtime.checkpoints.weights import load_weights
+from ...runtime.families.wan import denoiser as wan
+from ...runtime.families.wan.denoiser import TEXT_ROWS, WanConfig, WanDenoiser
+from ...runtime.layers.pack import Context, Pack, build_rotation
 from .data import BUCKETS, Stock, draw_caption, draw_given, load_frozen_vae
 from .text import TEXT_DIM, build_text_encoder, build_tokenizer
 from .training import Average, restore_state, save_state, trainable_attention, trainable_rms_norm

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ...runtime.options import Parser
-from ...runtime.video_file import replaced_when_complete
+from ...runtime.commands.options import Parser
+from ...runtime.media.writer import replaced_when_complete
 from ..track.history import RESULTS
 from .compare import AGAIN, Change, changes
 from .markdown import markdown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ...runtime.models.registry import published_folder
+from ...runtime.checkpoints.registry import published_folder
 from .table import CARDS, ModelTable, Record
 
 SHORT = {"text_encoder": "text", "image_encoder": "image"}

@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import torch
 
-from ...runtime.models.fit_report import DECODER_DTYPE, DEVICE_SHARE, DTYPE, Precision, precisions, rows_of, sizes_of
-from ...runtime.models.peaks import CHUNKS, TEXT_ROWS
-from ...runtime.models.published import published
-from ...runtime.models.registry import ModelFolder, published_folder
+from ...runtime.checkpoints.published import published
+from ...runtime.checkpoints.registry import ModelFolder, published_folder
+from ...runtime.media.writer import replaced_when_complete
+from ...runtime.memory.fit_report import DECODER_DTYPE, DEVICE_SHARE, DTYPE, Precision, precisions, rows_of, sizes_of
+from ...runtime.memory.peaks import CHUNKS, TEXT_ROWS
 from ...runtime.vae.tiling import Tiling
-from ...runtime.video_file import replaced_when_complete
 
 SCHEMA: Literal["skylapse.fits/1"] = "skylapse.fits/1"
 CARDS = (16, 24, 32, 48, 80, 96, 141, 192)  # GB

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...kernels import roofline
 from ...kernels.patch_embed import Grid
-from ...runtime.models.wan import WanConfig, WanDenoiser
-from ...runtime.pack import Pack, Sequence, build_pack
+from ...runtime.families.wan.denoiser import WanConfig, WanDenoiser
+from ...runtime.layers.pack import Pack, Sequence, build_pack
 from ..harness import Run
 from ..kernels.block import cost_of
 from ..kernels.memory_bound import GRIDS

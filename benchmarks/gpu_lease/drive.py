@@ -17,8 +17,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from ...runtime.config import environment
-from ...runtime.options import Parser
+from ...runtime.commands.options import Parser
+from ...runtime.core.config import environment
 from ..ending import ended_by_signals
 from .calls import LIMIT_S, PACKAGE, call_named
 from .journal import Journal, fingerprint

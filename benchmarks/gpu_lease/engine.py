@@ -16,12 +16,12 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ...runtime.engine import Engine
-from ...runtime.events import Event, Failed, Finished, Progress, RequestTooLarge
-from ...runtime.models.configs import parse_config
-from ...runtime.models.published import component
-from ...runtime.models.wan import WanConfig
-from ...runtime.request import VideoRequest
+from ...runtime.checkpoints.configs import parse_config
+from ...runtime.checkpoints.published import component
+from ...runtime.core.events import Event, Failed, Finished, Progress, RequestTooLarge
+from ...runtime.core.request import VideoRequest
+from ...runtime.engine.engine import Engine
+from ...runtime.families.wan.denoiser import WanConfig
 from ...runtime.vae.wan import WanVAEConfig
 from ..peak import held_bytes, peak_while
 from ..suites.clips import Size, clip_request, words_of

@@ -9,8 +9,8 @@ from itertools import product
 import torch
 
 from ...kernels.fake_cuda import fake_cuda
-from ...runtime.models.peaks import chunk_shapes, coding_bytes, fake_coder, fake_denoiser, step_bytes
-from ...runtime.models.wan import WanConfig
+from ...runtime.families.wan.denoiser import WanConfig
+from ...runtime.memory.peaks import chunk_shapes, coding_bytes, fake_coder, fake_denoiser, step_bytes
 from ...runtime.vae.coders import WanDecoder, WanEncoder
 from ...runtime.vae.wan import WanVAEConfig
 from ..kernels.memory_bound import GRIDS

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...kernels.weight_formats import FORMATS
-from ...runtime.models.checkpoint import allocate
-from ...runtime.models.configs import parse_config
-from ...runtime.models.linear import Linear
-from ...runtime.models.published import component
-from ...runtime.models.wan import WanConfig, WanDenoiser
+from ...runtime.checkpoints.configs import parse_config
+from ...runtime.checkpoints.published import component
+from ...runtime.checkpoints.weights import allocate
+from ...runtime.families.wan.denoiser import WanConfig, WanDenoiser
+from ...runtime.layers.linear import Linear
 from ...runtime.vae.wan import WanVAE, WanVAEConfig
 from ..checkpoint_folder import INDEX, SCHEDULER, write_json, write_module
 

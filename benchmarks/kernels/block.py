@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ...kernels import roofline
 from ...kernels.patch_embed import Grid
 from ...kernels.weight_formats import FORMATS, words
-from ...runtime.models.linear import Linear
-from ...runtime.models.wan import TEXT_ROWS, WanBlock, WanConfig
-from ...runtime.pack import Sequence, TextContext, build_pack
+from ...runtime.families.wan.denoiser import TEXT_ROWS, WanBlock, WanConfig
+from ...runtime.layers.linear import Linear
+from ...runtime.layers.pack import Sequence, TextContext, build_pack
 from ..harness import Missing
 from .case import Case, Make, Suite, compiled
 from .memory_bound import GRIDS, SMALL

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ...runtime.options import Parser
+from ...runtime.commands.options import Parser
 from ..ending import ended_by_signals
 from ..gpu import watch
 from ..harness import Budget, reason_of

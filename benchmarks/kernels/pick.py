@@ -10,7 +10,7 @@ from typing import Any
 
 from ...kernels.attention_backends import MEASURED
 from ...kernels.backends import CHOICES
-from ...runtime.options import Parser
+from ...runtime.commands.options import Parser
 from ..record import KernelReport, KernelResult, Row, read_any
 from .attention import call_in
 from .checks import LOSSY

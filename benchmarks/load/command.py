@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ...runtime.config import load_settings
+from ...runtime.core.config import load_settings
 from ..record import Curve, Label
 from ..sheet import Sheet, note
 from .options import ANY_MODEL, REQUESTS, options_of, settings_of

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...runtime.config import environment
+from ...runtime.core.config import environment
 
 MARK = "SKYLAPSE_BENCH_SERVICE"  # in the environment of all processes of one service
 START_S, STOP_S, KILL_S = 180.0, 60.0, 10.0

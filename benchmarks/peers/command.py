@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...runtime.config import load_settings
-from ...runtime.device import DTYPES, parse_device
-from ...runtime.models.hub import resolve_folder
-from ...runtime.models.registry import read_folder
-from ...runtime.request import VideoRequest
+from ...runtime.checkpoints.hub import resolve_folder
+from ...runtime.checkpoints.registry import read_folder
+from ...runtime.core.config import load_settings
+from ...runtime.core.device import DTYPES, parse_device
+from ...runtime.core.request import VideoRequest
 from ..demo_model.scenes import caption, draw_scenes
 from ..harness import Missing, ratios, reason_of
 from ..metrics import UNITS, compare_clips

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ...runtime.cache.spec import PRESETS
-from ...runtime.device import DTYPES
-from ...runtime.engine import Engine
+from ...runtime.core.device import DTYPES
+from ...runtime.core.request import VideoRequest
+from ...runtime.engine.engine import Engine
 from ...runtime.models.text_cache import TextCache
-from ...runtime.request import VideoRequest
 from ..harness import Missing
 from .diffusers_wan import CACHES, DiffusersWan, Run, Timed, cache_dit
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...runtime.models.hub import resolve_folder
-from ...runtime.request import VideoRequest
+from ...runtime.checkpoints.hub import resolve_folder
+from ...runtime.core.request import VideoRequest
 from ..harness import Missing
 from ..metrics import Clip
 

@@ -110,7 +110,7 @@ class Pipeline:
         import torch
         from diffusers import AutoencoderKLWan, WanPipeline
 
-        from ...runtime.models.hub import resolve_folder
+        from ...runtime.checkpoints.hub import resolve_folder
 
         torch.set_num_threads(threads)
         folder = resolve_folder(model)
@@ -155,7 +155,7 @@ class Pipeline:
         import numpy as np
         import torch
 
-        from ...runtime.video_file import write_video
+        from ...runtime.media.writer import write_video
 
         shape = jobs[0].shape
         with torch.inference_mode():
@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stopped = Event()
     import ray
 
-    from ...runtime.engine import Engine
+    from ...runtime.engine.engine import Engine
 
     defaults = Engine.from_pretrained(options.model, device="cpu").defaults
     facts = {

@@ -31,7 +31,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ...runtime.models.published import published
+from ...runtime.checkpoints.published import published
 from ..fits.markdown import overview
 from ..fits.table import read as read_fits
 from ..record import read_any

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...runtime.options import Parser
-from ...runtime.video_file import replaced_when_complete
+from ...runtime.commands.options import Parser
+from ...runtime.media.writer import replaced_when_complete
 from ..track.history import RESULTS
 from .charts import sections
 from .draw import png

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ...runtime.options import Parser
+from ...runtime.commands.options import Parser
 from ..command import BENCHMARKS
 from ..record import SuiteReport
 from ..track.compare import figures, reasons

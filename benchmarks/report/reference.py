@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ...serve.core.metric_definitions import METRICS
 from ...serve.engine.xids import XIDS, Xid
-from ...serve.metrics_table import METRICS
 
 
 def metrics_table(kind: str) -> str:

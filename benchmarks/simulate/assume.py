@@ -15,7 +15,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...kernels import roofline
-from ...runtime.scheduler import SchedulerConfig
+from ...runtime.engine.scheduler import SchedulerConfig
 from ..load.workloads import Kind, Workload, our_prompts
 from .cost import Shape, StepCost
 from .service import MAX_CALLS, Service

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...runtime.scheduler import SchedulerConfig
+from ...runtime.engine.scheduler import SchedulerConfig
 from ..record import Curve, Measurement, SuiteReport, read
 from ..sheet import Labels, Sheet
 from ..suites.traffic import SHAPES, Arrival, draw_trace

@@ -14,7 +14,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 
-from ...serve.autoscaling import num_engines
+from ...serve.deployment.autoscaling import num_engines
 from ...serve.store.backlog import Backlog
 from .cost import Shape, StepCost
 from .replica import Job, Replica

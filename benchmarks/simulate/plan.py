@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from ...runtime.scheduler import SchedulerConfig
+from ...runtime.engine.scheduler import SchedulerConfig
 from ..load.client import Outcome
 from ..load.play import quantile
 from ..load.slo import Slo, goodput

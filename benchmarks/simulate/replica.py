@@ -1,11 +1,11 @@
-"""One engine of the model: the ticks of `runtime/batch.py`, driven by the real scheduler, with a cost for each."""
+"""One engine of the model: the ticks of `engine/batch.py`, driven by the real scheduler, with a cost for each."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 
-from ...runtime.scheduler import Scheduler, SchedulerConfig, Work
+from ...runtime.engine.scheduler import Scheduler, SchedulerConfig, Work
 from .cost import Shape, StepCost
 
 

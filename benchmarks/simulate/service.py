@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ...runtime.scheduler import SchedulerConfig
+from ...runtime.engine.scheduler import SchedulerConfig
 from ..load.client import Outcome
 from .replica import Job
 
-# serve/dispatcher.py's and serve/replica.py's, which import Ray; a test holds them together
+# serve/deployment/dispatcher.py's and serve/deployment/replica.py's, which import Ray; a test holds them together
 LOOK_S, MAX_CALLS, UNCHECKED_S = 0.1, 256, 5.0
 POLL_S = 1.0  # between two looks of the autoscaler at the backlog
 

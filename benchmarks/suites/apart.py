@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ...runtime.config import environment
+from ...runtime.core.config import environment
 
 TIMEOUT_S = 600.0
 MARK = "skylapse apart: "  # before the answer, among whatever else is printed

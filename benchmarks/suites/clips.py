@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ...runtime.request import VideoRequest
+from ...runtime.core.request import VideoRequest
 
 Size = tuple[int, int, int]  # width, height, frames
 DIRECTIONS = ("left", "right", "up", "down")

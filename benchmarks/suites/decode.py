@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from ...compile.backend import versions_of
-from ...runtime.config import Settings
-from ...runtime.decoders import Decoders, backends
-from ...runtime.models.hub import DEMO_FOLDER
+from ...runtime.checkpoints.hub import DEMO_FOLDER
+from ...runtime.checkpoints.registry import read_folder
+from ...runtime.core.config import Settings
 from ...runtime.models.model import load_codec
-from ...runtime.models.registry import read_folder
+from ...runtime.vae.backends import Decoders, backends
 from ...runtime.vae.codec import VideoCodec
 from ...runtime.vae.wan import WanVAE, WanVAEConfig
 from ..harness import Budget, Clock, CudaClock, Missing, Run, WallClock, ratios, reason_of, take_turns

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 
 from ...runtime.cache.spec import PRESETS
-from ...runtime.denoise import evaluate
-from ...runtime.engine import Engine
-from ...runtime.layout import Layouts
-from ...runtime.models.compiled import compile_trunk
+from ...runtime.core.request import VideoRequest
+from ...runtime.engine.denoise import evaluate
+from ...runtime.engine.engine import Engine
+from ...runtime.engine.pack_cache import Layouts
+from ...runtime.engine.trajectory import Trajectory
+from ...runtime.families.wan.compiled import compile_trunk
+from ...runtime.families.wan.denoiser import WanDenoiser
 from ...runtime.models.model import Model
-from ...runtime.models.wan import WanDenoiser
-from ...runtime.request import VideoRequest
-from ...runtime.trajectory import Trajectory
 from ..harness import Budget, Clock, CudaClock, Missing, Run, Turns, WallClock, take_turns
 from ..sheet import Labels, Sheet, suite_parser
 from .clips import Size, clip_request, size_of, words_of

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 
 import numpy as np
 
-from ...runtime.engine import Engine
+from ...runtime.engine.engine import Engine
 from ..harness import ratios
 from ..record import Curve
 from ..sheet import Labels, Sheet, suite_parser

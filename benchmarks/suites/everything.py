@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ...runtime.options import Parser
+from ...runtime.commands.options import Parser
 from ..command import BENCHMARKS
 from ..ending import ended_by_signals
 from ..sheet import RESULTS, note

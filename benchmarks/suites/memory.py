@@ -86,7 +86,7 @@ def _case(sheet: Sheet, size: Size, kind: str, rounds: int) -> None:
 def peak_of_a_request(model: str, threads: int | None, size: list[int], seed: int, kind: str) -> dict[str, Any]:
     """Bytes that one request takes above what its engine holds, in this process alone."""
     from ...kernels.live_bytes import LiveBytes
-    from ...runtime.engine import Engine
+    from ...runtime.engine.engine import Engine
 
     if threads:
         torch.set_num_threads(threads)

@@ -87,8 +87,8 @@ def busy(number: int) -> Iterator[None]:
 
 def seconds_of_requests(model: str, threads: int, chooses: bool, seed: int, requests: int) -> dict[str, float]:
     """Return the seconds of requests one after another, from prompt to latents, after one that warms up."""
-    from ...runtime.engine import Engine
-    from ...runtime.request import VideoRequest
+    from ...runtime.core.request import VideoRequest
+    from ...runtime.engine.engine import Engine
 
     torch.set_num_threads(threads)
     engine = Engine.from_pretrained(model, "cpu")

@@ -20,13 +20,13 @@ from torch.profiler import record_function
 from ...kernels import roofline
 from ...kernels.roofline import Cost
 from ...runtime.cache.step_cache import StepCache
-from ...runtime.layout import Layouts
-from ...runtime.models import wan
-from ...runtime.models.linear import Linear
+from ...runtime.engine.pack_cache import Layouts
+from ...runtime.engine.trajectory import Trajectory
+from ...runtime.families.wan import denoiser as wan
+from ...runtime.layers.linear import Linear
+from ...runtime.layers.pack import Context, Pack
+from ...runtime.layers.time_embedding import TimeEmbeddings
 from ...runtime.models.text_encoder import TextEncoder
-from ...runtime.models.time_embedding import TimeEmbeddings
-from ...runtime.pack import Context, Pack
-from ...runtime.trajectory import Trajectory
 from ...runtime.vae import codec
 
 PREFIX = "skylapse: "  # of the ranges' names

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ...runtime import batch
-from ...runtime.denoise import take
-from ...runtime.engine import Engine
-from ...runtime.events import Progress
-from ...runtime.request import VideoRequest
+from ...runtime.core.events import Progress
+from ...runtime.core.request import VideoRequest
+from ...runtime.engine import batch
+from ...runtime.engine.denoise import take
+from ...runtime.engine.engine import Engine
 from .clips import prompt_of
 
 OF_MODEL = ("embed", "trunk", "head")

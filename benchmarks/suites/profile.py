@@ -20,11 +20,11 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from ...runtime.config import load_settings
-from ...runtime.engine import Engine
-from ...runtime.events import Failed
+from ...runtime.core.config import load_settings
+from ...runtime.core.events import Failed
+from ...runtime.core.request import VideoRequest
+from ...runtime.engine.engine import Engine
 from ...runtime.models.text_cache import TextCache
-from ...runtime.request import VideoRequest
 from ..harness import without_gc
 from ..kernels.case import Suite
 from ..kernels.suite import clock_of, measure_limits

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ...runtime.video_file import write_video
+from ...runtime.media.writer import write_video
 from ..demo_model.judge import judge
 from ..demo_model.scenes import caption, draw_scenes
 from ..harness import Missing

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...runtime.cache.spec import PRESETS, check_cache
-from ...runtime.config import QUANTIZE
-from ...runtime.device import DTYPES
-from ...runtime.engine import Engine
-from ...runtime.events import Failed, Finished
-from ...runtime.request import Video, VideoRequest
+from ...runtime.core.config import QUANTIZE
+from ...runtime.core.device import DTYPES
+from ...runtime.core.events import Failed, Finished
+from ...runtime.core.request import Video, VideoRequest
+from ...runtime.engine.engine import Engine
 from ..metrics import Clip, Metric, compare_clips
 
 POLICIES = (

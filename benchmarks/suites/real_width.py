@@ -18,11 +18,11 @@ import torch
 
 from ...kernels.fake_cpu import fake_cpu
 from ...kernels.live_bytes import LiveBytes
-from ...runtime.models.checkpoint import allocate
-from ...runtime.models.configs import parse_config
-from ...runtime.models.peaks import chunk_shapes, code, step_of
-from ...runtime.models.published import published
-from ...runtime.models.wan import WanConfig, WanDenoiser
+from ...runtime.checkpoints.configs import parse_config
+from ...runtime.checkpoints.published import published
+from ...runtime.checkpoints.weights import allocate
+from ...runtime.families.wan.denoiser import WanConfig, WanDenoiser
+from ...runtime.memory.peaks import chunk_shapes, code, step_of
 from ...runtime.vae.coders import WanDecoder, WanEncoder
 from ...runtime.vae.wan import WanVAE, WanVAEConfig
 from ..harness import reason_of

@@ -101,9 +101,9 @@ def marks_of_a_start(model: str, threads: int | None, prompt: str) -> dict[str, 
 
     import torch
 
-    from ...runtime.engine import Engine
-    from ...runtime.events import Failed, Finished, Progress
-    from ...runtime.request import VideoRequest
+    from ...runtime.core.events import Failed, Finished, Progress
+    from ...runtime.core.request import VideoRequest
+    from ...runtime.engine.engine import Engine
 
     if threads:
         torch.set_num_threads(threads)

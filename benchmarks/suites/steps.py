@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ...runtime.engine import Engine
-from ...runtime.events import Event, Progress, Ticket
-from ...runtime.trajectory import Trajectory
+from ...runtime.core.events import Event, Progress, Ticket
+from ...runtime.engine.engine import Engine
+from ...runtime.engine.trajectory import Trajectory
 from ..sheet import Labels, Sheet
 from .traffic import SHAPES, request_of
 

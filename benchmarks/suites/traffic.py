@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ...runtime.engine import Engine
-from ...runtime.events import Failed, Finished
-from ...runtime.request import VideoRequest
+from ...runtime.core.events import Failed, Finished
+from ...runtime.core.request import VideoRequest
+from ...runtime.engine.engine import Engine
 from .clips import Size, clip_request
 
 SHAPES: dict[str, Size] = {"small": (64, 64, 9), "large": (128, 96, 29)}  # 48 and 384 tokens a branch of the demo model

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...runtime.options import Parser
+from ...runtime.commands.options import Parser
 from ..record import Better, Check, KernelResult, Report, Spread, SuiteReport, read_any
 from .percent import percent
 from .statistics import Change, Verdict, change, change_of_spreads, judge

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from ...runtime.options import Parser
+from ...runtime.commands.options import Parser
 from .percent import percent
 from .rule import Block, Finding, decide
 from .statistics import LEAST

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...runtime.options import Parser
-from ...runtime.video_file import replaced_when_complete
+from ...runtime.commands.options import Parser
+from ...runtime.media.writer import replaced_when_complete
 from ..record import HISTORY_SCHEMA, HistoryLine, Point, Report, read_any, read_history, to_json
 from .compare import figures
 from .trees import ROOT, commit_of, git

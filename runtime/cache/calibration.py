@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..models.fingerprint import fingerprint
+from ..core.fingerprint import fingerprint
 
 FILE = "cache.json"
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..json_file import read_json
-from .encoder_configs import encoder_fields
+from ..checkpoints.encoder_configs import encoder_fields
+from ..core.json_file import read_json
 from .parts import image_encoder_part, load_part
 from .text_encoder import first_line
 

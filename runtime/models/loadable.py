@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..cache.calibration import CalibrationFile, read_calibrations
-from .encoder_configs import image_encoder_config, text_encoder_config
+from ..checkpoints.encoder_configs import image_encoder_config, text_encoder_config
+from ..checkpoints.registry import ModelFolder
 from .image_encoder import load_processor
 from .parts import check_weights
-from .registry import ModelFolder
 from .text_encoder import load_tokenizer
 
 

@@ -14,22 +14,22 @@ from torch import nn
 from ..cache.calibration import CalibrationFile
 from ..cache.spec import WAN_PRESETS
 from ..cache.teacache import PUBLISHED
-from ..config import Settings
-from ..request import ModelDefaults, ModelLimits
-from ..solver_config import SolverConfig
+from ..checkpoints.hub import resolve_folder
+from ..checkpoints.registry import EXPERTS, ModelFolder, read_folder
+from ..core.config import Settings
+from ..core.fingerprint import fingerprint
+from ..core.request import ModelDefaults, ModelLimits
+from ..families.wan.denoiser import WanDenoiser
+from ..sampler.config import SolverConfig
 from ..vae.codec import VideoCodec, decoder_dtype
 from ..vae.tiling import Tiling
 from ..vae.wan import WanVAE
-from .fingerprint import fingerprint
-from .hub import resolve_folder
 from .image_encoder import ImageEncoder
 from .loadable import check_loadable
 from .parts import expert_part, load_part, vae_part
 from .placement import place
-from .registry import EXPERTS, ModelFolder, read_folder
 from .residency import CudaMover, Mover, Residency
 from .text_encoder import TextEncoder
-from .wan import WanDenoiser
 
 
 @dataclass(frozen=True)

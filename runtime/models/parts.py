@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoints.configs import parse_config
+from ..checkpoints.empty_encoders import build_encoder
+from ..checkpoints.registry import ModelFolder
+from ..checkpoints.weights import ENCODER_WEIGHTS, WEIGHTS, check_keys, has_weights, load_weights, slots, tensor_headers
+from ..families.wan.config import WanConfig
+from ..families.wan.denoiser import WanDenoiser
+from ..layers.quantization import quantized_weights
 from ..vae.wan import WanVAE, checkpoint_name
 from ..vae.wan_config import WanVAEConfig
-from .checkpoint import ENCODER_WEIGHTS, WEIGHTS, check_keys, has_weights, load_weights, slots, tensor_headers
-from .configs import parse_config
-from .empty_encoders import build_encoder
-from .quantization import quantized_weights
-from .registry import ModelFolder
-from .wan import WanDenoiser
-from .wan_config import WanConfig
 
 # One parameter; published checkpoints hold it under one of the names or under both.
 SHARED, EMBED_TOKENS = "shared.weight", "encoder.embed_tokens.weight"

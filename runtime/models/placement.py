@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...kernels.toolchain import capability
-from ..config import Settings
-from ..device import cache_bytes, host_bytes, memory_bytes
+from ..checkpoints.registry import ModelFolder
+from ..core.config import Settings
+from ..core.device import cache_bytes, host_bytes, memory_bytes
+from ..memory.fit import Fitter
+from ..memory.fit_report import config_of, sizes_of
+from ..memory.needs import needs_of
+from ..memory.peaks import CHUNKS, Peaks, measure_peaks, measure_workspace, predict_peaks, stored_peaks
+from ..memory.sizes import part_bytes
 from ..vae.tiling import Tiling
-from .fit import Fitter
-from .fit_report import config_of, sizes_of
-from .needs import needs_of
-from .peaks import CHUNKS, Peaks, measure_peaks, measure_workspace, predict_peaks, stored_peaks
-from .registry import ModelFolder
-from .sizes import part_bytes
 
 if TYPE_CHECKING:
     from .model import Model

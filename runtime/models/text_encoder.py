@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..json_file import check_no_pointer, read_json
-from .encoder_configs import encoder_fields
+from ..checkpoints.encoder_configs import encoder_fields
+from ..core.json_file import check_no_pointer, read_json
 from .parts import load_part, text_encoder_part
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..solver_config import SOLVERS as SOLVERS
-from ..solver_config import SolverConfig as SolverConfig
+from .config import SOLVERS as SOLVERS
+from .config import SolverConfig as SolverConfig
 
 
 @dataclass(frozen=True, slots=True)

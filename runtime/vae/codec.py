@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...compile.stream import DTYPES, copied
 from ...kernels.tables import send
-from ..events import is_out_of_memory
+from ..core.events import is_out_of_memory
 from .coders import WanDecoder, WanEncoder, move
 from .overlap import CudaLane, Lane, overlapped
 from .tiling import Chunk, TileStates, Tiling, decode_tiled, encode_tiled

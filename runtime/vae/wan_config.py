@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ..json_file import shown, within
+from ..core.json_file import shown, within
 
 # Of Wan 2.1's latents: what diffusers takes where a config.json does not say.
 MEAN_21 = (

@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from ...runtime.config import Settings
-from ...runtime.options import Parser
-from ..admin_schema import show_job
-from ..retry import retry
-from ..schema import percent, show_page
+from ...runtime.commands.options import Parser
+from ...runtime.core.config import Settings
+from ..jobs.retry import retry
 from ..store.jobs import Job, NotFound
 from ..store.tables import FAILED, STATES
+from ..wire.admin_requests import show_job
+from ..wire.requests import percent, show_page
 from .opening import account, add_place, open_store
 from .table import iso, print_facts, print_json, print_table
 

@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from ...runtime.config import Settings
-from ...runtime.options import Parser
-from ..admin_schema import show_key, state_of
-from ..context import TENANT
-from ..schema import show_page
-from ..store.keys import SCOPES, ApiKey, KeyNotFound
+from ...runtime.commands.options import Parser
+from ...runtime.core.config import Settings
+from ..accounts.keys import SCOPES, ApiKey, KeyNotFound
+from ..jobs.services import TENANT
+from ..wire.admin_requests import show_key, state_of
+from ..wire.requests import show_page
 from .opening import account, add_place, open_store
 from .table import iso, print_facts, print_json, print_table
 

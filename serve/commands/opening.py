@@ -12,10 +12,10 @@ from pathlib import Path
 from sqlalchemy import inspect, make_url
 from sqlalchemy.exc import DatabaseError
 
-from ...runtime.config import our_variables
-from ..config import ServeConfig
-from ..config_source import load_config
-from ..context import Context, stand_on, with_secrets
+from ...runtime.core.config import our_variables
+from ..core.config import ServeConfig
+from ..core.config_source import load_config
+from ..jobs.services import Context, stand_on, with_secrets
 from ..store.audit import Actor
 from ..store.database import Database
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from sqlalchemy import make_url
 
-from ...runtime.config import Settings
-from ...runtime.options import Parser
-from ..context import Context, stand_on
-from ..private import make_folder
-from ..store.backup import back_up, is_empty, restore, verify
-from ..store.check import check
+from ...runtime.commands.options import Parser
+from ...runtime.core.config import Settings
+from ..core.private import make_folder
+from ..jobs.services import Context, stand_on
 from ..store.database import Database
 from ..store.processes import Processes
+from .backup import back_up, is_empty, restore, verify
 from .opening import add_place, find_config, find_database, open_store, place_of
+from .store_check import check
 from .table import iso, print_facts, print_json
 
 IN_USE_S = 10.0  # after its last sign of life, a process counts as gone

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 
-from ...runtime.config import Settings
-from ...runtime.options import Parser
-from ..routes.usage import DAYS, show_bucket, show_usage
-from ..store.usage import GROUPS, Asked, Bucket, parse_day, parse_groups, read_usage
+from ...runtime.commands.options import Parser
+from ...runtime.core.config import Settings
+from ..accounts.usage import GROUPS, Asked, Bucket, parse_day, parse_groups, read_usage
+from ..http.routes.usage import DAYS, show_bucket, show_usage
 from .opening import add_place, open_store
 from .table import print_json, print_table
 

@@ -1,4 +1,4 @@
-"""The share of the host's memory that is in use, for engines on a CPU; a GPU's is in `serve/gpu.py`."""
+"""The share of the host's memory that is in use, for engines on a CPU; a GPU's is in `serve/engine/gpu.py`."""
 
 from __future__ import annotations
 

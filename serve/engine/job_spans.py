@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from ..store.jobs import Job
-from ..tracing import QUEUE, Span, SpanEvent, Tracer, Value
+from ..telemetry.tracing import QUEUE, Span, SpanEvent, Tracer, Value
 
 LOST = "engine lost"
 

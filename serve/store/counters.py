@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, select
 from sqlalchemy.dialects import postgresql, sqlite
 
-from ..metrics_table import BUCKETS, COUNTED, COUNTER, HISTOGRAM, OTHER, Metric
+from ..core.metric_definitions import BUCKETS, COUNTED, COUNTER, HISTOGRAM, OTHER, Metric
 from .tables import metrics
 
 Labels = tuple[str, ...]

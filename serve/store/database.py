@@ -13,7 +13,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-from ..private import restrict
+from ..core.private import restrict
 from .migrations import migrate
 
 MIGRATION_LOCK = 0x5C71A95E  # of Postgres' advisory locks: any number that nobody else takes

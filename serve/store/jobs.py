@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Integer, Row, and_, cast, func, insert, or_, 
 from sqlalchemy import delete as delete_rows
 from sqlalchemy.sql.elements import ColumnElement
 
-from ..metrics_table import JOBS_CREATED
+from ..core.metric_definitions import JOBS_CREATED
 from .audit import Actor, record
 from .counters import Tally
 from .database import Database, now

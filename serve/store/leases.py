@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, and_, case, func, null, or_, select, true, update
 from sqlalchemy.sql.elements import ColumnElement
 
-from ..metrics_table import QUEUE_WAIT, STAGE_SECONDS
+from ..core.metric_definitions import QUEUE_WAIT, STAGE_SECONDS
 from .counters import Tally
 from .database import Database, now
 from .job_model import model_of

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, func, insert, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
-from ...runtime.usage import Usage
-from ..metrics_table import ENGINE_SECONDS, JOB_SECONDS, JOBS_ENDED, LOST_SECONDS, REJECTIONS, STEPS
-from ..prices import Cost, Prices
+from ...runtime.core.usage import Usage
+from ..core.metric_definitions import ENGINE_SECONDS, JOB_SECONDS, JOBS_ENDED, LOST_SECONDS, REJECTIONS, STEPS
+from ..core.prices import Cost, Prices
 from .counters import Counters, Tally
 from .job_model import model_of
 from .tables import COMPLETED, IN_PROGRESS, jobs, ledger

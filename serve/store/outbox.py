@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, and_, delete, func, insert, select, update
 
-from ..metrics_table import WEBHOOKS
+from ..core.metric_definitions import WEBHOOKS
 from .counters import Counters, Tally
 from .database import Database, now
 from .tables import outbox

@@ -13,7 +13,7 @@ from skylapse.benchmarks.record import write
 from skylapse.benchmarks.report.blocks import Blocks
 from skylapse.benchmarks.report.document import main
 from skylapse.benchmarks.report.tables import figure, table
-from skylapse.runtime.models.published import published
+from skylapse.runtime.checkpoints.published import published
 
 
 def test_committed_documents_are_those_of_the_committed_results(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,8 @@ from skylapse.benchmarks.fits.command import FOLDER, PAGE, differences, fits
 from skylapse.benchmarks.fits.compare import AGAIN, changes
 from skylapse.benchmarks.fits.markdown import cells_of, markdown
 from skylapse.benchmarks.fits.table import CARDS, ModelTable, read, tables, write
-from skylapse.runtime.models.published import published
-from skylapse.runtime.models.registry import published_folder
+from skylapse.runtime.checkpoints.published import published
+from skylapse.runtime.checkpoints.registry import published_folder
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from skylapse.benchmarks.record import SuiteReport, read
 from skylapse.benchmarks.suites import nouns, profile
 from skylapse.benchmarks.suites.denoise import denoise
 from skylapse.benchmarks.suites.nouns import NOUNS, PREFIX, Ranges
-from skylapse.runtime.models.linear import Linear
+from skylapse.runtime.layers.linear import Linear
 
 GROUP = "denoise/profile/64x64x17"
 

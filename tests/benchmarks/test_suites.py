@@ -17,8 +17,8 @@ from skylapse.benchmarks.suites import decode, denoise, engine, everything, memo
 from skylapse.benchmarks.suites.apart import Died
 from skylapse.benchmarks.suites.overhead import measure_ticks
 from skylapse.benchmarks.suites.traffic import MODES, Arrival, Driver, draw_trace, request_of
-from skylapse.runtime.engine import Engine
-from skylapse.runtime.events import Failed, Finished
+from skylapse.runtime.core.events import Failed, Finished
+from skylapse.runtime.engine.engine import Engine
 
 TWICE = Budget(seconds=0.0, least=2, most=2)
 CPU = torch.device("cpu")

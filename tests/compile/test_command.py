@@ -15,7 +15,7 @@ from skylapse.compile import footprint
 from skylapse.compile.select import Selector
 from skylapse.compile.stream import Coder, Plan, States
 from skylapse.compile.stream import Run as CoderRun
-from skylapse.runtime import decoders
+from skylapse.runtime.vae import backends as decoders
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -17,9 +17,9 @@ import torch
 from fake_backend import Fake
 
 from skylapse.compile.stream import Plan
-from skylapse.runtime import decoders as module
-from skylapse.runtime.config import Settings
-from skylapse.runtime.decoders import Decoders
+from skylapse.runtime.core.config import Settings
+from skylapse.runtime.vae import backends as module
+from skylapse.runtime.vae.backends import Decoders
 from skylapse.runtime.vae.codec import VideoCodec
 from skylapse.runtime.vae.coders import WanDecoder, WanEncoder
 from skylapse.runtime.vae.tiling import Tiling

@@ -19,8 +19,8 @@ from skylapse.compile.cache import EngineCache
 from skylapse.compile.footprint import Footprint, watch
 from skylapse.compile.select import Selector
 from skylapse.compile.stream import Coder, Plan, Run, States
-from skylapse.runtime import decoders
-from skylapse.runtime.events import RequestTooLarge
+from skylapse.runtime.core.events import RequestTooLarge
+from skylapse.runtime.vae import backends as decoders
 
 CPU = torch.device("cpu")
 MIB = 2**20

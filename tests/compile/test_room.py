@@ -21,12 +21,12 @@ from skylapse.compile.cache import BuildFailed, EngineCache
 from skylapse.compile.footprint import CONTEXT_BYTES, GIB, NoRoom, build_bytes, clip_bytes
 from skylapse.compile.select import Selector
 from skylapse.compile.stream import Coder, Plan, States
-from skylapse.runtime import decoders as module
-from skylapse.runtime.config import Settings
-from skylapse.runtime.decoders import Decoders
-from skylapse.runtime.models.configs import parse_config
-from skylapse.runtime.models.peaks import _coding_curves
-from skylapse.runtime.models.published import component
+from skylapse.runtime.checkpoints.configs import parse_config
+from skylapse.runtime.checkpoints.published import component
+from skylapse.runtime.core.config import Settings
+from skylapse.runtime.memory.peaks import _coding_curves
+from skylapse.runtime.vae import backends as module
+from skylapse.runtime.vae.backends import Decoders
 from skylapse.runtime.vae.codec import VideoCodec
 from skylapse.runtime.vae.coders import decoder_of
 from skylapse.runtime.vae.tiling import Tiling

@@ -59,8 +59,8 @@ def runs(page: Path) -> bool:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make the folder that a reader of the pages has: a store, two results, and files of settings."""
-    from skylapse.serve.config import ServeConfig
-    from skylapse.serve.context import open_context
+    from skylapse.serve.core.config import ServeConfig
+    from skylapse.serve.jobs.services import open_context
 
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("SKYLAPSE_DATA")]:

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from skylapse.runtime.config import load_settings
-from skylapse.runtime.engine import Engine
-from skylapse.serve import app, command
-from skylapse.serve.replica import EngineReplica
+from skylapse.runtime.core.config import load_settings
+from skylapse.runtime.engine.engine import Engine
+from skylapse.serve import app
+from skylapse.serve.commands import serve as command
+from skylapse.serve.deployment.replica import EngineReplica
 
 FOLDER = "worked"  # in the service's: a file of seconds for each engine process
 
@@ -33,8 +34,8 @@ class Clocked(EngineReplica):
     """Defined in `__main__`, so that Ray ships it by value: its workers need not find the tests."""
 
     def load(self) -> Engine:
-        from skylapse.serve import worker
-        from skylapse.serve.clip import finished
+        from skylapse.serve.engine import worker
+        from skylapse.serve.engine.job_media import finished
 
         engine = super().load()
         folder = self.config.folder / FOLDER

@@ -8,11 +8,12 @@ import sys
 from functools import partial
 from typing import Any
 
-from skylapse.runtime.config import load_settings
-from skylapse.runtime.engine import Engine
-from skylapse.runtime.events import Progress
-from skylapse.serve import app, command
-from skylapse.serve.replica import EngineReplica
+from skylapse.runtime.core.config import load_settings
+from skylapse.runtime.core.events import Progress
+from skylapse.runtime.engine.engine import Engine
+from skylapse.serve import app
+from skylapse.serve.commands import serve as command
+from skylapse.serve.deployment.replica import EngineReplica
 
 
 class Poisoned(EngineReplica):

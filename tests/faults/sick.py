@@ -7,10 +7,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from skylapse.runtime.config import load_settings
-from skylapse.serve import app, command
+from skylapse.runtime.core.config import load_settings
+from skylapse.serve import app
+from skylapse.serve.commands import serve as command
+from skylapse.serve.deployment.replica import EngineReplica
 from skylapse.serve.engine.gpu_health import GpuHealth, GpuWatch
-from skylapse.serve.replica import EngineReplica
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import fake_nvml

@@ -18,7 +18,7 @@ import pytest
 from running import COMMAND, KEY, Running, wait_for
 from test_kills import check_completed, start_jobs
 
-from skylapse.serve.ray_session import PREFIX
+from skylapse.serve.deployment.ray_session import PREFIX
 
 
 def listeners(pids: set[int]) -> dict[str, int]:

@@ -20,7 +20,7 @@ from skylapse.kernels import attention as module
 from skylapse.kernels import attention_backends, backends, toolchain
 from skylapse.kernels.attention_backends import Call
 from skylapse.kernels.backends import CHOICES, Backends, current, parse
-from skylapse.runtime.models import wan
+from skylapse.runtime.families.wan import denoiser as wan
 
 CUDA = torch.device("cuda", 0)
 

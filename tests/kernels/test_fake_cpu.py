@@ -7,7 +7,7 @@ import torch
 
 from skylapse.kernels.conv3d import conv3d
 from skylapse.kernels.fake_cpu import fake_cpu
-from skylapse.runtime.models.peaks import chunk_shapes, coding_bytes
+from skylapse.runtime.memory.peaks import chunk_shapes, coding_bytes
 from skylapse.runtime.vae.coders import WanDecoder, WanEncoder
 from skylapse.runtime.vae.wan import WanVAE, WanVAEConfig
 

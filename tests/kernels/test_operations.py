@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from skylapse.kernels import adaln, patch_embed, qk_norm_rope, reference, solver_step, toolchain
-from skylapse.runtime.pack import build_rotation
-from skylapse.runtime.preview import Previewer
+from skylapse.runtime.layers.pack import build_rotation
 from skylapse.runtime.sampler.guidance import combine
 from skylapse.runtime.sampler.schedule import SolverConfig, make_schedule
 from skylapse.runtime.sampler.solver import get_solver
+from skylapse.runtime.vae.preview import Previewer
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,13 +14,21 @@ from tiny import save_checkpoint, with_room
 
 from skylapse import Engine, VideoRequest
 from skylapse.kernels.live_bytes import LiveBytes
-from skylapse.runtime.cache.calibrate import calibrate
-from skylapse.runtime.config import load_settings
-from skylapse.runtime.events import DeadlineExceeded, EngineFull, Failed, Finished, Preview, Progress, RequestTooLarge
+from skylapse.runtime.commands.calibrate import calibrate
+from skylapse.runtime.core.config import load_settings
+from skylapse.runtime.core.events import (
+    DeadlineExceeded,
+    EngineFull,
+    Failed,
+    Finished,
+    Preview,
+    Progress,
+    RequestTooLarge,
+)
+from skylapse.runtime.memory.peaks import coding_bytes, step_bytes
 from skylapse.runtime.models.model import load_model
-from skylapse.runtime.models.peaks import coding_bytes, step_bytes
-from skylapse.runtime.preview import SCALE, Previewer, fit
 from skylapse.runtime.vae.codec import VideoCodec
+from skylapse.runtime.vae.preview import SCALE, Previewer, fit
 
 SMALL = dict(width=64, height=64, num_frames=5, num_inference_steps=9)
 
@@ -188,7 +196,7 @@ def test_a_preview_map_is_fitted_at_submission_and_for_who_asks_for_previews(
         fitted.append(codec)
         return fit(codec)
 
-    monkeypatch.setattr("skylapse.runtime.preview.fit", watched)
+    monkeypatch.setattr("skylapse.runtime.vae.preview.fit", watched)
     engine = engine_of(folder)
     engine.submit(VideoRequest(prompt="a star", **SMALL))
     assert not fitted

@@ -13,13 +13,13 @@ import torch
 from tiny import save_checkpoint, with_room
 
 from skylapse import Engine, VideoRequest
-from skylapse.runtime import batch as batch_module
-from skylapse.runtime.config import load_settings
-from skylapse.runtime.denoise import evaluate, take
-from skylapse.runtime.events import Event, Failed, Finished, OutOfMemory
-from skylapse.runtime.layout import Layouts
+from skylapse.runtime.core.config import load_settings
+from skylapse.runtime.core.events import Event, Failed, Finished, OutOfMemory
+from skylapse.runtime.engine import batch as batch_module
+from skylapse.runtime.engine.denoise import evaluate, take
+from skylapse.runtime.engine.pack_cache import Layouts
+from skylapse.runtime.engine.trajectory import Trajectory
 from skylapse.runtime.models.model import load_model
-from skylapse.runtime.trajectory import Trajectory
 
 SMALL = dict(width=64, height=64, num_frames=5, num_inference_steps=9, guidance_scale=3.0, negative_prompt="dark")
 PICTURE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)

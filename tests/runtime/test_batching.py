@@ -12,8 +12,8 @@ from batches import CACHES, PROMPTS, SIZES, Recorder, assert_same, draw_request,
 from compare import relative_l2
 
 from skylapse import Engine, VideoRequest
-from skylapse.runtime import denoise
-from skylapse.runtime.events import Finished, Progress
+from skylapse.runtime.core.events import Finished, Progress
+from skylapse.runtime.engine import denoise
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -147,7 +147,7 @@ def test_experts_never_share_a_pack_or_a_cache(folders: dict[str, Path], monkeyp
                 assert t.cache.must_compute() and t.cache.state is None
         return whole(model, members, layouts, apart)
 
-    monkeypatch.setattr("skylapse.runtime.batch.evaluate", watched)
+    monkeypatch.setattr("skylapse.runtime.engine.batch.evaluate", watched)
     together = Recorder(engine_of(folders["wan2.2-t2v-a14b"]))
     for k, cache in enumerate(CACHES):
         together.engine.submit(small_request(cache, k))

@@ -10,8 +10,8 @@ import torch
 from batches import small_request
 
 from skylapse import Engine
-from skylapse.runtime.config import load_settings
-from skylapse.runtime.events import Event, Finished, Progress
+from skylapse.runtime.core.config import load_settings
+from skylapse.runtime.core.events import Event, Finished, Progress
 from skylapse.runtime.models.model import load_model
 
 

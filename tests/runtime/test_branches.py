@@ -11,7 +11,7 @@ import torch
 from batches import Recorder, engine_of, small_request
 
 from skylapse import Engine
-from skylapse.runtime import batch, denoise
+from skylapse.runtime.engine import batch, denoise
 from skylapse.runtime.models.text_cache import TextCache
 from skylapse.runtime.models.text_encoder import TextEncoder
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from skylapse.runtime import config
-from skylapse.runtime.config import Settings, load_settings, misspelt, settle_home
+from skylapse.runtime.core import config
+from skylapse.runtime.core.config import Settings, load_settings, misspelt, settle_home
 
 MIB = 2**20
 

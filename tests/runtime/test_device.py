@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from skylapse.kernels import backends
-from skylapse.runtime import device, engine
-from skylapse.runtime.config import configures_allocator
-from skylapse.runtime.device import EXPANDABLE, expand_segments
+from skylapse.runtime.core import device
+from skylapse.runtime.core.config import configures_allocator
+from skylapse.runtime.core.device import EXPANDABLE, expand_segments
+from skylapse.runtime.engine import engine
 
 CUDA = torch.device("cuda")
 NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")

@@ -11,9 +11,9 @@ import torch
 from tiny import save_checkpoint
 
 from skylapse import Engine, VideoRequest
-from skylapse.runtime.events import Failed, Finished, Progress
+from skylapse.runtime.core.events import Failed, Finished, Progress
+from skylapse.runtime.layers.pack import TextContext
 from skylapse.runtime.models.text_cache import TextCache
-from skylapse.runtime.pack import TextContext
 
 SMALL = dict(width=64, height=64, num_frames=5, num_inference_steps=3)
 

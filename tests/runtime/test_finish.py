@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from skylapse.runtime.finish import THUMBNAIL_SIDE, Finish, finish, fit
 from skylapse.runtime.media.clips import read_video
+from skylapse.runtime.media.postprocess import THUMBNAIL_SIDE, Finish, finish, fit
 
 
 @pytest.fixture

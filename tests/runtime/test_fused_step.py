@@ -18,7 +18,7 @@ from torch import Tensor
 
 from skylapse import VideoRequest
 from skylapse.kernels.solver_step import solver_step
-from skylapse.runtime.events import Finished, Preview
+from skylapse.runtime.core.events import Finished, Preview
 from skylapse.runtime.sampler import fused
 
 

@@ -14,10 +14,10 @@ from tiny import save_checkpoint
 from skylapse import Engine, VideoRequest
 from skylapse.benchmarks.demo_model.judge import score
 from skylapse.benchmarks.demo_model.scenes import caption, draw_scenes, render
-from skylapse.runtime.events import Finished, Preview, Progress
+from skylapse.runtime.core.events import Finished, Preview, Progress
 from skylapse.runtime.media.clips import read_video
-from skylapse.runtime.preview import SCALE
-from skylapse.runtime.video_file import write_video
+from skylapse.runtime.media.writer import write_video
+from skylapse.runtime.vae.preview import SCALE
 
 SMALL = dict(prompt="a star", width=64, height=64, num_frames=13, num_inference_steps=3)
 CLIP = np.random.default_rng(0).integers(0, 256, (17, 64, 64, 3), dtype=np.uint8)

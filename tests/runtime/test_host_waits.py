@@ -18,15 +18,17 @@ from torch import Tensor
 
 from skylapse.kernels import resample_conv
 from skylapse.kernels.fake_cuda import fake_cuda
-from skylapse.runtime import conditioning, denoise, pack
-from skylapse.runtime.denoise import evaluate, skip_ahead, take
-from skylapse.runtime.finite import FiniteWatch
-from skylapse.runtime.layout import Layouts
+from skylapse.runtime.conditioning import latents as conditioning
+from skylapse.runtime.core.request import VideoRequest
+from skylapse.runtime.engine import denoise
+from skylapse.runtime.engine.denoise import evaluate, skip_ahead, take
+from skylapse.runtime.engine.nan_watch import FiniteWatch
+from skylapse.runtime.engine.pack_cache import Layouts
+from skylapse.runtime.engine.trajectory import Trajectory
+from skylapse.runtime.layers import pack
+from skylapse.runtime.layers.time_embedding import TimeEmbeddings
 from skylapse.runtime.models.model import Model
 from skylapse.runtime.models.text_cache import TextCache
-from skylapse.runtime.models.time_embedding import TimeEmbeddings
-from skylapse.runtime.request import VideoRequest
-from skylapse.runtime.trajectory import Trajectory
 from skylapse.runtime.vae import overlap
 
 IMAGE = np.zeros((64, 64, 3), np.uint8)

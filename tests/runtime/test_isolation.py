@@ -11,9 +11,9 @@ import torch
 from batches import CACHES, Recorder, assert_same, draw_request, engine_of, small_request, solo
 
 from skylapse import VideoRequest
-from skylapse.runtime import denoise
-from skylapse.runtime.events import Failed, Finished, NotFinite, OutOfMemory
-from skylapse.runtime.scheduler import Work
+from skylapse.runtime.core.events import Failed, Finished, NotFinite, OutOfMemory
+from skylapse.runtime.engine import denoise
+from skylapse.runtime.engine.scheduler import Work
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -79,7 +79,7 @@ def test_out_of_memory_splits_the_pack_and_everyone_finishes(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return whole(model, members, layouts, apart)
 
-    monkeypatch.setattr("skylapse.runtime.batch.evaluate", small_device)
+    monkeypatch.setattr("skylapse.runtime.engine.batch.evaluate", small_device)
     together = Recorder(engine_of(folders["wan2.1-t2v"]))
     rng = random.Random(5)
     requests = [draw_request(rng) for _ in range(5)]
@@ -101,7 +101,7 @@ def test_who_does_not_fit_alone_fails_alone_with_a_typed_error(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return whole(model, members, layouts, apart)
 
-    monkeypatch.setattr("skylapse.runtime.batch.evaluate", tiny_device)
+    monkeypatch.setattr("skylapse.runtime.engine.batch.evaluate", tiny_device)
     together = Recorder(engine_of(folders["wan2.1-t2v"]))
     small = dict(width=64, height=64, num_frames=5, num_inference_steps=3)
     tickets = [together.engine.submit(VideoRequest(prompt=prompt, **small)) for prompt in ("a star", "a box", "a ring")]
@@ -204,7 +204,7 @@ def test_a_preview_or_checkpoint_that_cannot_be_made_fails_its_request_alone(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(together.engine, "previewer", fails)
-    monkeypatch.setattr("skylapse.runtime.batch.save_trajectory", fails)
+    monkeypatch.setattr("skylapse.runtime.engine.batch.save_trajectory", fails)
     together.run()
     failed = {event.ticket: event.error for event in together.events if isinstance(event, Failed)}
     assert set(failed) == {bad} and isinstance(failed[bad], OutOfMemory)

@@ -14,20 +14,20 @@ from peaks import made_up
 from tiny import save_checkpoint, with_room
 
 from skylapse import Engine, Video, VideoRequest
-from skylapse.runtime.batch import Batch
-from skylapse.runtime.conditioning import Conditioning
-from skylapse.runtime.config import MIB, load_settings
-from skylapse.runtime.denoise import Outcome
-from skylapse.runtime.events import Finished, RequestTooLarge
-from skylapse.runtime.layout import Layouts
-from skylapse.runtime.memory import MemoryBudget
+from skylapse.runtime.checkpoints.registry import inspect_model
+from skylapse.runtime.conditioning.latents import Conditioning
+from skylapse.runtime.core.config import MIB, load_settings
+from skylapse.runtime.core.events import Finished, RequestTooLarge
+from skylapse.runtime.engine.batch import Batch
+from skylapse.runtime.engine.denoise import Outcome
+from skylapse.runtime.engine.memory import MemoryBudget
+from skylapse.runtime.engine.pack_cache import Layouts
+from skylapse.runtime.engine.scheduler import Scheduler, SchedulerConfig
+from skylapse.runtime.engine.trajectory import Trajectory
+from skylapse.runtime.memory.fit import Fitter, Needs, Size
 from skylapse.runtime.models import placement
-from skylapse.runtime.models.fit import Fitter, Needs, Size
 from skylapse.runtime.models.model import Model, load_model
-from skylapse.runtime.models.registry import inspect_model
 from skylapse.runtime.models.text_cache import TextCache
-from skylapse.runtime.scheduler import Scheduler, SchedulerConfig
-from skylapse.runtime.trajectory import Trajectory
 
 PICTURE = np.full((64, 64, 3), 90, np.uint8)
 
@@ -90,8 +90,8 @@ def test_a_video_tells_the_most_memory_held_where_the_device_counts(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resets: list[torch.device] = []
-    monkeypatch.setattr("skylapse.runtime.batch.reset_peak", resets.append)
-    monkeypatch.setattr("skylapse.runtime.trajectory.peak_bytes", lambda device: 1234)
+    monkeypatch.setattr("skylapse.runtime.engine.batch.reset_peak", resets.append)
+    monkeypatch.setattr("skylapse.runtime.engine.trajectory.peak_bytes", lambda device: 1234)
     engine = engine_of(folder, tmp_path)
     small = VideoRequest(prompt="a", image=PICTURE, width=64, height=64, num_frames=5, num_inference_steps=2)
     for _ in range(2):
@@ -183,7 +183,7 @@ def test_what_is_held_and_what_works_never_take_more_than_there_is(
         return [Outcome((torch.zeros(t.shape),) * t.plan.num_branches, True, None) for t in members]
 
     monkeypatch.setattr(Trajectory, "work", work)
-    monkeypatch.setattr("skylapse.runtime.batch.evaluate", evaluated)
+    monkeypatch.setattr("skylapse.runtime.engine.batch.evaluate", evaluated)
     waiting = 25
     finished = refused = ticket = 0
     while waiting or len(batch):
@@ -221,7 +221,7 @@ def test_a_refusal_names_the_stage_and_sizes_that_are_taken(stage: str, fields: 
     t = Trajectory(0, demo.model, request.resolved(demo.defaults, demo.limits), TextCache(0))
     t.__dict__["needs"] = dataclasses.replace(t.needs, held_bytes=1000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skylapse.runtime.memory.needs_at", lambda t, size: resized(t.needs, size))
+        patch.setattr("skylapse.runtime.engine.memory.needs_at", lambda t, size: resized(t.needs, size))
         with pytest.raises(RequestTooLarge) as refused:
             memory.check(t)
     fit = memory.fit(t.needs)

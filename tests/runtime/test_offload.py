@@ -15,17 +15,17 @@ from peaks import made_up
 from tiny import save_checkpoint, with_room
 
 from skylapse import Engine, VideoRequest
-from skylapse.runtime import batch as batch_module
-from skylapse.runtime.cache.calibrate import calibrate
-from skylapse.runtime.config import load_settings
-from skylapse.runtime.denoise import evaluate
-from skylapse.runtime.events import Checkpointed, Event, Failed, Finished, Preview, Progress
+from skylapse.runtime.checkpoints.registry import EXPERTS
+from skylapse.runtime.commands.calibrate import calibrate
+from skylapse.runtime.core.config import load_settings
+from skylapse.runtime.core.events import Checkpointed, Event, Failed, Finished, Preview, Progress
+from skylapse.runtime.engine import batch as batch_module
+from skylapse.runtime.engine.denoise import evaluate
 from skylapse.runtime.models import placement
 from skylapse.runtime.models.model import load_model
-from skylapse.runtime.models.registry import EXPERTS
 from skylapse.runtime.models.residency import Residency
-from skylapse.runtime.preview import Previewer, fit
 from skylapse.runtime.vae.codec import VideoCodec
+from skylapse.runtime.vae.preview import Previewer, fit
 from skylapse.runtime.vae.tiling import Chunk
 
 SMALL = dict(width=64, height=64, num_frames=5, num_inference_steps=6)
@@ -299,7 +299,7 @@ def test_nothing_moves_while_a_preview_map_is_fitted(tmp_path: Path, monkeypatch
         assert not stepped.wait(0.1)
         return fit(codec)
 
-    monkeypatch.setattr("skylapse.runtime.preview.fit", watched)
+    monkeypatch.setattr("skylapse.runtime.vae.preview.fit", watched)
     assert engine.previewer
     thread.join()
     assert stepped.is_set()

@@ -8,7 +8,7 @@ from host_waits import waits_of
 from torch._subclasses.fake_tensor import FakeTensor
 
 from skylapse.kernels.fake_cuda import fake_cuda
-from skylapse.runtime.pack import Grid, Sequence, TextContext, build_pack, build_rotation
+from skylapse.runtime.layers.pack import Grid, Sequence, TextContext, build_pack, build_rotation
 
 CPU = torch.device("cpu")
 

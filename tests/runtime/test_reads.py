@@ -11,7 +11,7 @@ import torch
 from batches import CACHES, Recorder, engine_of, small_request
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from skylapse.runtime import batch, denoise
+from skylapse.runtime.engine import batch, denoise
 
 STATIC = [cache for cache in CACHES if not cache.startswith(("easy", "first_block"))]
 

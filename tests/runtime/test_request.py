@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from skylapse.runtime.request import ModelDefaults, ModelLimits, Video, VideoRequest, longest_seconds
+from skylapse.runtime.core.request import ModelDefaults, ModelLimits, Video, VideoRequest, longest_seconds
 
 DEFAULTS = ModelDefaults(width=64, height=48, num_frames=17, fps=8, num_inference_steps=30, guidance_scale=4.0)
 LIMITS = ModelLimits(size_multiple=16, max_num_frames=81, max_pixels=128 * 128)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save, save_file
 from tiny import save_checkpoint
 
 from skylapse import Engine, VideoRequest
-from skylapse.runtime.events import Checkpointed, Event, Finished, Progress
+from skylapse.runtime.core.events import Checkpointed, Event, Finished, Progress
 
 SMALL = dict(width=64, height=64, num_frames=5, num_inference_steps=9)
 CLIP = np.random.default_rng(2).integers(0, 256, (13, 64, 64, 3), dtype=np.uint8)
@@ -142,7 +142,7 @@ def test_another_process_goes_on_to_the_bit(folder: Path, tmp_path: Path) -> Non
     code = f"""
 import numpy as np
 from skylapse import Engine
-from skylapse.runtime.events import Finished
+from skylapse.runtime.core.events import Finished
 engine = Engine.from_pretrained({str(folder)!r}, device="cpu", dtype="fp32")
 engine.resume({str(state)!r})
 while engine.has_work():
@@ -333,7 +333,7 @@ def test_a_tensor_that_cannot_be_is_named(
 def test_a_crash_while_saving_leaves_the_checkpoint_before(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from skylapse.runtime import resume
+    from skylapse.runtime.engine import request_checkpoint as resume
 
     state = saved_state(folder, tmp_path)
     engine = engine_of(folder)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from skylapse.runtime.scheduler import SWITCHES_EARN, Scheduler, SchedulerConfig, Work
+from skylapse.runtime.engine.scheduler import SWITCHES_EARN, Scheduler, SchedulerConfig, Work
 
 
 def work(ticket: int, tokens: int = 10, steps: int = 10, **fields: object) -> Work:
@@ -146,7 +146,7 @@ def test_a_wrong_configuration_is_refused(fields: dict, message: str) -> None:
 
 def test_the_scheduler_and_the_policies_names_need_no_torch() -> None:
     code = (
-        "import sys, skylapse.runtime.scheduler, skylapse.runtime.cache.spec as s; "
+        "import sys, skylapse.runtime.engine.scheduler, skylapse.runtime.cache.spec as s; "
         "s.choose('high', 30, s.WAN_PRESETS, False); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,8 +11,8 @@ import pytest
 from tiny import save_checkpoint
 
 from skylapse import Engine, VideoRequest
-from skylapse.runtime.events import DeviceLost, Event, Failed, Finished, Progress
-from skylapse.runtime.trajectory import Trajectory
+from skylapse.runtime.core.events import DeviceLost, Event, Failed, Finished, Progress
+from skylapse.runtime.engine.trajectory import Trajectory
 
 SMALL = dict(width=64, height=64, num_frames=5, num_inference_steps=4)
 

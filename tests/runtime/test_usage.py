@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from skylapse.runtime.engine import Engine
-from skylapse.runtime.events import Checkpointed, Failed, Finished, Progress
-from skylapse.runtime.meter import Meter
-from skylapse.runtime.request import VideoRequest
-from skylapse.runtime.usage import Account, Usage
+from skylapse.runtime.core.events import Checkpointed, Failed, Finished, Progress
+from skylapse.runtime.core.request import VideoRequest
+from skylapse.runtime.core.usage import Account, Usage
+from skylapse.runtime.engine.engine import Engine
+from skylapse.runtime.engine.meter import Meter
 
 CPU = torch.device("cpu")
 

@@ -12,10 +12,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
-from skylapse.runtime import video_file
+from skylapse.runtime.media import writer as video_file
 from skylapse.runtime.media.clips import read_video
 from skylapse.runtime.media.pictures import check_image, read_image
-from skylapse.runtime.video_file import check_writable, contact_sheet, save_sheet, write_video
+from skylapse.runtime.media.writer import check_writable, contact_sheet, save_sheet, write_video
 
 Frames = NDArray[np.uint8]
 

@@ -10,7 +10,7 @@ import pytest
 from skylapse.runtime.media.clips import Frames, count_frames, read_frames, read_video
 from skylapse.runtime.media.frames import FrameReader
 from skylapse.runtime.media.pictures import read_image
-from skylapse.runtime.video_file import write_video
+from skylapse.runtime.media.writer import write_video
 
 
 @pytest.fixture

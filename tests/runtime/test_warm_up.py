@@ -29,14 +29,14 @@ from skylapse.kernels import (
     rms_norm,
     solver_step,
 )
-from skylapse.runtime import warm_up as module
-from skylapse.runtime.engine import Engine
-from skylapse.runtime.events import Failed
-from skylapse.runtime.request import SOLVERS, VideoRequest
+from skylapse.runtime.core.events import Failed
+from skylapse.runtime.core.request import SOLVERS, VideoRequest
+from skylapse.runtime.engine import warm_up as module
+from skylapse.runtime.engine.engine import Engine
+from skylapse.runtime.engine.warm_up import warm_up
 from skylapse.runtime.sampler import fused
 from skylapse.runtime.sampler.schedule import SolverConfig, make_schedule
 from skylapse.runtime.sampler.solver import get_solver
-from skylapse.runtime.warm_up import warm_up
 
 triton = pytest.importorskip("triton")
 Key = tuple[str, str]
@@ -260,7 +260,7 @@ def test_failure_of_the_device_ends_the_start_with_its_reason(demo: Engine, monk
     def broken(*args: Any) -> Any:
         raise RuntimeError("the kernel image is invalid")
 
-    monkeypatch.setattr("skylapse.runtime.batch.evaluate", broken)
+    monkeypatch.setattr("skylapse.runtime.engine.batch.evaluate", broken)
     with pytest.raises(RuntimeError, match="the warm-up failed: RuntimeError: the kernel image is invalid"):
         warm_up(demo)
 

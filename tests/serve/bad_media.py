@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from skylapse.runtime.video_file import write_video
+from skylapse.runtime.media.writer import write_video
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -117,7 +117,7 @@ CASES: list[Case] = [
     shorter("cut_edit", FORM, form(text("prompt", b"a"), file("video", bytes(100_000)))[:-4], EDITS),
     as_form("no_closing_boundary", BODIES, lambda: [b"--b\r\n\r\n"], code="invalid_body"),
     as_json("form_without_boundary", BODIES, b"--x\r\n", code="invalid_json"),
-    # uvicorn on h11 refuses such headers; on httptools, which Ray brings, serve/edge.py does
+    # uvicorn on h11 refuses such headers; on httptools, which Ray brings, serve/deployment/proxy_middleware.py does
     *(
         plain(name, BODIES, VIDEOS, {400, 431}, headers=headers, by_proxy=True, may_hang_up=True)
         for name, headers in {

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from skylapse.serve.errors import ApiError
-from skylapse.serve.uploads import Body, read_body
+from skylapse.serve.intake.body import Body, read_body
+from skylapse.serve.wire.errors import ApiError
 
 MAX = 2**20
 FORM = "multipart/form-data; boundary=b"

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from postgres import own_postgres
 
-from skylapse.serve.errors import ApiError
+from skylapse.serve.intake.body import Body
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.jobs import JobStore
 from skylapse.serve.store.leases import Leases
-from skylapse.serve.uploads import Body
+from skylapse.serve.wire.errors import ApiError
 
 from .bodies import reader, refuser
 
 if TYPE_CHECKING:
-    from skylapse.runtime.engine import Engine
+    from skylapse.runtime.engine.engine import Engine
 
     from .service import Service
 
@@ -56,7 +56,7 @@ def leases(database: Database) -> Leases:
 @pytest.fixture(scope="session")
 def demo_engine(demo_folder: Path) -> Iterator[Engine]:
     """The embedded model's engine, which all services of a test run share: it takes seconds to load."""
-    from skylapse.runtime.engine import Engine
+    from skylapse.runtime.engine.engine import Engine
 
     engine = Engine.from_pretrained(str(demo_folder))
     yield engine
@@ -68,7 +68,7 @@ def two_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     """Engines of two models, `a` and `b`, that differ in their weights alone."""
     from tiny import save_small_model
 
-    from skylapse.runtime.engine import Engine
+    from skylapse.runtime.engine.engine import Engine
 
     folder = tmp_path_factory.mktemp("models")
     found = {name: Engine.from_pretrained(str(save_small_model(folder / name, seed))) for seed, name in enumerate("ab")}

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from skylapse.runtime.engine import Engine
+from skylapse.runtime.engine.engine import Engine
 
 from .service import Service, serving
 

@@ -21,22 +21,22 @@ from typing import Any
 import httpx2 as httpx
 import uvicorn
 
-from skylapse.runtime.engine import Engine
-from skylapse.serve.api import create_app
-from skylapse.serve.config import ServeConfig
-from skylapse.serve.context import Context, open_context
-from skylapse.serve.edge import Edge
+from skylapse.runtime.engine.engine import Engine
+from skylapse.serve.accounts.keys import SCOPES
+from skylapse.serve.core.config import ServeConfig
+from skylapse.serve.deployment.proxy_middleware import Edge
 from skylapse.serve.engine.host_memory import host_memory
-from skylapse.serve.measures import Measures
-from skylapse.serve.store.keys import SCOPES
+from skylapse.serve.engine.measurements import Measures
+from skylapse.serve.engine.worker import Worker
+from skylapse.serve.http.app import create_app
+from skylapse.serve.jobs.garbage_collector import Sweeper
+from skylapse.serve.jobs.services import Context, open_context
+from skylapse.serve.jobs.webhooks import deliver_due, open_secret
 from skylapse.serve.store.leases import Leases
 from skylapse.serve.store.outbox import Outbox
 from skylapse.serve.store.processes import DISPATCHER, ENGINE, READY
 from skylapse.serve.store.traces import JobTraces
-from skylapse.serve.sweep import Sweeper
-from skylapse.serve.tracing import job_span
-from skylapse.serve.webhooks import deliver_due, open_secret
-from skylapse.serve.worker import Worker
+from skylapse.serve.telemetry.tracing import job_span
 
 LOOK_S, BEAT_S = 0.02, 1.0
 START_S = STOP_S = 20.0

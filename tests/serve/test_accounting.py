@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import func, select
 
-from skylapse.serve import worker
-from skylapse.serve.clip import finished
-from skylapse.serve.metrics_table import BUSY_SECONDS, ENGINE_SECONDS, JOBS_ENDED, LOST_SECONDS, STEPS
+from skylapse.serve.core.metric_definitions import BUSY_SECONDS, ENGINE_SECONDS, JOBS_ENDED, LOST_SECONDS, STEPS
+from skylapse.serve.engine import worker
+from skylapse.serve.engine.job_media import finished
 from skylapse.serve.store.counters import VALUE, read_counters
 from skylapse.serve.store.tables import jobs, ledger
 
 if TYPE_CHECKING:
-    from skylapse.runtime.engine import Engine
+    from skylapse.runtime.engine.engine import Engine
 
     from .service import Service
 

@@ -10,9 +10,9 @@ import pytest
 from sqlalchemy import select, update
 from starlette.testclient import TestClient
 
-from skylapse.serve.api import create_app
-from skylapse.serve.context import Context, open_context
-from skylapse.serve.routes.session import COOKIE
+from skylapse.serve.http.app import create_app
+from skylapse.serve.http.routes.session import COOKIE
+from skylapse.serve.jobs.services import Context, open_context
 from skylapse.serve.store.database import now
 from skylapse.serve.store.processes import DISPATCHER, ENGINE
 from skylapse.serve.store.tables import api_keys, jobs

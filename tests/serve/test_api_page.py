@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from skylapse.serve.admin_answers import ADMIN_BODIES
-from skylapse.serve.catalog import ServedModel
-from skylapse.serve.failures import KNOWN
-from skylapse.serve.openapi import BODIES
+from skylapse.serve.http.openapi import BODIES
+from skylapse.serve.jobs.failures import KNOWN
+from skylapse.serve.jobs.served_models import ServedModel
+from skylapse.serve.wire.admin_responses import ADMIN_BODIES
 
 from .service import Service
 

@@ -12,8 +12,8 @@ from urllib.request import Request, urlopen
 import pytest
 from bucket import bucket_server, new_bucket
 
-from skylapse.serve import artifacts
-from skylapse.serve.artifacts import ArtifactStore
+from skylapse.serve.jobs import artifacts
+from skylapse.serve.jobs.artifacts import ArtifactStore
 
 KEY = "jobs/video_1/1/video.mp4"
 DATA = bytes(range(256)) * 20

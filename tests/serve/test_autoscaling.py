@@ -12,8 +12,8 @@ import pytest
 from sqlalchemy import insert, update
 from sqlalchemy.exc import OperationalError
 
-from skylapse.serve import autoscaling
-from skylapse.serve.autoscaling import BacklogPolicy, num_engines
+from skylapse.serve.deployment import autoscaling
+from skylapse.serve.deployment.autoscaling import BacklogPolicy, num_engines
 from skylapse.serve.store.backlog import Backlog, read_backlog
 from skylapse.serve.store.database import Database, now
 from skylapse.serve.store.tables import jobs
@@ -183,7 +183,9 @@ def test_serve_takes_it_by_name_as_it_takes_its_own(database: Database) -> None:
     state = pytest.importorskip("ray.serve._private.autoscaling_state")
     wrapped = pytest.importorskip("ray.serve.autoscaling_policy")._apply_autoscaling_config
     kwargs = {"clear_in_s": 10.0, "database_url": url_of(database), "poll_s": 3600.0}
-    named = config.AutoscalingPolicy(policy_function="skylapse.serve.autoscaling:BacklogPolicy", policy_kwargs=kwargs)
+    named = config.AutoscalingPolicy(
+        policy_function="skylapse.serve.deployment.autoscaling:BacklogPolicy", policy_kwargs=kwargs
+    )
     scaling = config.AutoscalingConfig(min_replicas=0, max_replicas=8, upscale_delay_s=0, downscale_delay_s=0)
     policy = state._resolve_policy_callable(named)
     serves = wrapped(policy)

@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from skylapse.serve.artifacts import ArtifactStore
+from skylapse.serve.accounts.keys import KeyStore
+from skylapse.serve.accounts.tenants import TenantStore
+from skylapse.serve.commands.backup import back_up, restore, verify
+from skylapse.serve.commands.store_check import check
+from skylapse.serve.jobs.artifacts import ArtifactStore
 from skylapse.serve.store.audit import Actor, Audit
-from skylapse.serve.store.backup import back_up, restore, verify
-from skylapse.serve.store.check import check
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.jobs import JobStore
-from skylapse.serve.store.keys import KeyStore
 from skylapse.serve.store.leases import Leases
 from skylapse.serve.store.processes import ENGINE, Processes
 from skylapse.serve.store.tables import api_keys, audit, jobs, metadata, tenants
-from skylapse.serve.store.tenants import TenantStore
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from skylapse.serve.errors import ApiError
-from skylapse.serve.strict_json import MAX_DEPTH
-from skylapse.serve.uploads import Body
+from skylapse.serve.intake.body import Body
+from skylapse.serve.intake.strict_json import MAX_DEPTH
+from skylapse.serve.wire.errors import ApiError
 
 from .bodies import FORM, JSON, field, file, form, part
 

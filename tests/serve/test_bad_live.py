@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from skylapse.runtime.engine import Engine
+from skylapse.runtime.engine.engine import Engine
 
 from .bad_requests import CASES, CLASSES
 from .raw_http import Client

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import pytest
 from hub import Hub, standing_in, use
 
-from skylapse.serve.config import ServeConfig
-from skylapse.serve.model_entry import is_of_canary
+from skylapse.serve.core.config import ServeConfig
+from skylapse.serve.core.model_entry import is_of_canary
 
 if TYPE_CHECKING:
-    from skylapse.runtime.engine import Engine
+    from skylapse.runtime.engine.engine import Engine
 
 
 BODY = {"prompt": "a red circle", "num_inference_steps": 2, "num_frames": 5, "size": "64x64"}
@@ -57,7 +57,7 @@ def test_an_ingress_reads_json_alone_and_is_not_ready_before(
 
 
 def test_revisions_are_pinned_where_a_service_is_built(hub: Hub, tmp_path: Path) -> None:
-    from skylapse.serve.catalog import check_models, pin_revisions
+    from skylapse.serve.jobs.served_models import check_models, pin_revisions
 
     config = pin_revisions(
         ServeConfig(
@@ -82,7 +82,7 @@ def test_revisions_are_pinned_where_a_service_is_built(hub: Hub, tmp_path: Path)
 
 
 def test_other_weights_than_the_fingerprints_are_told_before_a_start(two_engines: dict[str, Engine]) -> None:
-    from skylapse.serve.catalog import check_models
+    from skylapse.serve.jobs.served_models import check_models
 
     model = two_engines["a"].model
     check_models(ServeConfig(model=str(model.folder.path), fingerprint=model.fingerprint))
@@ -92,7 +92,7 @@ def test_other_weights_than_the_fingerprints_are_told_before_a_start(two_engines
 
 
 def test_json_lines_carry_a_downloads_numbers() -> None:
-    from skylapse.serve.logs import JsonLines
+    from skylapse.serve.core.logs import JsonLines
 
     record = logging.LogRecord("skylapse", logging.INFO, __file__, 1, "downloading", (), None)
     record.facts = {"bytes": 5, "total_bytes": 10, "progress": 0.5}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from skylapse.serve.artifacts import ArtifactStore
-from skylapse.serve.store.check import check
+from skylapse.serve.commands.store_check import check
+from skylapse.serve.jobs.artifacts import ArtifactStore
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.jobs import JobStore
 from skylapse.serve.store.leases import Leases

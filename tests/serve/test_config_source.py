@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from command import Command, command_in
 
-from skylapse.serve.command import _serve_parser
-from skylapse.serve.config import ServeConfig
-from skylapse.serve.config_check import effective_lines
-from skylapse.serve.config_source import DEFAULT, Effective, load_config, option_of, read_file, variable_of
+from skylapse.serve.commands.config_check import effective_lines
+from skylapse.serve.commands.serve import _serve_parser
+from skylapse.serve.core.config import ServeConfig
+from skylapse.serve.core.config_source import DEFAULT, Effective, load_config, option_of, read_file, variable_of
 
 yaml = pytest.importorskip("yaml")
 # A value that each field takes, and that is not its default; of those whose kind does not say one.
@@ -164,7 +164,7 @@ def test_check_tells_all_that_is_wrong(command: Command, tmp_path: Path) -> None
 
 
 def test_check_reads_a_store_that_is_there_and_changes_none_of_it(command: Command, tmp_path: Path) -> None:
-    from skylapse.serve.context import open_context
+    from skylapse.serve.jobs.services import open_context
 
     open_context({"data": str(tmp_path / "data")}).database.close()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")}

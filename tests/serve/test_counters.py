@@ -9,9 +9,9 @@ from itertools import product
 import pytest
 from sqlalchemy import func, select
 
-from skylapse.serve import metrics_table as table
-from skylapse.serve.metrics_table import BUCKETS, COUNTED, MAX_SERIES, METRICS
-from skylapse.serve.prices import Cost, Prices, amount_of
+from skylapse.serve.core import metric_definitions as table
+from skylapse.serve.core.metric_definitions import BUCKETS, COUNTED, MAX_SERIES, METRICS
+from skylapse.serve.core.prices import Cost, Prices, amount_of
 from skylapse.serve.store.counters import VALUE, Counters, Tally, read_counters
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.tables import metrics

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from fastapi.testclient import TestClient
 
-from skylapse.runtime.decoders import DecoderReport
 from skylapse.runtime.models.residency import ResidencyReport
-from skylapse.serve.api import create_app
-from skylapse.serve.context import open_context
+from skylapse.runtime.vae.backends import DecoderReport
+from skylapse.serve.http.app import create_app
+from skylapse.serve.jobs.services import open_context
 from skylapse.serve.store.processes import ENGINE
 
 

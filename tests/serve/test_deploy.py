@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import skylapse
-from skylapse.runtime import config as runtime_config
-from skylapse.serve.autoscaling import BacklogPolicy
-from skylapse.serve.config import ServeConfig
+from skylapse.runtime.core import config as runtime_config
+from skylapse.serve.core.config import ServeConfig
+from skylapse.serve.deployment.autoscaling import BacklogPolicy
 
 yaml = pytest.importorskip("yaml")
 schema = pytest.importorskip("ray.serve.schema")
@@ -174,7 +174,7 @@ def test_links_of_the_page_lead_somewhere() -> None:
 
 
 def test_images_and_pods_set_what_the_local_service_sets_of_ray(cluster: dict[str, Any]) -> None:
-    from skylapse.serve.local_service import RAY
+    from skylapse.serve.deployment.local_service import RAY
 
     image = dict(re.findall(r"\b(RAY_\w+)=(\S+)", DOCKERFILE))
     for pod in pods(cluster).values():

@@ -14,8 +14,8 @@ import pytest
 
 from skylapse.cli import main
 from skylapse.kernels.cpu import library
+from skylapse.serve.accounts.keys import KeyStore
 from skylapse.serve.store.database import Database
-from skylapse.serve.store.keys import KeyStore
 
 from .test_deploy import DOCKERFILE, PAGE, ROOT, STAGES, environment, pods
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from skylapse.serve.artifacts import ArtifactStore
-from skylapse.serve.context import Context, open_context
+from skylapse.serve.jobs.artifacts import ArtifactStore
+from skylapse.serve.jobs.services import Context, open_context
 from skylapse.serve.store.jobs import Job
 from skylapse.serve.store.leases import Leases
 from skylapse.serve.store.processes import DISPATCHER, ENGINE
@@ -32,9 +32,9 @@ def worker_of(context: Context) -> Any:
     """A worker whose jobs end when they are stopped, and never else."""
     import torch
 
-    from skylapse.runtime.meter import Meter
-    from skylapse.serve.measures import Measures
-    from skylapse.serve.worker import Worker
+    from skylapse.runtime.engine.meter import Meter
+    from skylapse.serve.engine.measurements import Measures
+    from skylapse.serve.engine.worker import Worker
 
     class Endless(Worker):
         async def _work(self, job: Job, *others: Any) -> bool:
@@ -78,7 +78,7 @@ def test_a_worker_that_drains_gives_back_and_claims_no_more(context: Context) ->
 @pytest.mark.filterwarnings(*RAYS)
 def test_a_drained_replica_keeps_calls_until_it_is_stopped() -> None:
     """An answer would bring the next call at once, and the engines that work would get none."""
-    from skylapse.serve.replica import EngineReplica
+    from skylapse.serve.deployment.replica import EngineReplica
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
@@ -94,7 +94,7 @@ def test_a_drained_replica_keeps_calls_until_it_is_stopped() -> None:
 
 @pytest.mark.filterwarnings(*RAYS)
 def test_a_dispatcher_makes_up_for_calls_that_are_kept(context: Context) -> None:
-    from skylapse.serve.dispatcher import Caller, Dispatcher
+    from skylapse.serve.deployment.dispatcher import Caller, Dispatcher
 
     context.jobs.create("a", {})
     facts = context.config.groups[0].facts

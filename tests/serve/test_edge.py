@@ -10,8 +10,8 @@ from importlib import import_module
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from skylapse.serve.edge import MAX_HEADER_BYTES, WINDOW_BYTES, Edge, middlewares
-from skylapse.serve.local_service import RAY
+from skylapse.serve.deployment.local_service import RAY
+from skylapse.serve.deployment.proxy_middleware import MAX_HEADER_BYTES, WINDOW_BYTES, Edge, middlewares
 
 CHUNK = 2**16
 
@@ -72,7 +72,7 @@ async def read_ahead() -> None:
 
 
 def test_what_is_never_let_go_of_does_not_hang_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skylapse.serve.edge.LOOK_S", 0.01)
+    monkeypatch.setattr("skylapse.serve.deployment.proxy_middleware.LOOK_S", 0.01)
     sender, proxy = Sender(50), Proxy()
     asyncio.run(asyncio.wait_for(Edge(proxy)(scope(), sender.receive, sender.send), 10.0))
     assert len(proxy.queue) == 50

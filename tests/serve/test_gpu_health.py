@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fake_nvml import HANDLE, FakeNvml, NVMLError
 
-from skylapse.serve.config import ServeConfig
+from skylapse.serve.core.config import ServeConfig
 from skylapse.serve.engine.gpu_health import GpuHealth, GpuSick, GpuWatch
 from skylapse.serve.engine.xids import SEEN_TO, XIDS, xid
 
@@ -176,7 +176,7 @@ def test_a_library_that_hangs_or_breaks_holds_nobody_up(nvml: FakeNvml, caplog: 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Ray's, when it is imported
 def test_a_replica_tells_why_drains_and_fails_its_health_check_once_its_jobs_are_given_back() -> None:
     pytest.importorskip("ray")
-    from skylapse.serve.replica import EngineReplica
+    from skylapse.serve.deployment.replica import EngineReplica
     from skylapse.serve.store.processes import READY, SICK
 
     class Quiet(EngineReplica):

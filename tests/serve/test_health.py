@@ -14,10 +14,10 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy.exc import OperationalError
 
-from skylapse.serve import signs
-from skylapse.serve.api import create_app
-from skylapse.serve.context import Context, open_context
-from skylapse.serve.logs import JsonLines
+from skylapse.serve.core.logs import JsonLines
+from skylapse.serve.http import health as signs
+from skylapse.serve.http.app import create_app
+from skylapse.serve.jobs.services import Context, open_context
 from skylapse.serve.store.processes import DISPATCHER, ENGINE
 
 
@@ -107,7 +107,7 @@ def test_health_is_answered_while_all_threads_for_requests_wait(
 def test_a_request_is_one_line_with_its_id_and_without_its_url(
     client: TestClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.DEBUG, "skylapse.serve.api"):
+    with caplog.at_level(logging.DEBUG, "skylapse.serve.http.app"):
         answer = client.get("/v1/videos/video_" + "0a" * 16 + "?secret=zeppelin")
         client.get("/healthz")
         client.get("/nothing/zeppelin")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, update
 
+from skylapse.serve.accounts.keys import ENVIRONMENT, FILE, PREFIX, TENANT_SCOPES, KeyNotFound, KeyStore
 from skylapse.serve.store.database import Database, now
-from skylapse.serve.store.keys import ENVIRONMENT, FILE, PREFIX, TENANT_SCOPES, KeyNotFound, KeyStore
 from skylapse.serve.store.tables import api_keys
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select, text
 
-from skylapse.runtime.usage import Usage
-from skylapse.serve.metrics_table import ENGINE_SECONDS, JOBS_ENDED, LOST_SECONDS, STEPS
-from skylapse.serve.prices import Prices
+from skylapse.runtime.core.usage import Usage
+from skylapse.serve.core.metric_definitions import ENGINE_SECONDS, JOBS_ENDED, LOST_SECONDS, STEPS
+from skylapse.serve.core.prices import Prices
 from skylapse.serve.store.counters import VALUE, read_counters
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.jobs import Job, JobStore

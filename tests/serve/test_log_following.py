@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from skylapse.serve import logs
-from skylapse.serve.log_following import LogFollower
-from skylapse.serve.logs import JsonLines, as_text, log_as_json
+from skylapse.serve.core import logs
+from skylapse.serve.core.logs import JsonLines, as_text, log_as_json
+from skylapse.serve.deployment.log_following import LogFollower
 
 JOB = "video_" + "0a" * 16
 
@@ -89,7 +89,9 @@ def test_a_single_file_such_as_a_containers_stdout_takes_all_lines(
 
 
 def test_a_terminal_shows_the_time_the_part_and_the_message() -> None:
-    record = logging.LogRecord("skylapse.serve.worker", logging.WARNING, __file__, 1, "job %s failed", (JOB,), None)
+    record = logging.LogRecord(
+        "skylapse.serve.engine.worker", logging.WARNING, __file__, 1, "job %s failed", (JOB,), None
+    )
     told = as_text(JsonLines("engine").format(record))
     assert told[12:] == f" warning engine: job {JOB} failed" and told[2] == ":"
     assert as_text("no JSON") == "no JSON"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 
-from skylapse.serve.logs import JsonLines
+from skylapse.serve.core.logs import JsonLines
 
 ID = "video_" + "0a" * 16
 
 
 def line(message: str, *arguments: object, error: BaseException | None = None) -> dict[str, object]:
     info = (type(error), error, error.__traceback__) if error is not None else None
-    record = logging.LogRecord("skylapse.serve.worker", logging.WARNING, __file__, 1, message, arguments, info)
+    record = logging.LogRecord("skylapse.serve.engine.worker", logging.WARNING, __file__, 1, message, arguments, info)
     return dict(json.loads(JsonLines().format(record)))
 
 

@@ -20,9 +20,9 @@ from PIL import Image
 
 from skylapse.runtime.media.clips import read_video
 from skylapse.runtime.media.pictures import read_image
-from skylapse.serve import media as decoders
-from skylapse.serve.errors import ApiError
-from skylapse.serve.media import decode_image, decode_video
+from skylapse.serve.intake import media as decoders
+from skylapse.serve.intake.media import decode_image, decode_video
+from skylapse.serve.wire.errors import ApiError
 
 from .bad_media import encoded, media, picture
 
@@ -323,7 +323,7 @@ def test_a_decoder_has_no_more_memory_and_time_than_its_bounds(upload: Any, monk
 def test_a_decoder_can_open_nothing_once_it_is_confined(tmp_path: Path) -> None:
     program = """
 import socket
-from skylapse.serve.media_worker import Task, confine
+from skylapse.serve.intake.media_worker import Task, confine
 bounds = dict(width=1, height=1, max_pixels=1, max_cpu_s=9, max_memory_bytes=2**30)
 confine(Task(source="", output="", medium="picture", **bounds))
 for attempt in (lambda: open("/etc/hostname"), lambda: open("new", "w"), socket.socket):
@@ -338,7 +338,7 @@ for attempt in (lambda: open("/etc/hostname"), lambda: open("new", "w"), socket.
 
 def test_a_decoder_imports_neither_torch_nor_ray_and_sees_no_secret() -> None:
     program = (
-        "import sys, os, skylapse.serve.media_worker; print(sorted({*sys.modules} & {'torch', 'ray', 'pydantic'}))"
+        "import sys, skylapse.serve.intake.media_worker; print(sorted({*sys.modules} & {'torch', 'ray', 'pydantic'}))"
     )
     done = subprocess.run(
         [sys.executable, "-Ic", program], env=decoders._ENVIRONMENT, capture_output=True, text=True, check=True

@@ -18,12 +18,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import update
 
 from skylapse import __version__
-from skylapse.serve.metrics_table import BUCKETS, METRICS
-from skylapse.serve.store.keys import digest_of
+from skylapse.serve.accounts.keys import digest_of
+from skylapse.serve.core.metric_definitions import BUCKETS, METRICS
 from skylapse.serve.store.tables import api_keys
 
 if TYPE_CHECKING:
-    from skylapse.runtime.engine import Engine
+    from skylapse.runtime.engine.engine import Engine
 
     from .service import Service
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection, inspect, select, text
 
+from skylapse.serve.accounts.keys import KeyStore, digest_of
+from skylapse.serve.accounts.tenants import TenantStore
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.jobs import JobStore
-from skylapse.serve.store.keys import KeyStore, digest_of
 from skylapse.serve.store.leases import Leases
 from skylapse.serve.store.migrations import STEPS, migrate
 from skylapse.serve.store.processes import Processes
 from skylapse.serve.store.tables import metadata, versions
-from skylapse.serve.store.tenants import TenantStore
 
 FIRST = Path(__file__).with_name("first_release.sql").read_text()
 KEY = "sk-skylapse-of-the-first-release"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import update
 
-from skylapse.serve.model_entry import is_of_canary
+from skylapse.serve.core.model_entry import is_of_canary
 from skylapse.serve.store.database import Database, now
 from skylapse.serve.store.jobs import Job, JobStore
 from skylapse.serve.store.leases import Leases, Weights

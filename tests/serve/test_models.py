@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from skylapse.runtime.request import VideoRequest
-from skylapse.runtime.video_file import write_video
-from skylapse.serve.config import ServeConfig
+from skylapse.runtime.core.request import VideoRequest
+from skylapse.runtime.media.writer import write_video
+from skylapse.serve.core.config import ServeConfig
 from skylapse.serve.store.model_queue import ModelQueue
 
 if TYPE_CHECKING:
-    from skylapse.runtime.engine import Engine
+    from skylapse.runtime.engine.engine import Engine
 
     from .service import Service
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from skylapse.serve.metrics_table import HISTOGRAM, METRICS, Metric
+from skylapse.serve.core.metric_definitions import HISTOGRAM, METRICS, Metric
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parents[2]

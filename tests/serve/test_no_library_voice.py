@@ -11,12 +11,12 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from skylapse import cli
-from skylapse.runtime.options import Parser
-from skylapse.serve import schema
-from skylapse.serve.command import _serve_parser
-from skylapse.serve.config import ServeConfig
-from skylapse.serve.config_source import load_config, told
-from skylapse.serve.errors import refusal
+from skylapse.runtime.commands.options import Parser
+from skylapse.serve.commands.serve import _serve_parser
+from skylapse.serve.core.config import ServeConfig
+from skylapse.serve.core.config_source import load_config, told
+from skylapse.serve.wire import requests as schema
+from skylapse.serve.wire.errors import refusal
 
 VOICES = re.compile(
     r"Extra inputs|Input should|unable to (parse|interpret)|Expecting|invalid literal|validation error|String should|"

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fastapi.routing import APIRoute
 
-from skylapse.serve.openapi import BODIES
+from skylapse.serve.http.openapi import BODIES
 
 from .service import SMALL, Service, serving
 
 if TYPE_CHECKING:
-    from skylapse.runtime.engine import Engine
+    from skylapse.runtime.engine.engine import Engine
 
 schemathesis = pytest.importorskip("schemathesis")
 HERE = Path(__file__).parent
@@ -74,7 +74,7 @@ def test_document_is_valid_openapi_31(document: dict[str, Any]) -> None:
 def test_every_route_is_documented_or_on_the_list() -> None:
     found = set()
     for path in ROUTES.glob("*.py"):
-        routes = getattr(importlib.import_module(f"skylapse.serve.routes.{path.stem}"), "router", None)
+        routes = getattr(importlib.import_module(f"skylapse.serve.http.routes.{path.stem}"), "router", None)
         for route in routes.routes if routes else ():
             assert isinstance(route, APIRoute)
             found |= {(method, route.path, route.include_in_schema) for method in route.methods}
@@ -125,7 +125,7 @@ def test_requests_may_have_all_that_openais_may(document: dict[str, Any]) -> Non
 @pytest.mark.slow
 def test_schemathesis_finds_nothing(demo_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No 5xx, no undocumented status, content type or shape, no wrong input taken; videos made, read and deleted."""
-    monkeypatch.setattr("skylapse.serve.routes.events.STREAM_S", 0.05)  # of videos that nobody works on
+    monkeypatch.setattr("skylapse.serve.http.routes.events.STREAM_S", 0.05)  # of videos that nobody works on
     with serving(tmp_path, demo_engine, quota=QUOTA) as service:
         key, full_key = service.key("fuzzed"), service.key()
         video = service.make(key)

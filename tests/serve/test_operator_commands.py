@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from command import Command, Result, command_in
 
-from skylapse.runtime.config import load_settings
-from skylapse.serve.config import ServeConfig
-from skylapse.serve.context import Context, open_context
+from skylapse.runtime.core.config import load_settings
+from skylapse.serve.core.config import ServeConfig
+from skylapse.serve.jobs.services import Context, open_context
 from skylapse.serve.store.processes import ENGINE
 
 HINT = "`skylapse serve` makes one, or --data or SKYLAPSE_DATA names another"
@@ -247,7 +247,7 @@ def test_missing_programs_of_postgres_are_one_line(
 ) -> None:
     monkeypatch.setenv("SKYLAPSE_DATABASE_URL", postgres_url)
     open_context(ServeConfig()).database.close()
-    monkeypatch.setattr("skylapse.serve.store.postgres_dump.DEBIAN", tmp_path / "none")
+    monkeypatch.setattr("skylapse.serve.commands.postgres_dump.DEBIAN", tmp_path / "none")
     monkeypatch.setenv("PATH", str(tmp_path))
     result = command("store", "backup", "FILE")
     assert refused(result).startswith("pg_dump is not on this machine") and "FILE" not in result.files

@@ -15,9 +15,9 @@ import pytest
 from aiohttp.abc import AbstractResolver, ResolveResult
 from receiver import OK, receiver, status
 
-from skylapse.serve import outbound
-from skylapse.serve.errors import ApiError
-from skylapse.serve.outbound import Answer, Unreachable, check_url, is_allowed, post
+from skylapse.serve.jobs import safe_http as outbound
+from skylapse.serve.jobs.safe_http import Answer, Unreachable, check_url, is_allowed, post
+from skylapse.serve.wire.errors import ApiError
 
 
 class FakeResolver(AbstractResolver):

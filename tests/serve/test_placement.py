@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from skylapse.serve.config import ServeConfig
-from skylapse.serve.ready import StartTimes, in_words
+from skylapse.serve.core.config import ServeConfig
+from skylapse.serve.engine.startup import StartTimes, in_words
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Ray's
@@ -56,7 +56,7 @@ def test_each_model_has_a_deployment_and_a_policy_of_its_own(monkeypatch: pytest
     ],
 )
 def test_engines_of_all_models_need_room(models: list[dict[str, Any]], num_gpus: float, reason: str | None) -> None:
-    from skylapse.serve.placement import check_gpus
+    from skylapse.serve.core.placement import check_gpus
 
     if reason is None:
         return check_gpus(ServeConfig(models=models), num_gpus, None)
@@ -111,7 +111,7 @@ def test_engines_alone_ask_for_gpus(
 def test_engines_without_room_are_refused(
     config: dict[str, Any], num_gpus: float, memory_bytes: int | None, reason: str
 ) -> None:
-    from skylapse.serve.placement import check_gpus
+    from skylapse.serve.core.placement import check_gpus
 
     with pytest.raises(ValueError, match=reason):
         check_gpus(ServeConfig(**config), num_gpus, memory_bytes)
@@ -127,7 +127,7 @@ def test_engines_without_room_are_refused(
     ],
 )
 def test_engines_with_room_are_taken(config: dict[str, Any], num_gpus: float) -> None:
-    from skylapse.serve.placement import check_gpus
+    from skylapse.serve.core.placement import check_gpus
 
     check_gpus(ServeConfig(**config), num_gpus, 2**30)
 
@@ -160,8 +160,8 @@ def test_more_engines_than_gpus_end_the_command_with_2_and_one_line(tmp_path: Pa
 
 ACTORS = """
 import json, os, sys, time
-from skylapse.runtime.config import export
-from skylapse.serve.local_service import RAY
+from skylapse.runtime.core.config import export
+from skylapse.serve.deployment.local_service import RAY
 
 export(RAY)
 import ray

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from skylapse.serve.context import Context, open_context
-from skylapse.serve.private import make_folder
+from skylapse.serve.core.private import make_folder
+from skylapse.serve.jobs.services import Context, open_context
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("yaml")
 from prometheus import prometheus
 
-from skylapse.runtime.engine import Engine
-from skylapse.serve.metrics_table import HISTOGRAM, METRICS
+from skylapse.runtime.engine.engine import Engine
+from skylapse.serve.core.metric_definitions import HISTOGRAM, METRICS
 
 from .test_monitoring import PANELS, RULES, VARIABLES
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from skylapse.runtime.engine import Engine
-from skylapse.serve.command import _serve_parser
-from skylapse.serve.config import ServeConfig
-from skylapse.serve.config_source import load_config
+from skylapse.runtime.engine.engine import Engine
+from skylapse.serve.commands.serve import _serve_parser
+from skylapse.serve.core.config import ServeConfig
+from skylapse.serve.core.config_source import load_config
 
 
 class Loaded(Exception):
@@ -37,7 +37,7 @@ def test_option_goes_before_the_file_and_the_file_before_the_environment(tmp_pat
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Ray's, when it is imported
 @pytest.mark.parametrize(("quantize", "offload"), [(None, None), ("int8", "none")])
 def test_replica_loads_its_engine_so(quantize: Any, offload: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from skylapse.serve.replica import EngineReplica
+    from skylapse.serve.deployment.replica import EngineReplica
 
     def from_pretrained(*arguments: Any, **options: Any) -> Engine:
         raise Loaded(arguments, options)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from skylapse.serve import ray_session
-from skylapse.serve.ray_session import MAX_SOCKET_BYTES, PREFIX, RAY_BYTES, open_session, remove_leftovers
+from skylapse.serve.deployment import ray_session
+from skylapse.serve.deployment.ray_session import MAX_SOCKET_BYTES, PREFIX, RAY_BYTES, open_session, remove_leftovers
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_a_long_tmpdir_and_one_that_cannot_be_written_are_passed_over(place: Pat
 
 def test_a_dead_services_folder_is_removed_and_a_living_ones_is_not(place: Path) -> None:
     """The other one is a process of its own, which is killed."""
-    script = "from skylapse.serve.ray_session import *; import sys; from pathlib import Path\n"
+    script = "from skylapse.serve.deployment.ray_session import *; import sys; from pathlib import Path\n"
     script += f"print(open_session([Path({str(place)!r})]).folder, flush=True); sys.stdin.read()"
     other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout and other.stdin

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from skylapse.runtime.request import ModelDefaults, ModelLimits
-from skylapse.serve.errors import ApiError, refusal
-from skylapse.serve.form import MAX_FIELDS, parse_fields
-from skylapse.serve.schema import CreateVideo, show_page, show_video
-from skylapse.serve.shape import nearest, shape_of
+from skylapse.runtime.core.request import ModelDefaults, ModelLimits
+from skylapse.serve.intake.form_fields import MAX_FIELDS, parse_fields
+from skylapse.serve.jobs.output_shape import nearest, shape_of
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.jobs import JobStore
 from skylapse.serve.store.leases import Leases, Standing
 from skylapse.serve.store.tables import IN_PROGRESS
+from skylapse.serve.wire.errors import ApiError, refusal
+from skylapse.serve.wire.requests import CreateVideo, show_page, show_video
 
 # All keys of OpenAI's Video object, every one of which its document requires.
 OPENAI_KEYS = {

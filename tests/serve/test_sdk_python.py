@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from skylapse.serve.routes import events
+from skylapse.serve.http.routes import events
 
 from .sdk import run_program
 from .service import Service

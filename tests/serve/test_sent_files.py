@@ -17,15 +17,15 @@ from sent_pictures import PICTURES
 
 from skylapse.runtime.media.clips import read_frames
 from skylapse.runtime.media.pictures import read_image
-from skylapse.serve import media
-from skylapse.serve.errors import ApiError
-from skylapse.serve.media import decode_image, decode_video, measure_video
+from skylapse.serve.intake import media
+from skylapse.serve.intake.media import decode_image, decode_video, measure_video
+from skylapse.serve.wire.errors import ApiError
 
 # One process for all of them: what one kind needs to load and another has loaded before would hide in none of two.
 PROGRAM = """
 import json, sys
 from dataclasses import replace
-from skylapse.serve.media_worker import Refused, Task, confine, decode_clip, decode_picture, load_all
+from skylapse.serve.intake.media_worker import Refused, Task, confine, decode_clip, decode_picture, load_all
 
 load_all()
 bounds = dict(max_pixels=10**7, max_source_frames=1000, max_frames=100, max_cpu_s=100, max_memory_bytes=2**31)

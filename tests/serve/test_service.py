@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from skylapse.runtime.engine import Engine
+    from skylapse.runtime.engine.engine import Engine
 
 
 def test_a_job_of_one_ingress_is_done_and_read_at_another(demo_engine: Engine, tmp_path: Path) -> None:

@@ -12,14 +12,14 @@ from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
 from sqlalchemy import select, update
 
-from skylapse.serve.config import ServeConfig
-from skylapse.serve.errors import ApiError
-from skylapse.serve.routes import session
-from skylapse.serve.routes.session import COOKIE, Failures, check_origin
+from skylapse.serve.accounts.keys import KeyStore
+from skylapse.serve.accounts.sessions import Sessions
+from skylapse.serve.core.config import ServeConfig
+from skylapse.serve.http.routes import session
+from skylapse.serve.http.routes.session import COOKIE, Failures, check_origin
 from skylapse.serve.store.database import Database, now
-from skylapse.serve.store.keys import KeyStore
-from skylapse.serve.store.sessions import Sessions
 from skylapse.serve.store.tables import api_keys, sessions
+from skylapse.serve.wire.errors import ApiError
 
 HOST = {"origin": "http://testserver"}
 

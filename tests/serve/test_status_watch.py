@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from skylapse.serve.config import ServeConfig
-from skylapse.serve.status_watch import StatusWatch, failure_in
+from skylapse.serve.core.config import ServeConfig
+from skylapse.serve.deployment.status_watch import StatusWatch, failure_in
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.processes import DISPATCHER, ENGINE, Processes
 
@@ -90,7 +90,7 @@ def test_an_engine_that_gives_no_sign_is_told(
     processes: Processes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch, _ = ready(processes)
-    monkeypatch.setattr("skylapse.serve.status_watch.SILENT_S", -1.0)
+    monkeypatch.setattr("skylapse.serve.deployment.status_watch.SILENT_S", -1.0)
     with caplog.at_level(logging.INFO, "skylapse"):
         watch.look()
         watch.look()

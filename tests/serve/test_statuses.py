@@ -14,17 +14,17 @@ import pytest
 from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 
-from skylapse.serve.admin_answers import ADMIN_ANSWERS, ADMIN_BODIES
-from skylapse.serve.api import create_app
-from skylapse.serve.context import Context, open_context
-from skylapse.serve.openapi import BODIES
+from skylapse.serve.http.app import create_app
+from skylapse.serve.http.openapi import BODIES
+from skylapse.serve.jobs.services import Context, open_context
 from skylapse.serve.store.leases import Leases
+from skylapse.serve.wire.admin_responses import ADMIN_ANSWERS, ADMIN_BODIES
 
 from .raw_http import Answer, Client
 from .service import SMALL, Service, serving
 
 if TYPE_CHECKING:
-    from skylapse.runtime.engine import Engine
+    from skylapse.runtime.engine.engine import Engine
 
 Told = tuple[str, httpx.Response | Answer]  # of which operation, what
 UNKNOWN = "video_" + "0" * 32
@@ -86,7 +86,7 @@ def house(demo_engine: Engine, service: Service, tmp_path_factory: pytest.TempPa
 def test_every_documented_status_is_answered(
     house: House, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("skylapse.serve.uploads.TIMEOUT_S", 0.1)
+    monkeypatch.setattr("skylapse.serve.intake.body.TIMEOUT_S", 0.1)
     documented = {
         (operation["operationId"], int(status))
         for found in house.document["paths"].values()

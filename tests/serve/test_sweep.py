@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
-from skylapse.serve.context import Context, open_context
+from skylapse.serve.jobs.garbage_collector import Sweeper, sweep_scratch
+from skylapse.serve.jobs.services import Context, open_context
 from skylapse.serve.store.database import now
 from skylapse.serve.store.jobs import Job
 from skylapse.serve.store.leases import Leases
 from skylapse.serve.store.tables import jobs
-from skylapse.serve.sweep import Sweeper, sweep_scratch
 
 
 @pytest.fixture

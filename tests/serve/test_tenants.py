@@ -6,12 +6,12 @@ from collections import Counter
 
 import pytest
 
-from skylapse.runtime.scheduler import Scheduler, SchedulerConfig
+from skylapse.runtime.engine.scheduler import Scheduler, SchedulerConfig
+from skylapse.serve.accounts.tenants import Tenant, TenantStore
 from skylapse.serve.store.audit import Actor, Audit
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.jobs import JobStore
 from skylapse.serve.store.leases import Leases
-from skylapse.serve.store.tenants import Tenant, TenantStore
 
 
 @pytest.fixture

@@ -15,16 +15,16 @@ pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
 from collector import Collector, Received, collector, until
 from receiver import receiver
 
-from skylapse.runtime.config import TraceSettings, load_tracing
-from skylapse.runtime.engine import Engine
+from skylapse.runtime.core.config import TraceSettings, load_tracing
+from skylapse.runtime.engine.engine import Engine
+from skylapse.serve.core.metric_definitions import SPANS_DROPPED
 from skylapse.serve.engine.job_spans import LOST, JobSpans
-from skylapse.serve.metrics_table import SPANS_DROPPED
 from skylapse.serve.store.counters import Counters, read_counters
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.jobs import Bounds, Job, JobStore
 from skylapse.serve.store.leases import Leases, Standing
 from skylapse.serve.store.traces import JobTraces
-from skylapse.serve.tracing import Parent, Span, Tracer, given, job_span, open_tracer, parse
+from skylapse.serve.telemetry.tracing import Parent, Span, Tracer, given, job_span, open_tracer, parse
 
 CLIENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 STAGES = ["encode", "denoise", "decode", "finish", "store"]
@@ -307,7 +307,7 @@ def test_a_collector_that_refuses_or_is_away_is_told_once(
             until(lambda number=number: tracer.facts["spans_dropped"] == number + 1)
     tracer.close()
     told = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert [record.name for record in told] == ["skylapse.serve.otlp"], "and no library's own words"
+    assert [record.name for record in told] == ["skylapse.serve.telemetry.otlp"], "and no library's own words"
 
 
 # ------------------------------------------------------------------------------------------------------- older stores

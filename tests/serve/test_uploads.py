@@ -20,10 +20,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from skylapse.serve import uploads
-from skylapse.serve.errors import ApiError
-from skylapse.serve.strict_json import MAX_BYTES
-from skylapse.serve.uploads import Body, Unread, read_body
+from skylapse.serve.intake import body as uploads
+from skylapse.serve.intake.body import Body, Unread, read_body
+from skylapse.serve.intake.strict_json import MAX_BYTES
+from skylapse.serve.wire.errors import ApiError
 
 from .bad_media import media
 from .bodies import FORM, JSON, MAX, field, file, files_in, form, request

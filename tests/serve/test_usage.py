@@ -14,14 +14,14 @@ import pytest
 from sqlalchemy import insert, update
 
 from skylapse.cli import main
-from skylapse.serve.config import ServeConfig
+from skylapse.serve.accounts.keys import digest_of
+from skylapse.serve.accounts.usage import Asked, parse_day, parse_groups, read_usage
+from skylapse.serve.core.config import ServeConfig
 from skylapse.serve.store.database import Database
-from skylapse.serve.store.keys import digest_of
 from skylapse.serve.store.tables import api_keys, ledger
-from skylapse.serve.store.usage import Asked, parse_day, parse_groups, read_usage
 
 if TYPE_CHECKING:
-    from skylapse.runtime.engine import Engine
+    from skylapse.runtime.engine.engine import Engine
 
     from .service import Service
 

@@ -16,12 +16,12 @@ import pytest
 from receiver import OK, Receiver, receiver, status
 from sqlalchemy import select, update
 
-from skylapse.serve import webhooks
-from skylapse.serve.config import ServeConfig
+from skylapse.serve.core.config import ServeConfig
+from skylapse.serve.jobs import webhooks
+from skylapse.serve.jobs.webhooks import deliver_due, make_secret, open_secret, sign
 from skylapse.serve.store.database import Database
 from skylapse.serve.store.outbox import Delivery, Outbox, enqueue
 from skylapse.serve.store.tables import outbox as table
-from skylapse.serve.webhooks import deliver_due, make_secret, open_secret, sign
 
 openai = pytest.importorskip("openai")
 SECRET = make_secret()

@@ -19,9 +19,9 @@ from skylapse.benchmarks.load.selftest import STOP_S, stopped, stub, target_of
 from skylapse.benchmarks.load.stub import Stub, start
 from skylapse.benchmarks.load.target import GaveUp, Target, _described, checked_url, detect
 from skylapse.benchmarks.load.traces import Arrival, at_once, poisson
-from skylapse.serve.api import create_app
-from skylapse.serve.config import ServeConfig
-from skylapse.serve.context import open_context
+from skylapse.serve.core.config import ServeConfig
+from skylapse.serve.http.app import create_app
+from skylapse.serve.jobs.services import open_context
 
 FIELDS = {"prompt": "a star", "size": "64x64", "seconds": "2", "num_inference_steps": 4}
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

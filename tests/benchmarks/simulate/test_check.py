@@ -18,8 +18,8 @@ from skylapse.benchmarks.simulate.model import simulate
 from skylapse.benchmarks.simulate.service import Service
 from skylapse.benchmarks.suites.traffic import draw_trace
 from skylapse.kernels import roofline
-from skylapse.runtime.config import Settings
-from skylapse.runtime.scheduler import SchedulerConfig
+from skylapse.runtime.core.config import Settings
+from skylapse.runtime.engine.scheduler import SchedulerConfig
 
 COST = StepCost(fixed_s=0.004, request_s=0.001, token_s=0.0003, idle_s=0.0002)
 SHAPES = {

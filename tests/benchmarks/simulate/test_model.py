@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-import skylapse.runtime.scheduler
+import skylapse.runtime.engine.scheduler
 from skylapse.benchmarks.load.traces import burst
 from skylapse.benchmarks.load.workloads import mixed
 from skylapse.benchmarks.simulate import model
@@ -22,10 +22,10 @@ from skylapse.benchmarks.simulate.model import simulate
 from skylapse.benchmarks.simulate.service import LOOK_S, MAX_CALLS, UNCHECKED_S, Autoscaler, Ran, Service
 from skylapse.benchmarks.suites.steps import StepWatch
 from skylapse.benchmarks.suites.traffic import request_of
-from skylapse.runtime.engine import Engine
-from skylapse.runtime.request import VideoRequest
-from skylapse.runtime.scheduler import Scheduler, SchedulerConfig
-from skylapse.runtime.trajectory import Trajectory
+from skylapse.runtime.core.request import VideoRequest
+from skylapse.runtime.engine.engine import Engine
+from skylapse.runtime.engine.scheduler import Scheduler, SchedulerConfig
+from skylapse.runtime.engine.trajectory import Trajectory
 
 SMALL = Shape(name="small", tokens=96, num_steps=12, decode_s=(0.1, 0.2), finish_s=0.05)
 LARGE = Shape(name="large", tokens=768, num_steps=12, decode_s=(0.4, 0.4))
@@ -58,7 +58,7 @@ def test_every_pack_is_picked_by_the_runtimes_own_scheduler(monkeypatch: pytest.
         return [self.rank(works)[0].ticket]
 
     together = simulate(Service(dispatchers=None), COST, [(0.0, SMALL)] * 4)
-    monkeypatch.setattr(skylapse.runtime.scheduler.Scheduler, "pick", alone)
+    monkeypatch.setattr(skylapse.runtime.engine.scheduler.Scheduler, "pick", alone)
     apart = simulate(Service(dispatchers=None), COST, [(0.0, SMALL)] * 4)
     assert len(packs) == 4 * SMALL.num_steps and max(packs) == 4
     assert apart.span_s > together.span_s + 20 * COST.fixed_s  # nobody shared a step

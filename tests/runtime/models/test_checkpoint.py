@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from tiny import BASE, VARIANTS, save_checkpoint
 
 from skylapse import Engine
-from skylapse.runtime.models.checkpoint import load_weights, weight_files
-from skylapse.runtime.models.registry import inspect_model, list_models, read_folder
-from skylapse.runtime.models.wan import WanConfig, WanDenoiser
+from skylapse.runtime.checkpoints.registry import inspect_model, list_models, read_folder
+from skylapse.runtime.checkpoints.weights import load_weights, weight_files
+from skylapse.runtime.families.wan.denoiser import WanConfig, WanDenoiser
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 

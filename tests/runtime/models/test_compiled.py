@@ -11,9 +11,9 @@ from compare import relative_l2
 from tiny import BASE, draw_weights, save_checkpoint
 
 from skylapse import Engine, VideoRequest
-from skylapse.runtime.models.compiled import MAX_COMPILED, bucket, compile_trunk
-from skylapse.runtime.models.wan import WanConfig, WanDenoiser
-from skylapse.runtime.pack import Sequence, build_pack
+from skylapse.runtime.families.wan.compiled import MAX_COMPILED, bucket, compile_trunk
+from skylapse.runtime.families.wan.denoiser import WanConfig, WanDenoiser
+from skylapse.runtime.layers.pack import Sequence, build_pack
 
 
 def denoiser() -> WanDenoiser:
@@ -85,7 +85,7 @@ def test_an_engine_compiles_when_its_settings_say_so(tmp_path: Path, monkeypatch
     request = VideoRequest(prompt="a star", width=64, height=64, num_frames=5, num_inference_steps=4)
     plain = Engine.from_pretrained(folder, device="cpu").generate_latents(request)
     monkeypatch.setenv("SKYLAPSE_COMPILE", "1")
-    monkeypatch.setattr("skylapse.runtime.engine.compile_trunk", partial(compile_trunk, backend="eager"))
+    monkeypatch.setattr("skylapse.runtime.engine.engine.compile_trunk", partial(compile_trunk, backend="eager"))
     torch._dynamo.reset()
     engine = Engine.from_pretrained(folder, device="cpu")
     assert "trunk" in vars(engine.model.experts[0])

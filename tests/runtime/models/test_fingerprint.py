@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_checkpoint
 
 from skylapse.runtime.cache.calibration import Calibration, read_calibrations, write_calibration
-from skylapse.runtime.models.fingerprint import _digest, fingerprint
+from skylapse.runtime.core.fingerprint import _digest, fingerprint
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import random
 import pytest
 from peaks import coding, line, made_up
 
-from skylapse.runtime.models.fit import Fit, Fitter, Needs, Size, Way, longest_of, nearest_of
-from skylapse.runtime.models.peaks import Curve
-from skylapse.runtime.request import ModelLimits
+from skylapse.runtime.core.request import ModelLimits
+from skylapse.runtime.memory.fit import Fit, Fitter, Needs, Size, Way, longest_of, nearest_of
+from skylapse.runtime.memory.peaks import Curve
 from skylapse.runtime.vae.tiling import Tiling
 
 FRAME = 64 * 64

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from skylapse import Engine, VideoRequest
 from skylapse.cli import main
-from skylapse.runtime.models.registry import inspect_model, read_folder
+from skylapse.runtime.checkpoints.registry import inspect_model, read_folder
 
 IMAGES = ("tokenizer", "scheduler", "text_encoder", "vae", "transformer", "image_encoder", "image_processor")
 

@@ -13,8 +13,7 @@ import pytest
 from hub import Hub, standing_in, use
 
 from skylapse.cli import main
-from skylapse.runtime.models.fingerprint import fingerprint
-from skylapse.runtime.models.hub import (
+from skylapse.runtime.checkpoints.hub import (
     Download,
     HubUnreachable,
     UnknownModel,
@@ -23,6 +22,7 @@ from skylapse.runtime.models.hub import (
     resolve_configs,
     resolve_folder,
 )
+from skylapse.runtime.core.fingerprint import fingerprint
 
 FIRST, SECOND = "a" * 40, "b" * 40
 NAME = "org/wan"
@@ -97,8 +97,8 @@ def test_a_hub_that_is_ill_for_a_while_is_asked_again(
         hub.status = None
 
     commit = pin(NAME, tmp_path)
-    monkeypatch.setattr("skylapse.runtime.models.hub.pin", lambda *_: commit)
-    monkeypatch.setattr("skylapse.runtime.models.hub.time.sleep", sleep)
+    monkeypatch.setattr("skylapse.runtime.checkpoints.hub.pin", lambda *_: commit)
+    monkeypatch.setattr("skylapse.runtime.checkpoints.hub.time.sleep", sleep)
     hub.status = 500
     assert resolve_folder(NAME, tmp_path / "cache").name == SECOND and 1.0 in pauses
 
@@ -144,7 +144,7 @@ def test_what_a_killed_download_left_is_removed(hub: Hub, tmp_path: Path, monkey
     part = tmp_path / "cache" / "models--org--wan" / "blobs" / "abc.123.incomplete"
     part.parent.mkdir(parents=True)
     part.write_bytes(b"half")
-    monkeypatch.setattr("skylapse.runtime.models.hub.STALE_S", -1.0)
+    monkeypatch.setattr("skylapse.runtime.checkpoints.hub.STALE_S", -1.0)
     resolve_folder(NAME, tmp_path / "cache")
     assert not part.exists()
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from skylapse.cli import main
-from skylapse.runtime.models.published import published
-from skylapse.runtime.models.registry import describe, inspect_model
+from skylapse.runtime.checkpoints.published import published
+from skylapse.runtime.checkpoints.registry import describe, inspect_model
 
 SMALLEST = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 KEYS = {

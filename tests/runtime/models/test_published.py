@@ -10,11 +10,11 @@ import transformers
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import nn
 
-from skylapse.runtime.models.configs import parse_config
-from skylapse.runtime.models.fit_report import precisions, rows_of
-from skylapse.runtime.models.published import published
-from skylapse.runtime.models.registry import ModelFolder, published_folder
-from skylapse.runtime.models.wan import WanConfig, WanDenoiser
+from skylapse.runtime.checkpoints.configs import parse_config
+from skylapse.runtime.checkpoints.published import published
+from skylapse.runtime.checkpoints.registry import ModelFolder, published_folder
+from skylapse.runtime.families.wan.denoiser import WanConfig, WanDenoiser
+from skylapse.runtime.memory.fit_report import precisions, rows_of
 from skylapse.runtime.vae.wan import WanVAE, WanVAEConfig
 
 GB = 10**9

@@ -23,12 +23,12 @@ from skylapse.kernels.linear_quantized import DTYPES, quantize_rows
 from skylapse.kernels.live_bytes import LiveBytes
 from skylapse.kernels.weight_formats import FORMATS, Functions, WeightFormat
 from skylapse.runtime.cache.calibration import Calibration, read_calibrations, write_calibration
-from skylapse.runtime.models.checkpoint import load_weights
-from skylapse.runtime.models.compiled import compile_trunk
-from skylapse.runtime.models.hub import DEMO_FOLDER
-from skylapse.runtime.models.linear import Linear
-from skylapse.runtime.models.quantization import parse_quantize, quantized_weights
-from skylapse.runtime.models.wan import WanConfig, WanDenoiser
+from skylapse.runtime.checkpoints.hub import DEMO_FOLDER
+from skylapse.runtime.checkpoints.weights import load_weights
+from skylapse.runtime.families.wan.compiled import compile_trunk
+from skylapse.runtime.families.wan.denoiser import WanConfig, WanDenoiser
+from skylapse.runtime.layers.linear import Linear
+from skylapse.runtime.layers.quantization import parse_quantize, quantized_weights
 
 CPU = torch.device("cpu")
 REQUEST = VideoRequest(prompt="a star", width=64, height=64, num_frames=5, num_inference_steps=4)
@@ -88,7 +88,7 @@ def test_compiled_blocks_multiply_quantised_weights(folder: Path, monkeypatch: p
     request = replace(REQUEST, num_inference_steps=2)
     plain = engine_of(folder, "int8").generate_latents(request)
     monkeypatch.setenv("SKYLAPSE_COMPILE", "1")
-    monkeypatch.setattr("skylapse.runtime.engine.compile_trunk", partial(compile_trunk, backend="eager"))
+    monkeypatch.setattr("skylapse.runtime.engine.engine.compile_trunk", partial(compile_trunk, backend="eager"))
     torch._dynamo.reset()
     assert relative_l2(engine_of(folder, "int8").generate_latents(request), plain) < 1e-3
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from skylapse.cli import main
-from skylapse.runtime.models.registry import TRANSFORMER_CLASS, list_models
+from skylapse.runtime.checkpoints.registry import TRANSFORMER_CLASS, list_models
 
 
 def download(cache_dir: Path, name: str, index: dict[str, object], has_weights: bool = True) -> None:

@@ -9,11 +9,11 @@ import torch
 
 from skylapse.kernels.fake_cuda import fake_cuda
 from skylapse.kernels.patch_embed import Grid
-from skylapse.runtime.models import wan
-from skylapse.runtime.models.configs import parse_config
-from skylapse.runtime.models.peaks import fake_denoiser, step_bytes
-from skylapse.runtime.models.published import component
-from skylapse.runtime.models.wan import WanConfig
+from skylapse.runtime.checkpoints.configs import parse_config
+from skylapse.runtime.checkpoints.published import component
+from skylapse.runtime.families.wan import denoiser as wan
+from skylapse.runtime.families.wan.denoiser import WanConfig
+from skylapse.runtime.memory.peaks import fake_denoiser, step_bytes
 
 CONFIGS = {"14B": "wan-14b", "5B": "wan-5b", "1.3B": "wan-1.3b"}
 

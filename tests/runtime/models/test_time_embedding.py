@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from skylapse import Engine
-from skylapse.runtime.device import TIME_EMBEDDING_BYTES
+from skylapse.runtime.core.device import TIME_EMBEDDING_BYTES
+from skylapse.runtime.families.wan.denoiser import WanConfig
+from skylapse.runtime.layers.time_embedding import TimeEmbeddings
 from skylapse.runtime.models.model import Model
-from skylapse.runtime.models.time_embedding import TimeEmbeddings
-from skylapse.runtime.models.wan import WanConfig
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from tiny import BASE, CLIP_ROWS, IMAGE, draw_weights
 from torch import nn
 
-from skylapse.runtime.models.checkpoint import check_keys, load_weights, slots
-from skylapse.runtime.models.configs import parse_config
-from skylapse.runtime.models.published import component
-from skylapse.runtime.models.wan import WanConfig, WanDenoiser
-from skylapse.runtime.pack import Sequence, build_pack
+from skylapse.runtime.checkpoints.configs import parse_config
+from skylapse.runtime.checkpoints.published import component
+from skylapse.runtime.checkpoints.weights import check_keys, load_weights, slots
+from skylapse.runtime.families.wan.denoiser import WanConfig, WanDenoiser
+from skylapse.runtime.layers.pack import Sequence, build_pack
 from skylapse.runtime.vae.wan import WanVAE, WanVAEConfig, checkpoint_name
 
 CPU = torch.device("cpu")

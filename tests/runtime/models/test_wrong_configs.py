@@ -14,12 +14,12 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from model_folders import CARD, IMAGE, INDEX, SCHEDULER, TEXT, TRANSFORMER, VAE, set_fields
 
 from skylapse import Engine
-from skylapse.runtime.models.registry import read_folder
-from skylapse.runtime.models.wan_config import WanConfig
-from skylapse.runtime.solver_config import SolverConfig
+from skylapse.runtime.checkpoints.registry import read_folder
+from skylapse.runtime.families.wan.config import WanConfig
+from skylapse.runtime.sampler.config import SolverConfig
 from skylapse.runtime.vae.wan_config import WanVAEConfig
-from skylapse.serve.catalog import check_models
-from skylapse.serve.config import ServeConfig
+from skylapse.serve.core.config import ServeConfig
+from skylapse.serve.jobs.served_models import check_models
 
 WRONG: list[tuple[str, str, Any, str]] = [
     (TRANSFORMER, "num_layers", "two", 'must be a whole number, got "two"'),

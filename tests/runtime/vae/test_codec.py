@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import skylapse.runtime.vae.wan as wan
 from skylapse.compile.stream import States
 from skylapse.kernels.conv3d import conv3d
-from skylapse.runtime.config import Settings
-from skylapse.runtime.models.hub import resolve_folder
+from skylapse.runtime.checkpoints.hub import resolve_folder
+from skylapse.runtime.checkpoints.registry import read_folder
+from skylapse.runtime.core.config import Settings
 from skylapse.runtime.models.model import load_codec
-from skylapse.runtime.models.registry import read_folder
 from skylapse.runtime.vae.codec import VideoCodec, decoder_dtype
 from skylapse.runtime.vae.coders import decoder_of
 from skylapse.runtime.vae.tiling import Tiling

@@ -16,10 +16,10 @@ from torch import Tensor
 from skylapse import Engine, VideoRequest
 from skylapse.compile.onnxruntime import OnnxRuntime
 from skylapse.compile.stream import Plan
-from skylapse.runtime.config import load_settings
-from skylapse.runtime.events import Preview
-from skylapse.runtime.preview import SCALE, TinyPreviewer
+from skylapse.runtime.core.config import load_settings
+from skylapse.runtime.core.events import Preview
 from skylapse.runtime.vae.codec import VideoCodec
+from skylapse.runtime.vae.preview import SCALE, TinyPreviewer
 from skylapse.runtime.vae.taehv import TinyDecoder, load_tiny_decoder, tiny_decoder_of
 from skylapse.runtime.vae.wan import WanVAE, WanVAEConfig
 

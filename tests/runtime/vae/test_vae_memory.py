@@ -11,8 +11,8 @@ from torch import Tensor
 import skylapse.runtime.vae.codec as codec_module
 from skylapse.kernels.fake_cuda import fake_cuda
 from skylapse.kernels.live_bytes import LiveBytes
-from skylapse.runtime.models.configs import parse_config
-from skylapse.runtime.models.published import component
+from skylapse.runtime.checkpoints.configs import parse_config
+from skylapse.runtime.checkpoints.published import component
 from skylapse.runtime.vae.codec import VideoCodec
 from skylapse.runtime.vae.wan import WanVAE, WanVAEConfig
 

@@ -1,0 +1,1 @@
+"""Checkpoint folders and hubs: configs, files and weights."""

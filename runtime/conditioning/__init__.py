@@ -1,0 +1,1 @@
+"""Given frames and source videos."""

@@ -1,0 +1,1 @@
+"""Layers and packed tokens that model families share."""

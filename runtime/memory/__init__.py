@@ -1,0 +1,1 @@
+"""Bytes that models and requests need, predicted from shapes."""

@@ -1,0 +1,1 @@
+"""Tenants, keys, sessions and usage."""

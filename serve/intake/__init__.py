@@ -1,0 +1,1 @@
+"""Request bodies and uploaded media, bounded and checked."""

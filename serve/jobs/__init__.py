@@ -1,0 +1,1 @@
+"""Jobs: created from requests, their models, files and webhooks."""

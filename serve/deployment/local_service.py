@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 APPLICATION = "skylapse"
 OBJECT_STORE_BYTES = 80 * 2**20  # clips go through the artifact store: Ray carries job ids alone
 
-# The images and pods set the same (tests/serve/test_deploy.py). A process that has died is noticed at its next
-# check, whatever the timeout: a proxy is replaced after 3 of them, which Serve by default makes every 10 s. A timeout
-# is for one that lives and does not answer, as on a machine with 14 runnable threads a core: 2 s killed it.
+# The images and pods set the same (tests/serve/deployment/test_manifests.py). A process that has died is noticed at its
+# next check, whatever the timeout: a proxy is replaced after 3 of them, which Serve by default makes every 10 s. A
+# timeout is for one that lives and does not answer, as on a machine with 14 runnable threads a core: 2 s killed it.
 RAY = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "10",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NOT_HERE = {  # what a line says -> why it is not run here
     r"skylapse serve(?!.*(--check|--print-config))": "stays until it is stopped: tests/walk, tests/faults",
     r"skylapse compile (?!.*--status)": "half a minute of compiling: tests/walk, tests/compile",
-    r"skylapse models inspect .*--device-memory": "ten seconds: tests/walk, tests/runtime/models/test_inspect_fit.py",
+    r"skylapse models inspect .*--device-memory": "ten seconds: tests/walk, tests/runtime/checkpoints",
     r"skylapse bench (all|goodput|gate|decode)": "minutes",
     r"skylapse bench denoise --profile": "a minute: tests/benchmarks/test_profile.py",
     r"skylapse bench serve": "minutes of load on a service: test_plan_of_the_page_is_accepted, tests/benchmarks/load",

@@ -9,9 +9,9 @@ import pytest
 
 from skylapse.runtime.engine.engine import Engine
 
-from .bad_requests import CASES, CLASSES
-from .raw_http import Client
-from .service import Service, serving
+from ..bad_requests import CASES, CLASSES
+from ..raw_http import Client
+from ..service import Service, serving
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from skylapse.serve.store.database import now
 from skylapse.serve.store.processes import DISPATCHER, ENGINE
 from skylapse.serve.store.tables import api_keys, jobs
 
-from .service import SMALL
+from ..service import SMALL
 
 PAGE = {"origin": "http://testserver"}
 UNKNOWN = "video_" + "0" * 32

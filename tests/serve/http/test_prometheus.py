@@ -21,7 +21,7 @@ NOT_HERE = {f"skylapse_{name}" for name in f"{ON_A_GPU} {NOT_YET} engine_ready_s
 
 def test_a_real_prometheus_scrapes_every_metric_and_answers_every_query(demo_engine: Engine, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    from .service import SMALL, serving
+    from ..service import SMALL, serving
 
     with serving(tmp_path / "data", demo_engine) as service, prometheus(tmp_path, service.url) as there:
         key = service.key()

@@ -7,8 +7,8 @@ from itertools import islice
 
 import pytest
 
-from .bad_requests import CASES, CLASSES
-from .raw_http import Answer
+from ..bad_requests import CASES, CLASSES
+from ..raw_http import Answer
 
 ENVELOPE = b'{"error": {"message": "no", "type": "invalid_request_error", "param": null, "code": null}}'
 

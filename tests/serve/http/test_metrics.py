@@ -25,7 +25,7 @@ from skylapse.serve.store.tables import api_keys
 if TYPE_CHECKING:
     from skylapse.runtime.engine.engine import Engine
 
-    from .service import Service
+    from ..service import Service
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -33,7 +33,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 @pytest.fixture(scope="module")
 def metered(demo_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service of its own with two ingresses: a completed, a cancelled and a deleted job, and a refused request."""
-    from .service import SMALL, serving
+    from ..service import SMALL, serving
 
     with serving(tmp_path_factory.mktemp("metered"), demo_engine, ingresses=2) as service:
         key = service.key("a")
@@ -127,7 +127,7 @@ def test_every_ingress_shows_the_same(metered: Service) -> None:
 
 
 def test_nothing_falls_when_a_video_is_deleted_or_the_service_restarts(demo_engine: Engine, tmp_path: Path) -> None:
-    from .service import serving
+    from ..service import serving
 
     def counted(service: Service) -> Samples:
         names = {m.name for m in METRICS.values() if m.kind != "gauge"}
@@ -173,7 +173,7 @@ def test_metrics_are_open_on_loopback_alone(metered: Service) -> None:
 
 
 def test_metrics_may_be_opened_to_everybody(demo_engine: Engine, tmp_path: Path) -> None:
-    from .service import serving
+    from ..service import serving
 
     with serving(tmp_path, demo_engine, metrics_open=True) as service:
         headers = {"x-forwarded-for": "203.0.113.7"}

@@ -15,15 +15,15 @@ from fastapi.routing import APIRoute
 
 from skylapse.serve.http.openapi import BODIES
 
-from .service import SMALL, Service, serving
+from ..service import SMALL, Service, serving
 
 if TYPE_CHECKING:
     from skylapse.runtime.engine.engine import Engine
 
 schemathesis = pytest.importorskip("schemathesis")
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 QUOTA = 60  # of unfinished videos, where schemathesis makes them
-ROUTES = HERE.parents[1] / "serve" / "routes"
+ROUTES = HERE.parents[1] / "serve" / "http" / "routes"
 
 UNDOCUMENTED = {  # of the page, which is no client, and what differs from its GET by the body alone
     *(("GET", "/"), ("HEAD", "/"), ("GET", "/static/{name}"), ("HEAD", "/static/{name}")),

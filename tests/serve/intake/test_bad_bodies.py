@@ -11,7 +11,7 @@ from skylapse.serve.intake.body import Body
 from skylapse.serve.intake.strict_json import MAX_DEPTH
 from skylapse.serve.wire.errors import ApiError
 
-from .bodies import FORM, JSON, field, file, form, part
+from ..bodies import FORM, JSON, field, file, form, part
 
 BAD_FORMS = {
     "unknown_file": (form(file("mask")), "unknown_parameter", "mask"),

@@ -17,9 +17,9 @@ from skylapse.serve.jobs.failures import KNOWN
 from skylapse.serve.jobs.served_models import ServedModel
 from skylapse.serve.wire.admin_responses import ADMIN_BODIES
 
-from .service import Service
+from ..service import Service
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "api.md").read_text()
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 CODE = re.compile("[a-z_]+")

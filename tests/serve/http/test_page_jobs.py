@@ -15,8 +15,8 @@ from selenium.webdriver.common.keys import Keys
 
 from skylapse.runtime.media.clips import read_video
 
-from .browser import MISSING, Studio, chromium, problems
-from .service import SMALL, Service
+from ..browser import MISSING, Studio, chromium, problems
+from ..service import SMALL, Service
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 

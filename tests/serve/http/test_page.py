@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from .browser import MISSING, PHONE, Studio, chromium, make_watch_cancel_play, problems
-from .service import Service
+from ..browser import MISSING, PHONE, Studio, chromium, make_watch_cancel_play, problems
+from ..service import Service
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 

@@ -24,7 +24,7 @@ from skylapse.serve.intake import media as decoders
 from skylapse.serve.intake.media import decode_image, decode_video
 from skylapse.serve.wire.errors import ApiError
 
-from .bad_media import encoded, media, picture
+from ..bad_media import encoded, media, picture
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from skylapse.serve.deployment.autoscaling import BacklogPolicy
 yaml = pytest.importorskip("yaml")
 schema = pytest.importorskip("ray.serve.schema")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "deploy.md").read_text()
 DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
 OURS = re.compile(r"SKYLAPSE_[A-Z_]+")

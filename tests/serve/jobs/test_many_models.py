@@ -21,7 +21,7 @@ from skylapse.serve.store.model_queue import ModelQueue
 if TYPE_CHECKING:
     from skylapse.runtime.engine.engine import Engine
 
-    from .service import Service
+    from ..service import Service
 
 BODY = {"prompt": "a red circle", "num_inference_steps": 2, "num_frames": 5, "size": "64x64"}
 
@@ -33,7 +33,7 @@ def entries(two_engines: dict[str, Engine], **fields: Any) -> list[dict[str, Any
 @pytest.fixture(scope="module")
 def two(two_engines: dict[str, Engine], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     pytest.importorskip("ray")
-    from .service import serving
+    from ..service import serving
 
     config: dict[str, Any] = {
         "models": entries(two_engines),
@@ -119,7 +119,7 @@ def test_a_remix_is_made_by_the_model_of_its_source(two: Service, two_engines: d
 def test_one_model_may_stand_still_while_the_other_goes_on(two_engines: dict[str, Engine], tmp_path: Path) -> None:
     """Whatever waits for `b`, whose engines are away, `a` is not behind it."""
     pytest.importorskip("ray")
-    from .service import serving
+    from ..service import serving
 
     with serving(tmp_path, {"Engine-a": two_engines["a"]}, models=entries(two_engines)) as service:
         key = service.key()

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from .sdk import run_program
+from ..sdk import run_program
 
-HERE = Path(__file__).parent / "javascript"
+HERE = Path(__file__).parents[1] / "javascript"
 PROGRAM = HERE / "sdk.cjs"
 LOCK = json.loads((HERE / "package-lock.json").read_text())
 MODULES = Path(sys.prefix) / "javascript" / "node_modules"  # `make clients` installs them there

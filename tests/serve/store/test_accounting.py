@@ -20,7 +20,7 @@ from skylapse.serve.store.tables import jobs, ledger
 if TYPE_CHECKING:
     from skylapse.runtime.engine.engine import Engine
 
-    from .service import Service
+    from ..service import Service
 
 STEPS_OF = {"num_inference_steps": 20}
 MIXED: tuple[dict[str, Any], ...] = (
@@ -71,7 +71,7 @@ def test_what_jobs_are_charged_with_is_what_the_engine_has_worked(
     kind: str, demo_engine: Engine, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tenants, shapes and caches side by side; some are cancelled, deleted, drained and lose their lease on the way."""
-    from .service import SMALL, serving
+    from ..service import SMALL, serving
 
     config: dict[str, Any] = {"prices": {"demo": {"cpu": "0.001"}}, "checkpoint_every": 5}
     if kind == "postgres":

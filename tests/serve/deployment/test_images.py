@@ -17,7 +17,7 @@ from skylapse.kernels.cpu import library
 from skylapse.serve.accounts.keys import KeyStore
 from skylapse.serve.store.database import Database
 
-from .test_deploy import DOCKERFILE, PAGE, ROOT, STAGES, environment, pods
+from .test_manifests import DOCKERFILE, PAGE, ROOT, STAGES, environment, pods
 
 yaml = pytest.importorskip("yaml")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

@@ -35,7 +35,7 @@ def test_an_ingress_reads_json_alone_and_is_not_ready_before(
     hub: Hub, two_engines: dict[str, Engine], tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
-    from .service import serving
+    from ..service import serving
 
     hub.status = 503
     with serving(tmp_path / "data", two_engines["b"], model="org/wan", revision="2" * 40) as service:
@@ -101,7 +101,7 @@ def test_json_lines_carry_a_downloads_numbers() -> None:
 
 def test_a_canary_makes_its_share_and_is_taken_back(two_engines: dict[str, Engine], tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    from .service import serving
+    from ..service import serving
 
     stable, second = two_engines["a"], two_engines["b"]
     entry = {"name": "wan", "model": str(stable.model.folder.path)}

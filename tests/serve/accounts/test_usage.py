@@ -23,7 +23,7 @@ from skylapse.serve.store.tables import api_keys, ledger
 if TYPE_CHECKING:
     from skylapse.runtime.engine.engine import Engine
 
-    from .service import Service
+    from ..service import Service
 
 ROW = dict(at=0.0, job_id="x", epoch=1, job_class="default", reason="completed", jobs=1, completed=1, device="cpu",
            engine_seconds=1.5, evaluations=2, steps_computed=1, steps_skipped=0, lost_seconds=0.0, lost_steps=0,
@@ -93,7 +93,7 @@ def test_what_is_no_day_is_named(text: str) -> None:
 
 @pytest.fixture(scope="module")
 def house(demo_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    from .service import serving
+    from ..service import serving
 
     prices = {"*": {"cpu": "0.002", "cuda": "1"}}
     with serving(tmp_path_factory.mktemp("billed"), demo_engine, prices=prices, currency="USD") as service:
@@ -123,7 +123,7 @@ def test_a_video_tells_what_it_has_used(house: Service) -> None:
 
 
 def test_a_video_that_has_not_ended_tells_no_usage(house: Service) -> None:
-    from .service import SMALL
+    from ..service import SMALL
 
     with house.client() as client, house.paused():
         made = client.post("/v1/videos", json=SMALL).json()

@@ -15,7 +15,7 @@ import pytest
 from skylapse.serve.core.metric_definitions import HISTOGRAM, METRICS, Metric
 
 yaml = pytest.importorskip("yaml")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
 PAGE = (ROOT / "docs" / "monitoring.md").read_text()
 RULES = yaml.safe_load((DEPLOY / "alerts.yaml").read_text())["groups"][0]["rules"]

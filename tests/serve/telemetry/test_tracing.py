@@ -65,7 +65,7 @@ def test_a_job_has_exactly_its_spans_with_right_parents_and_times(
     endpoint: Collector, demo_engine: Engine, tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
-    from .service import SMALL, serving
+    from ..service import SMALL, serving
 
     async def play() -> None:
         async with receiver() as there:

@@ -20,8 +20,8 @@ from skylapse.serve.jobs.services import Context, open_context
 from skylapse.serve.store.leases import Leases
 from skylapse.serve.wire.admin_responses import ADMIN_ANSWERS, ADMIN_BODIES
 
-from .raw_http import Answer, Client
-from .service import SMALL, Service, serving
+from ..raw_http import Answer, Client
+from ..service import SMALL, Service, serving
 
 if TYPE_CHECKING:
     from skylapse.runtime.engine.engine import Engine

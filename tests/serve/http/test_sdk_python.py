@@ -11,10 +11,10 @@ import pytest
 
 from skylapse.serve.http.routes import events
 
-from .sdk import run_program
-from .service import Service
+from ..sdk import run_program
+from ..service import Service
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 PROGRAM = HERE / "python"
 SCENARIO = re.compile(r"^async def (\w+)\(side: Side\)", re.MULTILINE)
 NAMES = [name for path in sorted(PROGRAM.glob("*.py")) for name in SCENARIO.findall(path.read_text())]

@@ -25,9 +25,9 @@ from skylapse.serve.intake.body import Body, Unread, read_body
 from skylapse.serve.intake.strict_json import MAX_BYTES
 from skylapse.serve.wire.errors import ApiError
 
-from .bad_media import media
-from .bodies import FORM, JSON, MAX, field, file, files_in, form, request
-from .raw_http import Client
+from ..bad_media import media
+from ..bodies import FORM, JSON, MAX, field, file, files_in, form, request
+from ..raw_http import Client
 
 # ------------------------------------------------------------------------------------------------ what SDKs send
 

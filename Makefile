@@ -47,8 +47,11 @@ demo: $(VENV)/.runtime
 serve: $(VENV)/.runtime
 	@$(BIN)/skylapse serve --port $(PORT) --data $(DATA)
 
+# All tests in two processes, then those that must have the machine to themselves; named ones in one process.
+QUICK := not faults and not kernels and not walk
 test: $(VENV)/.dev clients tensorrt-bindings
-	@$(BIN)/python -m pytest -m "not faults and not kernels and not walk" $(TESTS)
+	@$(BIN)/python -m pytest $(if $(TESTS),-m "$(QUICK)" $(TESTS),-n 2 --dist worksteal -m "$(QUICK) and not alone")
+	@$(if $(TESTS),,$(BIN)/python -m pytest -m "$(QUICK) and alone")
 
 # What is killed at the wrong moment on a busy machine gets a second try; what fails twice has failed.
 test-faults: $(VENV)/.dev

@@ -1,7 +1,7 @@
 """Commands and Python of README and docs/ run as they stand: in this process, each page in a folder of its own.
 
-Commands that take minutes, a GPU, a cluster or the network are named below with the reason. tests/walk runs README's
-lines once more as a stranger types them, with nothing left out that this machine has.
+Commands that take minutes, a GPU, a cluster or the network are named below with the reason. tests/walk runs the lines
+of README and the first pages once more as a stranger types them, with nothing left out that this machine has.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def python_of(name: str) -> list[Block]:
 
 
 @pytest.mark.parametrize(
-    "block", [*python_of("README.md")[:1], *python_of("docs/engine.md")], ids=lambda one: one.place
+    "block", [*python_of("docs/start.md")[:1], *python_of("docs/engine.md")], ids=lambda one: one.place
 )
 def test_python_that_makes_clips_runs(
     block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -134,12 +134,12 @@ def test_python_that_makes_clips_runs(
 
 
 def test_python_of_a_client_runs(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """README's second block, on a service in this process; its four seconds of video are as they are."""
+    """The second block of first steps, on a service in this process; its four seconds of video are as they are."""
     pytest.importorskip("openai")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_BASE_URL", f"{service.url}/v1")
     monkeypatch.setenv("OPENAI_API_KEY", service.key())
-    (block,) = (block for block in python_of("README.md") if "OpenAI()" in block.text)
+    (block,) = (block for block in python_of("docs/start.md") if "OpenAI()" in block.text)
     names: dict[str, object] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Sora API is scheduled", DeprecationWarning)

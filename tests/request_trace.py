@@ -53,6 +53,7 @@ def main(folder: Path) -> dict[str, Any]:
 
     from skylapse import Engine, VideoRequest
     from skylapse.serve.core.config import ServeConfig
+
     return {}
 
 

@@ -14,9 +14,7 @@ PARTS = ("serve", "runtime", "compile", "kernels")
 
 def test_map_has_every_folder_and_no_other() -> None:
     drawn = [box.attrib["data-folder"] for box in MAP.iter() if "data-folder" in box.attrib]
-    rooms = [
-        f"{part}/{path.name}" for part in PARTS for path in (ROOT / part).iterdir() if {*path.glob("*.[pj][ys]")}
-    ]
+    rooms = [f"{part}/{path.name}" for part in PARTS for path in (ROOT / part).iterdir() if {*path.glob("*.[pj][ys]")}]
     assert sorted(drawn) == sorted([*PARTS, *rooms])
 
 

@@ -46,7 +46,7 @@ def test_request_cannot_be_changed() -> None:
         {"video": PIXELS[None], "strength": 1.0},
         {"cache": None},
     ],
-    ids=str,
+    ids=lambda fields: ",".join(fields),
 )
 def test_every_bound_itself_is_allowed(fields: dict[str, Any]) -> None:
     VideoRequest(**{"prompt": "a red circle", **fields})

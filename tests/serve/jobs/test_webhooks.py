@@ -93,7 +93,9 @@ def test_secrets_are_long_random_and_said_to_be_secrets() -> None:
     assert secret != make_secret() and len(base64.b64decode(secret.removeprefix("whsec_"), validate=True)) == 32
 
 
-@pytest.mark.parametrize("secret", ["", " ", "whsec_", "whsec_c2hvcnQ=", "whsec_???", "plain", f"{SECRET} plain"])
+@pytest.mark.parametrize(
+    "secret", ["", " ", "whsec_", "whsec_c2hvcnQ=", "whsec_???", "plain", f"{SECRET} plain"], ids=range(7)
+)
 def test_what_is_no_secret_signs_nothing(secret: str) -> None:
     with pytest.raises(ValueError, match="secret") as caught:
         sign(secret, "evt_1", 1, BODY)

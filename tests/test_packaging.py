@@ -103,7 +103,7 @@ def test_wheel_holds_the_packages_the_licence_and_nothing_else(wheel: Path) -> N
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert "skylapse/py.typed" in names
     shown = [*(ROOT / "serve" / "page").iterdir(), *(ROOT / "kernels").rglob("*.json")]
-    shown.append(ROOT / "runtime" / "models" / "published.json")
+    shown.append(ROOT / "runtime" / "checkpoints" / "published.json")
     shown += [path for path in (ROOT / "kernels" / "cpu").iterdir() if path.suffix in (".cpp", ".h")]
     data = {f"skylapse/{path.relative_to(ROOT).as_posix()}" for path in shown}
     others = {name for name in names if not name.endswith(".py") and ".dist-info/" not in name}

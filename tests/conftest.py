@@ -9,6 +9,8 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 _profiles = tempfile.TemporaryDirectory()  # nor writes into the home of who runs it
+if "PYTEST_XDIST_WORKER" in os.environ:  # a folder for each of `make test`'s processes
+    os.environ["SKYLAPSE_PROFILE_DIR"] = _profiles.name
 os.environ.setdefault("SKYLAPSE_PROFILE_DIR", _profiles.name)
 os.environ.setdefault("SKYLAPSE_DECODER", "eager")  # or each service under test would build one, half a minute of CPU
 

@@ -50,7 +50,8 @@ class Trace:
 
     def record(self, work: Callable[[], Any]) -> tuple[Any, list[str]]:
         """Return the result of `work`, and the file of each call that it makes, background threads left out."""
-        self.calls = calls = []
+        calls: list[tuple[str, str]] = []
+        self.calls = calls
         try:
             result = work()
         finally:

@@ -146,7 +146,7 @@ def test_one_dispatcher_keeps_256_jobs_going_however_many_engines_there_are() ->
 
 
 def test_constants_are_those_of_the_service() -> None:
-    folder = Path(model.__file__).parents[2] / "serve"
+    folder = Path(model.__file__).parents[2] / "serve" / "deployment"
     text = (folder / "dispatcher.py").read_text() + (folder / "replica.py").read_text()
     found = {name: value for name, value in re.findall(r"^(LOOK_S|MAX_CALLS|UNCHECKED_S).*?= ([\d.]+)", text, re.M)}
     assert float(found["LOOK_S"]) == LOOK_S

@@ -14,20 +14,11 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from skylapse.runtime.sampler import (
-    NoiseSchedule,
-    SolverConfig,
-    SolverState,
-    combine,
-    get_solver,
-    guidance_is_on,
-    make_schedule,
-    predict_clean,
-    restore_state,
-    state_bytes,
-    state_record,
-    state_tensors,
-)
+from skylapse.runtime.sampler.config import SolverConfig
+from skylapse.runtime.sampler.guidance import combine, guidance_is_on
+from skylapse.runtime.sampler.schedule import NoiseSchedule, make_schedule
+from skylapse.runtime.sampler.solver import get_solver, restore_state, state_record
+from skylapse.runtime.sampler.state import SolverState, predict_clean, state_bytes, state_tensors
 
 # diffusers' DPM-Solver++ hands a tensor to np.array, which NumPy 2 warns about; it is none of our doing.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")

@@ -202,7 +202,9 @@ def test_times_of_a_start_are_facts_and_a_line() -> None:
     assert in_words(facts) == "engine ready in 52.1 s: load 41.2 s, warm-up 9.0 s"
 
 
-@pytest.mark.parametrize("module", ["dispatcher", "media_worker", "autoscaling", "command"])
+@pytest.mark.parametrize(
+    "module", ["deployment.dispatcher", "intake.media_worker", "deployment.autoscaling", "commands.serve"]
+)
 def test_parts_that_need_no_device_do_not_load_torch(module: str) -> None:
     """So they cannot hold memory of one."""
     code = f"import sys, skylapse.serve.{module}; assert 'torch' not in sys.modules"

@@ -14,6 +14,7 @@ ENOUGH, TRIES = 2.0, 3  # times of the better fixed number; whoever else is here
 CORES = 2
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "fixed"), [(0, "all"), (CORES, "one")], ids=["quiet", "busy"])
 def test_the_chosen_number_takes_at_most_twice_as_long_as_the_better_fixed_one(number: int, fixed: str) -> None:

@@ -26,6 +26,7 @@ def values(found: SuiteReport, name: str) -> list[float]:
     return next(one.samples for one in found.measurements if one.name == name)
 
 
+@pytest.mark.alone
 def test_a_sweep_ends_in_curves_a_verdict_a_cost_and_a_plan(
     serving: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

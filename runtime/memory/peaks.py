@@ -38,6 +38,7 @@ from ..vae.coders import WanDecoder, WanEncoder
 from ..vae.tiling import Tiling
 from ..vae.wan import WanVAE, WanVAEConfig
 
+PACKAGE = Path(__file__).parents[2]
 logger = logging.getLogger(__name__)
 Half = TypeVar("Half", WanEncoder, WanDecoder)
 CHUNKS = (4, 1)  # latent frames that are coded at a time: fewer calls, or less memory
@@ -341,7 +342,7 @@ def stored_peaks(folder: Path, name: str, compute: Callable[[], Peaks]) -> Peaks
 
     A file's name ends with a digest of the code that decides about memory, so other code has another file.
     """
-    path = folder / f"{name}-{torch.__version__}-{_code_digest()}.json".replace(" ", "_").replace("/", "_")
+    path = folder / f"{name}-{torch.__version__}-{code_digest(PACKAGE)}.json".replace(" ", "_").replace("/", "_")
     try:
         return Peaks.from_json(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -358,9 +359,9 @@ def stored_peaks(folder: Path, name: str, compute: Callable[[], Peaks]) -> Peaks
 
 
 @cache
-def _code_digest() -> str:
-    root = Path(__file__).parents[2]
-    sources = [path for part in ("kernels", "runtime/models", "runtime/vae") for path in (root / part).glob("*.py")]
+def code_digest(root: Path) -> str:
+    """Return a digest of the sources below `root` on which peaks may depend: all of kernels and runtime."""
+    sources = [path for part in ("kernels", "runtime") for path in (root / part).rglob("*.py")]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources)))
     return digest.hexdigest()[:12]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from skylapse.runtime.checkpoints.configs import parse_config
 from skylapse.runtime.checkpoints.published import component
 from skylapse.runtime.families.wan import denoiser as wan
 from skylapse.runtime.families.wan.denoiser import WanConfig
-from skylapse.runtime.memory.peaks import fake_denoiser, step_bytes
+from skylapse.runtime.memory.peaks import PACKAGE, code_digest, fake_denoiser, step_bytes
 
 CONFIGS = {"14B": "wan-14b", "5B": "wan-5b", "1.3B": "wan-1.3b"}
 
@@ -57,3 +59,17 @@ def test_a_feed_forward_in_parts_computes_what_the_whole_does(num_rows: int, mon
     ffn.up.register_forward_hook(lambda layer, given, result: seen.append(len(given[0])))
     torch.testing.assert_close(ffn(x), whole, rtol=1e-5, atol=1e-4)
     assert seen == {8: [8], 9: [5, 4], 16: [8, 8], 20: [7, 7, 6]}[num_rows] and torch.equal(x, kept)
+
+
+def test_stored_peaks_are_of_the_code_that_made_them(tmp_path: Path) -> None:
+    """Every module of ours that makes a part of a model counts, in whichever folder it stands."""
+    counted = {wan.__name__, "skylapse.runtime.vae.wan", "skylapse.runtime.layers.linear", "skylapse.kernels.attention"}
+    for name in counted:
+        copied = tmp_path / Path(str(sys.modules[name].__file__)).relative_to(PACKAGE)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        copied.write_text(name)
+        before = code_digest(tmp_path)
+        code_digest.cache_clear()
+        copied.write_text(f"{name} has changed")
+        assert code_digest(tmp_path) != before, name
+        code_digest.cache_clear()

@@ -218,7 +218,7 @@ metrics = Table(  # counters and histograms, which never fall
     "metrics",
     metadata,
     Column("name", String(64), primary_key=True),
-    Column("labels", Text, primary_key=True),  # their values, as JSON in the order of metrics_table.py
+    Column("labels", Text, primary_key=True),  # their values, as JSON in the order of core/metric_definitions.py
     Column("part", String(16), primary_key=True),  # "": a counter; a bucket's upper bound, or `sum`
     Column("value", Float, nullable=False),
 )

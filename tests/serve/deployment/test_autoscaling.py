@@ -177,15 +177,16 @@ def test_a_time_that_is_none_is_refused(clear_in_s: float) -> None:
         BacklogPolicy(clear_in_s, "sqlite://")
 
 
-def test_serve_takes_it_by_name_as_it_takes_its_own(database: Database) -> None:
-    """Use it as the controller does: pickled by value, made with its arguments, called with Serve's own context."""
+@pytest.mark.parametrize("module", ["deployment.autoscaling", "autoscaling"])
+def test_serve_takes_it_by_name_as_it_takes_its_own(module: str, database: Database) -> None:
+    """Use it as the controller does: pickled by value, made with its arguments, called with Serve's own context.
+
+    Manifests of earlier releases give the second name."""
     config = pytest.importorskip("ray.serve.config")
     state = pytest.importorskip("ray.serve._private.autoscaling_state")
     wrapped = pytest.importorskip("ray.serve.autoscaling_policy")._apply_autoscaling_config
     kwargs = {"clear_in_s": 10.0, "database_url": url_of(database), "poll_s": 3600.0}
-    named = config.AutoscalingPolicy(
-        policy_function="skylapse.serve.deployment.autoscaling:BacklogPolicy", policy_kwargs=kwargs
-    )
+    named = config.AutoscalingPolicy(policy_function=f"skylapse.serve.{module}:BacklogPolicy", policy_kwargs=kwargs)
     scaling = config.AutoscalingConfig(min_replicas=0, max_replicas=8, upscale_delay_s=0, downscale_delay_s=0)
     policy = state._resolve_policy_callable(named)
     serves = wrapped(policy)
